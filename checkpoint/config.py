@@ -1,0 +1,40 @@
+"""Settings of checkpointing: how often, how many to keep, and how they are written.
+
+Plain data, read by the experiment config and by every command, so JAX is not imported here.
+"""
+
+from dataclasses import dataclass
+
+from sharding.errors import UsageError
+
+
+@dataclass
+class CheckpointConfig:
+    """When a checkpoint is written, which ones stay, and in what form."""
+
+    every: int = 1000
+    """Steps between saves; 0 saves only where the loop asks for it (its end, a shutdown)."""
+
+    keep_last: int = 2
+    """How many of the newest steps stay. Two, so that one damaged step still leaves another."""
+
+    keep_every: int = 0
+    """Steps that are multiples of this stay for ever; 0 keeps none beyond `keep_last`."""
+
+    asynchronous: bool = True
+    """Write while training goes on. The save blocks only for the copy from device to host."""
+
+    compression: bool = False
+    """Compress arrays with zstd: about 7% smaller for float32 weights, and 9 times slower to save."""
+
+    chunk_mib: int = 16
+    """Largest piece, in MiB, that one read fetches; small pieces suit restoring on another mesh."""
+
+
+def validate(config: CheckpointConfig) -> None:
+    """Raises UsageError naming the first field whose value makes no sense."""
+    least = {"every": 0, "keep_last": 1, "keep_every": 0, "chunk_mib": 1}
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value < bound:
+            raise UsageError(f"checkpoint.{name} is {value}; it must be at least {bound}")

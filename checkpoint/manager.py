@@ -1,0 +1,329 @@
+"""Saves the training state step by step and brings it back onto any mesh: the home of Orbax.
+
+The only module that imports Orbax. Orbax writes and reads one step; when to save, what to keep,
+what counts as complete and how a failure is told are decided here, because its own manager skips
+steps below the newest one without a word, forgets retired steps after a failed save, and deletes
+in place. Each step holds `state` (arrays, in Orbax's format) and `meta` (a JSON file), committed
+together by one rename.
+
+Missing, truncated or misplaced data is refused by name. A flipped bit inside array data is not
+noticed here: Orbax stores no digest of it.
+"""
+
+import json
+import logging as python_logging
+import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from checkpoint import steps
+from checkpoint.config import CheckpointConfig, validate
+from checkpoint.steps import CheckpointError
+from checkpoint.tree import check_storable, flatten
+from sharding.errors import UsageError
+
+Tree = Any
+
+_STATE = "state"
+
+
+class CheckpointManager:
+    """The steps of one run. Every process of the run holds one and calls it at the same points."""
+
+    def __init__(self, folder: str | os.PathLike, config: CheckpointConfig) -> None:
+        """Creates `folder` and clears what interrupted saves left in it (in process 0).
+
+        Raises:
+            UsageError: the folder cannot be written, or a setting makes no sense.
+        """
+        validate(config)
+        _quiet_orbax()
+        self.folder = steps.folder_path(folder)
+        self._config = config
+        self._context = _context(config)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._current: int | None = None  # the step last saved or restored: where the run stands
+        if jax.process_index() == 0:
+            steps.make_writable(self.folder)
+            for name in steps.clean_interrupted(self.folder):
+                logging.warning("checkpoint: removed %s, an interrupted save", name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CheckpointError as error:  # the error on its way out matters more
+            logging.error("checkpoint: %s", error)
+
+    def steps(self) -> list[int]:
+        """Returns the complete steps, ascending; a save still being written is not one."""
+        return steps.complete_steps(self.folder)
+
+    def latest(self) -> int | None:
+        """Returns the newest complete step, or None."""
+        return max(self.steps(), default=None)
+
+    def due(self, step: int) -> bool:
+        """Whether the interval asks for a save after `step` updates."""
+        return self._config.every > 0 and step % self._config.every == 0
+
+    def save(self, step: int, state: Tree, meta: dict[str, Any], *, force: bool = False) -> bool:
+        """Starts to save `state` (nested dicts of arrays) and `meta` (JSON) as `step`.
+
+        Blocks for the copy off the device, and first for an earlier save still being written.
+
+        Returns:
+            False if the step is not due (and not forced), or is the one last saved or restored.
+
+        Raises:
+            UsageError: the state cannot be stored, or the folder holds this step or a newer one.
+            CheckpointError: this save, or the one before it, failed.
+        """
+        if not (force or self.due(step)):
+            return False
+        started = time.monotonic()
+        self.wait()
+        waited = time.monotonic() - started
+        if waited > 1:
+            logging.warning("checkpoint: waited %.1f s for the save before step %d", waited, step)
+        if step == self._current:
+            return False
+        newest = self.latest()
+        if newest is not None and step <= newest:
+            raise UsageError(
+                f"cannot save step {step}: {self.folder} already holds step {newest}; restore it, "
+                "discard the newer steps, or use another folder"
+            )
+        check_storable(state)
+        _check_json(meta)
+        try:
+            with self._context:
+                items = {_STATE: state, steps.META: meta}
+                response = ocp.save_checkpointables_async(self.folder / str(step), items)
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._current = step
+        self._pending = self._worker.submit(self._finish, step, response)
+        if not self._config.asynchronous:
+            self.wait()
+        return True
+
+    def poll(self) -> None:
+        """Raises the CheckpointError of a save that failed meanwhile; cheap, for every step."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until nothing is being written; raises the CheckpointError of a failed save."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except CheckpointError:
+            self._current = None
+            raise
+
+    def close(self) -> None:
+        """Waits for the last save, raises its CheckpointError if it failed, frees the thread."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+
+    def restore(self, step: int | None, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
+        """Returns (state, meta) of `step` (None: the newest); see `load_step`."""
+        self.wait()
+        step = steps.pick_step(self.folder, step)
+        loaded = load_step(self.folder, step, abstract)
+        self._current = step
+        return loaded
+
+    def discard_after(self, step: int) -> None:
+        """Deletes the steps newer than `step`: a run that goes back must not find them again."""
+        self.wait()
+        if jax.process_index() == 0:
+            for newer in reversed([found for found in self.steps() if found > step]):
+                steps.delete_step(self.folder, newer)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"discard_after {step}")
+
+    def _finish(self, step: int, response: ocp.AsyncResponse) -> None:
+        """Waits for the commit of `step`, makes it durable, and only then retires older steps."""
+        started = time.monotonic()
+        try:
+            response.result()
+            if jax.process_index() != 0:
+                return
+            steps.sync_step(self.folder, step)
+            logging.info("checkpoint: step %d saved, %.1f s", step, time.monotonic() - started)
+            complete = self.steps()
+            kept = steps.kept_steps(complete, self._config.keep_last, self._config.keep_every)
+            for old in set(complete) - kept:
+                steps.delete_step(self.folder, old)
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def _failed(self, step: int, error: Exception) -> CheckpointError:
+        """Clears what the failed save of `step` wrote, which would go on filling the disk."""
+        if jax.process_index() == 0:
+            try:
+                steps.clean_interrupted(self.folder, step)
+            except OSError as left:
+                logging.warning("checkpoint: cannot clear step %d: %s", step, steps.reason(left))
+        return CheckpointError(f"saving step {step} to {self.folder} failed: {steps.reason(error)}")
+
+
+def load_step(folder: str | os.PathLike, step: int, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
+    """Returns the state stored as `step`, placed as `abstract` says, and its JSON object.
+
+    Args:
+        folder: where the steps are; it is only read.
+        step: a complete step (`steps.pick_step` finds one).
+        abstract: nested dict of jax.ShapeDtypeStruct with shardings, for any mesh.
+
+    Raises:
+        UsageError: the step does not exist, or an array's name, shape or dtype differs from what
+            `abstract` wants (nothing is cast, padded or dropped).
+        CheckpointError: the step is damaged.
+    """
+    _quiet_orbax()
+    path = steps.folder_path(folder) / str(steps.pick_step(folder, step))
+    unplaced = [name for name, leaf in flatten(abstract).items() if leaf.sharding is None]
+    if unplaced:
+        raise ValueError(f"restoring needs a sharding for {steps.listing(unplaced)}")
+    stored = stored_arrays(folder, step)
+    _check_matching(stored, flatten(abstract), f"step {step} in {folder}")
+    meta = steps.read_meta(folder, step)
+    try:
+        state = ocp.load(path, abstract, checkpointable_name=_STATE)
+    except Exception as error:
+        raise _unreadable(folder, step, error) from error
+    return state, meta
+
+
+def stored_arrays(folder: str | os.PathLike, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns name, shape and dtype of every array stored in a step, without reading the arrays.
+
+    Raises:
+        CheckpointError: the step's metadata cannot be read.
+    """
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in flatten(_metadata(folder, step).metadata).items()
+    }
+
+
+def describe(folder: str | os.PathLike) -> dict[str, Any]:
+    """Returns what a checkpoint folder holds, as plain JSON values, without reading arrays.
+
+    The result has `folder`, `interrupted` (names) and `steps`: for each its `step`, `saved` (UTC),
+    `bytes` on disk, `arrays` (name → shape, dtype) and `meta`, or an `error` if it is damaged.
+
+    Raises:
+        UsageError: there is no complete step.
+    """
+    steps.pick_step(folder)
+    _quiet_orbax()
+    return {
+        "folder": str(steps.folder_path(folder)),
+        "interrupted": steps.interrupted_saves(folder),
+        "steps": [_describe_step(folder, step) for step in steps.complete_steps(folder)],
+    }
+
+
+def _describe_step(folder: str | os.PathLike, step: int) -> dict[str, Any]:
+    files = epath.Path(steps.folder_path(folder) / str(step)).glob("**/*")
+    stats = [file.stat() for file in files]
+    facts = {"step": step, "bytes": sum(stat.length for stat in stats if not stat.is_directory)}
+    try:
+        committed = _metadata(folder, step).commit_timestamp_nsecs / 1e9
+        facts["saved"] = datetime.fromtimestamp(committed, UTC).isoformat(timespec="seconds")
+        facts["arrays"] = {
+            name: {"shape": list(leaf.shape), "dtype": jnp.dtype(leaf.dtype).name}
+            for name, leaf in stored_arrays(folder, step).items()
+        }
+        facts["meta"] = steps.read_meta(folder, step)
+    except CheckpointError as error:
+        facts["error"] = str(error)
+    return facts
+
+
+def _metadata(folder: str | os.PathLike, step: int) -> ocp.CheckpointMetadata:
+    path = steps.folder_path(folder) / str(step)
+    try:
+        return ocp.metadata(path, checkpointable_name=_STATE)
+    except Exception as error:
+        raise _unreadable(folder, step, error) from error
+
+
+def _context(config: CheckpointConfig) -> ocp.Context:
+    registry = ocp.handlers.local_registry()
+    # Without this a dict of numbers counts as a tree of arrays and its lists, bools and Nones bend.
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name=steps.META)
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    context.array.saving.use_compression = config.compression
+    context.array.saving.storage_options.chunk_byte_size = config.chunk_mib * 2**20
+    return context
+
+
+def _check_json(meta: dict[str, Any]) -> None:
+    for key, value in meta.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"checkpoint meta `{key}` is not JSON: {error}") from error
+
+
+def _check_matching(stored: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
+    problems = []
+    for verb, names in (
+        ("lacks", [name for name in wanted if name not in stored]),
+        ("also holds", [name for name in stored if name not in wanted]),
+    ):
+        if names:
+            problems.append(f"{verb} {len(names)} array(s): {steps.listing(names)}")
+    for name in sorted(stored.keys() & wanted.keys()):
+        have, want = stored[name], wanted[name]
+        if have.shape != want.shape or jnp.dtype(have.dtype) != jnp.dtype(want.dtype):
+            problems.append(f"holds `{name}` as {_shape(have)}, wanted {_shape(want)}")
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UsageError(f"{where} does not match: {'; '.join(problems[:4])}{more}")
+
+
+def _shape(leaf: Any) -> str:
+    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _unreadable(folder: str | os.PathLike, step: int, error: Exception) -> CheckpointError:
+    return CheckpointError(f"cannot read step {step} in {folder}: {steps.reason(error)}")
+
+
+class _OrbaxFilter(python_logging.Filter):
+    """Drops Orbax's progress notes, a page for each save."""
+
+    def filter(self, record: python_logging.LogRecord) -> bool:
+        return record.levelno >= python_logging.WARNING or "orbax" not in record.pathname
+
+
+def _quiet_orbax() -> None:
+    logger = logging.get_absl_logger()
+    if not any(isinstance(known, _OrbaxFilter) for known in logger.filters):
+        logger.addFilter(_OrbaxFilter())

@@ -1,0 +1,190 @@
+"""Which steps a checkpoint folder holds, and what becomes of the rest.
+
+A step is a folder named by its number. On a local disk a save is written beside it, as
+`<step>.orbax-checkpoint-tmp`, and renamed when whole, so the name alone says that it is complete.
+An object store cannot rename; there a marker file, written last, says the same. Deleting goes the
+other way round: the name (or the marker) goes first, so a kill in the middle never leaves half a
+step that looks whole. Neither JAX nor Orbax is imported: a command can refuse a wrong step at once.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sharding.errors import UsageError
+
+TEMPORARY = ".orbax-checkpoint-tmp"
+COMMITTED = "commit_success.txt"
+META = "meta"
+
+_SHOWN = 8  # names listed in one error line before "and N more"
+
+
+class CheckpointError(RuntimeError):
+    """A save that failed or a stored step that cannot be read: the storage's fault, not a typo."""
+
+
+def folder_path(folder: str | os.PathLike) -> Path:
+    """Returns an absolute path object; addresses such as gs://... become etils paths."""
+    if not is_remote(folder):
+        return Path(folder).expanduser().absolute()
+    from etils import epath  # only object stores need it: 0.1 s
+
+    return epath.Path(folder)
+
+
+def is_remote(folder: str | os.PathLike) -> bool:
+    """Whether `folder` is an address in an object store rather than a path on a disk."""
+    return re.match(r"^[a-z0-9]+:/", os.fspath(folder)) is not None
+
+
+def complete_steps(folder: str | os.PathLike) -> list[int]:
+    """Returns the complete steps in `folder`, ascending; [] when the folder does not exist."""
+    root = folder_path(folder)
+    if not root.is_dir():
+        return []
+    names = [path.name for path in root.iterdir() if _is_number(path.name) and _committed(path)]
+    return sorted(int(name) for name in names)
+
+
+def interrupted_saves(folder: str | os.PathLike) -> list[str]:
+    """Returns the names of what interrupted saves and deletions left behind."""
+    root = folder_path(folder)
+    if not root.is_dir():
+        return []
+    return sorted(
+        path.name
+        for path in root.iterdir()
+        if TEMPORARY in path.name or (_is_number(path.name) and not _committed(path))
+    )
+
+
+def pick_step(folder: str | os.PathLike, step: int | None = None) -> int:
+    """Returns `step`, or the newest one for None, after checking that it is complete.
+
+    Raises:
+        UsageError: there is no such step; the message lists what there is.
+    """
+    steps = complete_steps(folder)
+    if step in steps or (step is None and steps):
+        return steps[-1] if step is None else step
+    wanted = "no complete step" if step is None or not steps else f"no step {step}"
+    if not folder_path(folder).is_dir():
+        found = "the folder does not exist"
+    elif steps:
+        found = "complete steps are " + listing(str(number) for number in steps)
+    else:
+        left = [f"{name} (interrupted save)" for name in interrupted_saves(folder)]
+        found = "found " + (listing(left) or "nothing")
+    raise UsageError(f"{wanted} in {folder_path(folder)}; {found}")
+
+
+def read_meta(folder: str | os.PathLike, step: int) -> dict[str, Any]:
+    """Returns the JSON object that was saved with `step`.
+
+    Raises:
+        CheckpointError: the file is missing or is not JSON.
+    """
+    path = folder_path(folder) / str(step) / META / "data.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read step {step} in {folder}: {reason(error)}") from error
+
+
+def kept_steps(steps: list[int], keep_last: int, keep_every: int) -> set[int]:
+    """Returns those of `steps` that stay: the newest few and the milestones."""
+    milestones = {step for step in steps if keep_every and step % keep_every == 0}
+    return set(sorted(steps)[-keep_last:]) | milestones
+
+
+def delete_step(folder: str | os.PathLike, step: int) -> None:
+    """Deletes a complete step; killed at any moment, it leaves all of the step or none."""
+    root = folder_path(folder)
+    path = root / str(step)
+    if is_remote(folder):
+        (path / COMMITTED).unlink()
+        path.rmtree()
+        return
+    doomed = root / f"{step}{TEMPORARY}-deleted"
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def clean_interrupted(folder: str | os.PathLike, step: int | None = None) -> list[str]:
+    """Deletes what interrupted saves left (of one step, if given) and returns the names."""
+    names = interrupted_saves(folder)
+    if step is not None:
+        names = [name for name in names if name == str(step) or name.startswith(f"{step}.")]
+    for name in names:
+        path = folder_path(folder) / name
+        if is_remote(folder):
+            path.rmtree()
+        else:
+            shutil.rmtree(path)
+    return names
+
+
+def make_writable(folder: str | os.PathLike) -> None:
+    """Creates `folder` if needed.
+
+    Raises:
+        UsageError: it cannot be created or written.
+    """
+    root = folder_path(folder)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not is_remote(folder) and not os.access(root, os.W_OK | os.X_OK):
+            raise PermissionError(f"no permission to write into {root}")
+    except OSError as error:
+        raise UsageError(f"cannot write checkpoints to {root}: {reason(error)}") from error
+
+
+def sync_step(folder: str | os.PathLike, step: int) -> None:
+    """Forces the step's small files, its folders and its name to disk.
+
+    Orbax syncs the array data alone; without this a power cut can undo the rename or leave
+    empty metadata files. Object stores need nothing.
+    """
+    if is_remote(folder):
+        return
+    root = folder_path(folder)
+    for place, _, files in os.walk(root / str(step), topdown=False):
+        if Path(place).name != "d":  # array data, already synced
+            for file in files:
+                _sync(Path(place) / file)
+        _sync(Path(place))
+    _sync(root)
+
+
+def listing(names: Any) -> str:
+    """Returns the names separated by commas, cut short after a few."""
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def reason(error: BaseException) -> str:
+    """Returns the text of an error in one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:400] + "..."
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit() and str(int(name)) == name
+
+
+def _committed(path: Path) -> bool:
+    return (path / COMMITTED).exists() if is_remote(path) else path.is_dir()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,155 @@
+"""The shape of a decoder and how it is computed. Imports nothing heavy.
+
+A model family is a value of `ModelConfig`; no family has code of its own. `models/presets.py`
+holds the published ones.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from sharding.errors import UsageError, nearest
+
+# Activations that a remat policy may keep, in the order in which keeping them pays
+# (each costs memory for every layer and saves its recomputation in the backward pass).
+SAVEABLE = ("rotated_qk", "v", "attention", "residual", "gate", "up")
+
+CHOICES = {
+    "norm": ("rmsnorm", "rmsnorm_plus_one", "layernorm"),
+    "norm_placement": ("pre", "post", "sandwich"),
+    "position": ("rope", "learned", "none"),
+    "qk_norm": ("none", "head", "full"),
+    "activation": ("swiglu", "geglu", "gelu"),
+    "dtype": ("float32", "bfloat16"),
+    "rope.scaling": ("none", "linear", "llama3", "yarn"),
+}
+
+
+@dataclass
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-split layout."""
+
+    theta: float = 10_000.0
+    local_theta: float = 0.0  # theta of "local" layers, unscaled; 0 = the same as the others
+    fraction: float = 1.0  # part of the head that is rotated
+    scaling: str = "none"  # none | linear | llama3 | yarn
+    factor: float = 1.0  # context extension factor of the scaling
+    original_length: int = 8192  # context length before the extension
+    low_frequency_factor: float = 1.0  # llama3
+    high_frequency_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+
+
+@dataclass
+class ModelConfig:
+    """One decoder-only transformer. Sizes use the letters of the code: D, L, N, K, H, F, V."""
+
+    # Shape.
+    vocab: int = 384
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 64
+    mlp: int = 768
+    max_length: int = 2048  # longest sequence; the size of the table for learned positions
+
+    # Family.
+    norm: str = "rmsnorm"  # rmsnorm | rmsnorm_plus_one (scale is 1 + w) | layernorm (with bias)
+    norm_eps: float = 1e-5
+    norm_placement: str = "pre"  # pre | post (on the branch output) | sandwich (both)
+    position: str = "rope"  # rope | learned | none
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    pattern: tuple[str, ...] = ("global",)  # kinds of layers, repeated: "global" or "local"
+    window: int = 0  # keys that a "local" layer sees, its own position included
+    qkv_bias: bool = False
+    out_bias: bool = False  # bias of the attention output and of the MLP
+    qk_norm: str = "none"  # none | head (over each head) | full (over all heads)
+    attention_scale: float = 0.0  # 0 = head_dim ** -0.5
+    attention_softcap: float = 0.0  # 0 = none
+    final_softcap: float = 0.0  # 0 = none
+    activation: str = "swiglu"  # swiglu | geglu | gelu (two matrices)
+    tie_embeddings: bool = False
+    scale_embeddings: bool = False  # multiply embeddings by sqrt(width)
+
+    # Computation: changes speed and memory, never the function (beyond rounding).
+    dtype: str = "bfloat16"  # of matmuls; parameters, norms, softmax and loss stay float32
+    remat: str = "full"  # none | full | names from SAVEABLE joined by ",", "@host" offloads one
+    scan_layers: bool = True
+    attention: str = "auto"  # backend; models/attention/dispatch.py lists them
+    loss_chunks: int = 0  # token chunks of the cross-entropy; 0 = chosen by size
+    pad_vocab_to: int = 128  # stored vocabulary is rounded up to a multiple of this
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding table as stored."""
+        return -(-self.vocab // self.pad_vocab_to) * self.pad_vocab_to
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every layer, "global" or "local"."""
+        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.layers))
+
+    def remat_names(self) -> tuple[list[str], list[str]] | None:
+        """Returns (kept on device, offloaded to host), or None when nothing is rematerialised.
+
+        Raises:
+          UsageError: a name that is not in SAVEABLE.
+        """
+        if self.remat == "none":
+            return None
+        kept, offloaded = [], []
+        names = [] if self.remat == "full" else [n.strip() for n in self.remat.split(",")]
+        for name in names:
+            base, _, where = name.partition("@")
+            if base not in SAVEABLE or where not in ("", "host"):
+                raise UsageError(
+                    f"config.model.remat = {self.remat!r}: {name!r} is not none, full or a name "
+                    f"of {', '.join(SAVEABLE)} (each may end in @host)"
+                    f"{nearest(base, (*SAVEABLE, 'none', 'full'))}"
+                )
+            (offloaded if where else kept).append(base)
+        return kept, offloaded
+
+    def validate(self) -> None:
+        """Raises UsageError, naming the field, its value and the choices."""
+        for path, choices in CHOICES.items():
+            owner, _, leaf = path.rpartition(".")
+            value = getattr(getattr(self, owner) if owner else self, leaf)
+            if value not in choices:
+                raise UsageError(
+                    f"config.model.{path} = {value!r}: choose {', '.join(choices)}"
+                    f"{nearest(value, choices)}"
+                )
+        for name in ("vocab", "layers", "width", "heads", "kv_heads", "head_dim", "mlp",
+                     "max_length", "pad_vocab_to"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"config.model.{name} = {getattr(self, name)}: at least 1")
+        if self.heads % self.kv_heads:
+            raise UsageError(
+                f"config.model.kv_heads = {self.kv_heads} does not divide heads = {self.heads}"
+            )
+        for kind in self.pattern:
+            if kind not in ("global", "local"):
+                raise UsageError(
+                    f"config.model.pattern: {kind!r} is not a kind of layer; choose global, local"
+                    f"{nearest(kind, ('global', 'local'))}"
+                )
+        if "local" in self.pattern and self.window < 1:
+            raise UsageError(
+                f"config.model.window = {self.window}: local layers need a window of at least 1"
+            )
+        rotated = self.rope.fraction * self.head_dim
+        if self.position == "rope" and (rotated % 2 or not 0 < rotated <= self.head_dim):
+            raise UsageError(
+                f"config.model.rope.fraction = {self.rope.fraction}: rotates {rotated:g} of "
+                f"{self.head_dim} head dimensions; an even number is needed"
+            )
+        self.remat_names()
+
+
+def computation_fields() -> frozenset[str]:
+    """Fields of ModelConfig that may differ between two runs of the same experiment."""
+    return frozenset(
+        {"dtype", "remat", "scan_layers", "attention", "loss_chunks"}
+    ).intersection(f.name for f in dataclasses.fields(ModelConfig))

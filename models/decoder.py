@@ -1,0 +1,291 @@
+"""The decoder: embedding, a scanned stack of layers, a final norm. One function for all families.
+
+`param_specs(config)` is the table of its parameters; `forward` is pure and needs a mesh context
+(`jax.set_mesh`, or `use_abstract_mesh` for devices that are not there). The head is not applied
+here: `models/loss.py` consumes hidden states chunk by chunk, `logits` serves decoding and tests.
+
+Letters as in models/layers.py, and L layers, V vocabulary.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
+
+from models import layers
+from models.attention.dispatch import attention
+from models.attention.mask import Mask
+from models.config import ModelConfig
+from models.spec import ParamSpec, Tree
+from sharding.rules import BATCH, SEQ
+
+X_BTD = P(BATCH, SEQ, None)  # every residual stream
+
+# What each remat name of the config means among the names given to values in the code.
+REMAT_VALUES = {"attention": ("attention_out", "attention_lse")}
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def param_specs(config: ModelConfig) -> Tree:
+    """Returns the tree of ParamSpecs; everything under "layers" is stacked on a leading L axis."""
+    V, D = config.padded_vocab, config.width
+    table = ParamSpec((V, D), ("vocab", "embed"), 0.02, unpadded=(config.vocab, D))
+    specs = {
+        "embedding": table,
+        "layers": jax.tree.map(
+            lambda s: dataclasses.replace(
+                s, shape=(config.layers, *s.shape), axes=("layers", *s.axes)
+            ),
+            _layer_specs(config),
+            is_leaf=lambda s: isinstance(s, ParamSpec),
+        ),
+        "final_norm": layers.norm_spec(config),
+    }
+    if config.position == "learned":
+        specs["positions"] = ParamSpec((config.max_length, D), ("positions", "embed"), 0.02)
+    if not config.tie_embeddings:
+        specs["head"] = dataclasses.replace(table, std=D**-0.5)
+    return specs
+
+
+def _layer_specs(config: ModelConfig) -> Tree:
+    specs = {"attention": layers.attention_specs(config), "mlp": layers.mlp_specs(config)}
+    if config.norm_placement in ("pre", "sandwich"):
+        specs |= {"attention_norm": layers.norm_spec(config), "mlp_norm": layers.norm_spec(config)}
+    if config.norm_placement in ("post", "sandwich"):
+        specs |= {
+            "attention_post_norm": layers.norm_spec(config),
+            "mlp_post_norm": layers.norm_spec(config),
+        }
+    return specs
+
+
+def head_VD(params: Tree) -> jax.Array:
+    """Returns the output projection: its own, or the tied embedding table."""
+    return params.get("head", params["embedding"])
+
+
+def _gathered(params: Tree, dtype: jnp.dtype) -> Tree:
+    """Casts weights to `dtype` (norms stay float32), then all-gathers them over fsdp.
+
+    The cast comes first so that half as many bytes travel; the transpose of the gather is the
+    reduce-scatter of the gradient.
+    """
+
+    def leaf(path, w):
+        if path[-1].key not in ("scale", "bias"):
+            w = w.astype(dtype)
+        spec = jax.typeof(w).sharding.spec
+        without = P(*(None if axis == "fsdp" else axis for axis in spec))
+        return w if without == spec else reshard(w, without)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+# ---------------------------------------------------------------- one layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer needs of the batch: rotary tables by kind, positions and segments."""
+
+    tables: Tree  # kind → {"cos", "sin"}, or None
+    positions_BT: jax.Array
+    segments_BT: jax.Array
+    cache: Tree | None = None  # positions_BS, segments_BS, offset: see models/decode.py
+
+
+jax.tree_util.register_dataclass(
+    Context, data_fields=["tables", "positions_BT", "segments_BT", "cache"], meta_fields=[]
+)
+
+
+def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelConfig):
+    """Attention on each device's own batch rows, query positions and heads.
+
+    Keys and values are gathered over the `seq` axis; the kernel sees local arrays only.
+    """
+    mask = Mask(causal=True, window=config.window if kind == "local" else None)
+    kv_axis = jax.typeof(k_BSKH).sharding.spec[2]
+    kv_spec = P(BATCH, None, kv_axis, None)
+    k_BSKH, v_BSKH = reshard(k_BSKH, kv_spec), reshard(v_BSKH, kv_spec)
+    cache = context.cache
+    k_positions = context.positions_BT if cache is None else cache["positions_BS"]
+    k_segments = context.segments_BT if cache is None else cache["segments_BS"]
+    whole = P(BATCH, None)
+    k_positions, k_segments = reshard(k_positions, whole), reshard(k_segments, whole)
+    aligned = cache is None and jax.sharding.get_abstract_mesh().shape[SEQ] == 1
+
+    def local(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, q_segments_BT, k_positions, k_segments):
+        out_BTNH, _ = attention(
+            q_BTNH, k_BSKH, v_BSKH, mask,
+            q_positions_BT=q_positions_BT, k_positions_BS=k_positions,
+            q_segments_BT=q_segments_BT, k_segments_BS=k_segments,
+            scale=config.attention_scale or config.head_dim**-0.5,
+            softcap=config.attention_softcap or None,
+            backend=config.attention,
+            rows_aligned=aligned,
+        )
+        return out_BTNH
+
+    q_spec = P(BATCH, SEQ, "tensor", None)
+    rows = P(BATCH, SEQ)
+    return jax.shard_map(
+        local,
+        in_specs=(q_spec, kv_spec, kv_spec, rows, rows, whole, whole),
+        out_specs=q_spec,
+        check_vma=False,  # custom gradients inside carry no varying-axes types
+    )(q_BTNH, k_BSKH, v_BSKH, context.positions_BT, context.segments_BT, k_positions, k_segments)
+
+
+def _layer(
+    x_BTD: jax.Array, params: Tree, context: Context, cache_kv: Tree | None, kind: str,
+    config: ModelConfig,
+) -> tuple[jax.Array, Tree | None]:
+    """One layer; returns the residual stream and the layer's new keys and values, if cached."""
+    params = _gathered(params, jnp.dtype(config.dtype))
+    before = config.norm_placement in ("pre", "sandwich")
+    after = config.norm_placement in ("post", "sandwich")
+
+    h_BTD = layers.norm(x_BTD, params["attention_norm"], config) if before else x_BTD
+    tables = context.tables[kind] if context.tables is not None else None
+    q_BTNH, k_BSKH, v_BSKH = layers.project_qkv(h_BTD, params["attention"], tables, config)
+    if cache_kv is not None:
+        write = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=context.cache["offset"], axis=1
+        )
+        k_BSKH = write(cache_kv["k"], k_BSKH.astype(cache_kv["k"].dtype))
+        v_BSKH = write(cache_kv["v"], v_BSKH.astype(cache_kv["v"].dtype))
+        cache_kv = {"k": k_BSKH, "v": v_BSKH}
+    out_BTNH = _attend(q_BTNH, k_BSKH, v_BSKH, context, kind, config)
+    y_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, params["attention"]["wo"], out_sharding=X_BTD)
+    if config.out_bias:
+        y_BTD = y_BTD + params["attention"]["bo"]
+    if after:
+        y_BTD = layers.norm(y_BTD, params["attention_post_norm"], config)
+    x_BTD = checkpoint_name(x_BTD + y_BTD, "residual")
+
+    h_BTD = layers.norm(x_BTD, params["mlp_norm"], config) if before else x_BTD
+    y_BTD = layers.mlp(h_BTD, params["mlp"], config, X_BTD)
+    if after:
+        y_BTD = layers.norm(y_BTD, params["mlp_post_norm"], config)
+    return x_BTD + y_BTD, cache_kv
+
+
+def _with_remat(layer, config: ModelConfig):
+    """Wraps a layer so that its backward pass keeps only the named values of the config."""
+    names = config.remat_names()
+    if names is None:
+        return layer
+    kept, offloaded = ([v for n in ns for v in REMAT_VALUES.get(n, (n,))] for ns in names)
+    if offloaded:
+        policy = checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=kept, names_which_can_be_offloaded=offloaded,
+            offload_src="device", offload_dst="pinned_host",
+        )
+    else:
+        policy = checkpoint_policies.save_only_these_names(*kept)
+    # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not config.scan_layers)
+
+
+# ---------------------------------------------------------------- the stack
+
+
+def _stack(x_BTD, params: Tree, context: Context, cache: Tree | None, config: ModelConfig):
+    """Runs all layers: whole periods of the pattern in one scan, what is left over unrolled."""
+    kinds, period = config.kinds, len(config.pattern)
+    if not config.scan_layers:
+        period = config.layers
+    whole = config.layers // period
+
+    def body(x_BTD, scanned):
+        layer_params, layer_cache = scanned
+        outs = []
+        for i in range(period):
+            run = _with_remat(functools.partial(_layer, kind=kinds[i], config=config), config)
+            x_BTD, out = run(x_BTD, _at(layer_params, i), context, _at(layer_cache, i))
+            outs.append(out)
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+
+    def part(tree, start, stop):  # layers start..stop as (periods, period, ...)
+        return jax.tree.map(
+            lambda w: _slice(w, start, stop).reshape(-1, period, *w.shape[1:]), tree
+        )
+
+    cut = whole * period
+    if whole == 1:
+        x_BTD, out = body(x_BTD, _at((part(params, 0, cut), part(cache, 0, cut)), 0))
+        outs = [out]
+    else:
+        x_BTD, out = jax.lax.scan(body, x_BTD, (part(params, 0, cut), part(cache, 0, cut)))
+        outs = [jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), out)]
+    for i in range(cut, config.layers):
+        run = _with_remat(functools.partial(_layer, kind=kinds[i], config=config), config)
+        x_BTD, out = run(x_BTD, _at(params, i), context, _at(cache, i))
+        outs.append(jax.tree.map(lambda w: w[None], out))
+    return x_BTD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outs)
+
+
+def _at(tree: Tree, i: int) -> Tree:
+    return jax.tree.map(lambda w: w[i], tree)
+
+
+def _slice(w: jax.Array, start: int, stop: int) -> jax.Array:
+    return w if (start, stop) == (0, w.shape[0]) else w[start:stop]
+
+
+def forward(
+    params: Tree,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    config: ModelConfig,
+    cache: Tree | None = None,
+) -> tuple[jax.Array, Tree | None]:
+    """Returns hidden states x_BTD after the final norm, and the updated KV cache if one is given.
+
+    Args:
+      params: tree of `param_specs(config)`, float32, sharded as the mesh context says.
+      tokens_BT, positions_BT, segments_BT: int32; segment 0 is padding. Documents of a row never
+        attend to one another; positions restart at 0 in each.
+      cache: see models/decode.py.
+    """
+    dtype = jnp.dtype(config.dtype)
+    embedding_VD = _gathered({"embedding": params["embedding"]}, dtype)["embedding"]
+    x_BTD = embedding_VD.at[tokens_BT].get(out_sharding=X_BTD)
+    if config.scale_embeddings:
+        x_BTD = x_BTD * jnp.asarray(config.width**0.5, dtype)
+    if config.position == "learned":
+        table_PD = _gathered({"positions": params["positions"]}, dtype)["positions"]
+        x_BTD = x_BTD + table_PD.at[positions_BT].get(out_sharding=X_BTD)
+    tables = None
+    if config.position == "rope":
+        tables = {k: layers.rope_tables(positions_BT, config, k) for k in set(config.pattern)}
+    shared = None
+    if cache is not None:
+        shared = {k: cache[k] for k in ("positions_BS", "segments_BS", "offset")}
+    context = Context(tables, positions_BT, segments_BT, shared)
+    layer_cache = {"k": cache["k"], "v": cache["v"]} if cache is not None else None
+    x_BTD, layer_cache = _stack(x_BTD, params["layers"], context, layer_cache, config)
+    x_BTD = layers.norm(x_BTD, params["final_norm"], config)
+    return x_BTD, ({**cache, **layer_cache} if cache is not None else None)
+
+
+def logits(params: Tree, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
+    """Returns float32 logits_BTV over the true vocabulary, soft-capped if the family does so."""
+    table = _gathered({"head": head_VD(params)}, jnp.dtype(config.dtype))["head"]
+    out_BTV = jnp.einsum(
+        "BTD,VD->BTV", x_BTD, table,
+        preferred_element_type=jnp.float32, out_sharding=P(BATCH, SEQ, "tensor"),
+    )
+    out_BTV = reshard(out_BTV, P(BATCH, SEQ, None))[..., : config.vocab]
+    if config.final_softcap:
+        out_BTV = config.final_softcap * jnp.tanh(out_BTV / config.final_softcap)
+    return out_BTV

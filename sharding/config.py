@@ -1,0 +1,62 @@
+"""How many devices each mesh axis gets. Imports nothing heavy: a config is checked before JAX starts."""
+
+import math
+from dataclasses import dataclass
+
+from sharding.errors import UsageError
+
+AXES = ("data", "fsdp", "seq", "tensor")  # slowest link first
+
+
+@dataclass
+class MeshConfig:
+    """Sizes of the mesh axes, slowest link first; one of them may be -1 and takes what is left.
+
+    `data` holds replicas, `fsdp` shards rows of the batch and the model state (see `zero`), `seq`
+    shards the sequence dimension of activations, `tensor` shards heads, MLP width and vocabulary.
+    The `dcn_` sizes say how much of `data` and of `fsdp` crosses the slow network between slices
+    or hosts: `data=4, dcn_data=2` is two slices that hold two replicas each.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    seq: int = 1
+    tensor: int = 1
+    dcn_data: int = 1
+    dcn_fsdp: int = 1
+    zero: int = 3  # what fsdp shards: 1 optimizer state, 2 and gradients, 3 and parameters
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Returns the size of every axis on `devices` devices, the -1 filled in.
+
+        Raises:
+          UsageError: sizes that do not multiply to `devices`, or slow-network sizes that do not fit.
+        """
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        asked = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+        free = [axis for axis, size in sizes.items() if size == -1]
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if len(free) > 1:
+            raise UsageError(f"config.mesh: only one axis may be -1, got {asked}")
+        if fixed < 1 or devices % fixed or (not free and fixed != devices):
+            raise UsageError(
+                f"config.mesh: {asked} needs {'a multiple of ' if free else ''}{fixed} devices, "
+                f"there are {devices}"
+            )
+        if free:
+            sizes[free[0]] = devices // fixed
+        for axis in ("data", "fsdp"):
+            dcn = getattr(self, f"dcn_{axis}")
+            if dcn < 1 or sizes[axis] % dcn:
+                raise UsageError(
+                    f"config.mesh.dcn_{axis} = {dcn} does not divide {axis} = {sizes[axis]}"
+                )
+        return sizes
+
+    def validate(self) -> None:
+        """Raises UsageError for values that no number of devices could make right."""
+        for axis in AXES:
+            if (size := getattr(self, axis)) < 1 and size != -1:
+                raise UsageError(f"config.mesh.{axis} = {size}: a size is at least 1, or -1")
+        if self.zero not in (1, 2, 3):
+            raise UsageError(f"config.mesh.zero = {self.zero}: choose 1, 2 or 3")

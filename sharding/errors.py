@@ -1,0 +1,17 @@
+"""Errors that are the user's to fix, and the nearest-match hint that they carry.
+
+Lives on the lowest floor so that every package can raise them; imports nothing heavy.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """A mistake in a config, a command line or an input file: printed in one line, exit code 2."""
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """Returns "; did you mean `x`?" for the choice closest to `value`, or "" when none is close."""
+    match = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.6)
+    return f"; did you mean `{match[0]}`?" if match else ""

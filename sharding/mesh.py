@@ -1,0 +1,81 @@
+"""The mesh, and the only place that asks for devices.
+
+Everything else is handed a mesh, so the same code runs on fake CPU devices, on a TPU topology that
+is not there (ahead-of-time compilation) and on a pod. Axes are `AxisType.Explicit`: the sharding
+of a value is part of its type, and a forgotten axis is an error when the step is traced.
+"""
+
+import glob
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from sharding.config import AXES, MeshConfig
+from sharding.errors import UsageError
+
+
+def cache_folder() -> Path:
+    """Where compiled programs and the built-in dataset are kept: $TORUS_CACHE or ~/.cache/torus."""
+    return Path(os.environ.get("TORUS_CACHE") or Path.home() / ".cache" / "torus")
+
+
+def start_runtime() -> None:
+    """Prepares JAX before the first device is asked for; safe to call twice.
+
+    Keeps an installed libtpu from searching for a TPU that is not there, switches the persistent
+    compilation cache on and joins a multi-process job when the environment describes one
+    (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or a scheduler JAX knows).
+    """
+    if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        # With libtpu installed for ahead-of-time work, JAX would try "tpu" first and log its failure.
+        if not glob.glob("/dev/nvidia[0-9]*") and not jax.config.jax_platforms:
+            jax.config.update("jax_platforms", "cpu")
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # XLA:CPU warns about tuning flags of its own when it loads a cached program.
+    logging.getLogger("jax._src.compilation_cache").setLevel(logging.ERROR)
+    count = os.environ.get("JAX_NUM_PROCESSES")
+    if count and int(count) > 1 and not jax.distributed.is_initialized():
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
+            num_processes=int(count),
+            process_id=int(os.environ["JAX_PROCESS_ID"]),
+        )
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of axes data, fsdp, seq, tensor over `devices` (all of the job by default).
+
+    Devices are ordered so that the axes at the end, which talk the most, lie along true rings of
+    the torus; with `dcn_` sizes the slow network is crossed only by the outer part of those axes.
+
+    Raises:
+      UsageError: sizes that do not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = config.sizes(len(devices))
+    shape = tuple(sizes[axis] for axis in AXES)
+    dcn = (config.dcn_data, config.dcn_fsdp, 1, 1)
+    try:
+        if config.dcn_data * config.dcn_fsdp > 1:
+            ici = tuple(s // d for s, d in zip(shape, dcn, strict=True))
+            slices = {getattr(d, "slice_index", 0) for d in devices}
+            grid = mesh_utils.create_hybrid_device_mesh(
+                ici, dcn, devices,
+                process_is_granule=len(slices) == 1,
+                allow_split_physical_axes=True,
+            )
+        else:
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        raise UsageError(f"config.mesh: {sizes} with dcn {dcn}: {error}") from error
+    return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Explicit,) * len(AXES))

@@ -1,0 +1,82 @@
+"""The chip table, the way from a device to it, and the measured rate of a CPU."""
+
+from dataclasses import dataclass
+
+import jax
+import pytest
+
+from sharding.hardware import CHIPS, chip_for, measured_cpu_flops, peak_flops
+
+
+@dataclass
+class Device:
+    """As much of a JAX device as the table looks at."""
+
+    device_kind: str
+    num_cores: int = 2
+    platform: str = "tpu"
+    process_index: int = 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+    ],
+)
+def test_known_kinds(kind, name):
+    assert chip_for(Device(kind)) is CHIPS[name]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H200 MIG 1g.18gb", "NVIDIA H100 PCIe", ""])
+def test_other_kinds_are_not_guessed(kind):
+    assert chip_for(Device(kind)) is None
+
+
+def test_v4_without_megacore_is_half_a_chip():
+    half = chip_for(Device("TPU v4", num_cores=1))
+    assert half.flops_bf16 * 2 == CHIPS["v4"].flops_bf16
+    assert half.devices_per_chip == 2
+
+
+def test_every_kind_belongs_to_one_chip():
+    kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
+    assert len(kinds) == len(set(kinds))
+
+
+def test_figures_are_in_base_units():
+    for chip in CHIPS.values():
+        assert 1e14 < chip.flops_bf16 < 1e16, chip.name
+        assert 1e10 < chip.hbm_bytes < 1e12, chip.name
+        assert 5e11 < chip.hbm_bandwidth < 1e13, chip.name
+        assert 5e10 < chip.ici_bandwidth < 1e12, chip.name
+        # Below this ratio of arithmetic to bandwidth no accelerator of the table lies.
+        assert 100 < chip.flops_bf16 / chip.hbm_bandwidth < 1000, chip.name
+
+
+def test_peak_of_several_devices():
+    assert peak_flops([Device("TPU v5 lite")] * 4) == 4 * 197e12
+    assert peak_flops([Device("TPU v5 lite"), Device("something new")]) is None
+    assert peak_flops([]) is None
+
+
+def test_cpu_has_no_peak_unless_measured():
+    assert peak_flops(jax.devices()) is None
+    one = peak_flops(jax.devices(), cpu_seconds=0.05)
+    # Eight fake devices are one machine: no multiple of it is credited.
+    assert 1e8 < one < 1e14
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_measured_cpu_flops(dtype):
+    assert 1e8 < measured_cpu_flops(0.05, dtype, size=256) < 1e14

@@ -1,0 +1,31 @@
+"""The `torus` command: one module per subcommand, each with HELP, USAGE and `main(argv) -> int`.
+
+The table below is all that `torus --help` reads, so that help never imports a command, nor JAX.
+"""
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """Where a subcommand lives and how the help screen introduces it."""
+
+    module: str
+    help: str
+    group: str
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "trainer.commands.train", "train a model from a config, or resume its run", "Train"
+    ),
+    "plan": Command(
+        "trainer.commands.plan", "predict memory, step time and MFU before paying for them", "Train"
+    ),
+    "eval": Command("trainer.commands.eval", "measure the loss of a trained model", "Use"),
+    "sample": Command("trainer.commands.sample", "continue a text with a trained model", "Use"),
+    "report": Command("trainer.commands.report", "draw a run as one HTML page", "Look"),
+    "doctor": Command(
+        "trainer.commands.doctor", "find what is wrong with this machine before it costs money",
+        "Look",
+    ),
+}  # fmt: skip

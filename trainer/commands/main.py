@@ -1,0 +1,96 @@
+"""The console script `torus`: finds the subcommand, and turns failures into one line and a status.
+
+Exit statuses: 0 success, 1 the command found a failure, 2 the user's mistake, 130 interrupted.
+Only the chosen command's module is imported; this file and the table it reads import no JAX.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from sharding.errors import UsageError, nearest
+from trainer.commands import COMMANDS
+
+USAGE = """\
+Torus trains language models on TPU, GPU and CPU with JAX: one config file, one command.
+
+usage: torus COMMAND [arguments]        torus COMMAND --help
+
+{commands}
+
+Start here:
+  torus doctor                                           is this machine ready?
+  torus train --config=configs/pico.py --workdir=runs/a  train a small model
+  torus train --config=configs/pico.py --config.optimizer.peak_lr=3e-4 --workdir=runs/b
+  torus sample runs/a --prompt="Once upon"               use it
+  torus report runs/a                                    see how training went
+
+Every field of a config can be set from the command line as --config.PATH=VALUE. Running the same
+train command again resumes the run where it stopped.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `torus` with `argv` (the process's arguments by default) and returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _dispatch(arguments)
+        sys.stdout.flush()  # a closed pipe must show here, not in the interpreter's shutdown
+        return status
+    except UsageError as error:
+        return _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("torus: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # `torus ... | head`: nobody reads on, which is no error. The interpreter flushes stdout
+        # once more when it exits, so it must find an open file there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def usage() -> str:
+    """Returns the help screen, commands by group."""
+    width = max(len(name) for name in COMMANDS)
+    lines = []
+    for group in dict.fromkeys(command.group for command in COMMANDS.values()):
+        lines.append(f"{group}:")
+        lines += [
+            f"  {name:<{width}}  {command.help}"
+            for name, command in COMMANDS.items()
+            if command.group == group
+        ]
+    return USAGE.format(commands="\n".join(lines))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("help", [])
+    if name in ("help", "-h", "--help"):
+        if not rest:
+            print(usage(), end="")
+            return 0
+        name, rest = rest[0], ["--help"]
+    if name in ("version", "--version"):
+        from trainer.packages import torus_version
+
+        print(f"torus {torus_version()}")
+        return 0
+    if name not in COMMANDS:
+        raise UsageError(
+            f"no command `{name}`{nearest(name, COMMANDS)} (commands: {', '.join(COMMANDS)})"
+        )
+    command = import_module(COMMANDS[name].module)
+    if "-h" in rest or "--help" in rest:
+        print(command.USAGE.rstrip())
+        return 0
+    return command.main(rest)
+
+
+def _fail(line: str) -> int:
+    print(f"torus: error: {line}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""The train step and the evaluation step: pure functions that the loop jits once.
+
+One step: microbatches (each a forward, a chunked loss and a backward), the global norm, a health
+check, the update on fsdp shards. A step whose loss or gradient is not finite changes nothing but
+the count of skipped steps.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
+
+from models.decoder import forward, head_VD, param_specs
+from models.loss import LossOptions, cross_entropy
+from models.spec import Tree
+from sharding.rules import BATCH, SEQ
+from trainer.config import Experiment
+from trainer.optimizers import clip_scale, make_optimizer
+from trainer.schedules import learning_rate
+from trainer.state import Layout, TrainState
+
+Batch = dict[str, jax.Array]
+
+
+def loss_sums(params: Tree, batch: Batch, experiment: Experiment) -> tuple[jax.Array, jax.Array]:
+    """Returns (objective, nll) summed over the real tokens of a batch, in nats."""
+    x_BTD, _ = forward(
+        params, batch["tokens"], batch["positions"], batch["segment_ids"], experiment.model
+    )
+    weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
+    options = LossOptions.of(experiment.model, experiment.train.z_loss)
+    return cross_entropy(x_BTD, head_VD(params), batch["targets"], weights_BT, options)
+
+
+def real_tokens(batch: Batch) -> jax.Array:
+    """Returns the number of tokens that carry loss, over all devices."""
+    return jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+
+
+def _gradients(params: Tree, batch: Batch, experiment: Experiment, layout: Layout):
+    """Returns (gradients, nll) of the mean objective over the batch, microbatch by microbatch."""
+    tokens = jnp.maximum(real_tokens(batch), 1.0)
+
+    def objective(params, micro):
+        total, nll = loss_sums(params, micro, experiment)
+        return total / tokens, nll / tokens
+
+    def one(micro):
+        (_, nll), gradients = jax.value_and_grad(objective, has_aux=True)(params, micro)
+        return jax.tree.map(reshard, gradients, layout.gradients), nll
+
+    count = experiment.train.accumulation
+    if count == 1:
+        return one(batch)
+
+    def split(a_BT):  # row b goes to microbatch b % count, so that no row changes device
+        rows = a_BT.reshape(
+            -1, count, a_BT.shape[1], out_sharding=P(BATCH, None, SEQ)
+        )
+        return jnp.swapaxes(rows, 0, 1)
+
+    def body(total, micro):
+        return jax.tree.map(jnp.add, total, one(micro)), None
+
+    start = jax.tree.map(
+        lambda p, s: jnp.zeros(p.shape, jnp.float32, out_sharding=s), params, layout.gradients
+    )
+    return jax.lax.scan(body, (start, jnp.zeros(())), jax.tree.map(split, batch))[0]
+
+
+def make_train_step(
+    experiment: Experiment, layout: Layout
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the step, to be jitted with its first argument donated.
+
+    Metrics: loss (nats per token, without z-loss), grad_norm (before clipping), learning_rate,
+    tokens (real ones in this batch) and skipped (updates left out so far).
+    """
+    tx = make_optimizer(experiment.optimizer, param_specs(experiment.model))
+
+    def train_step(state: TrainState, batch: Batch):
+        gradients, loss = _gradients(state.params, batch, experiment, layout)
+        grad_norm = optax.global_norm(gradients)
+        rate = learning_rate(experiment.optimizer, experiment.train.steps, state.step)
+        healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        scale = clip_scale(grad_norm, experiment.optimizer.clip_norm)
+        shards = jax.tree.map(lambda g, s: scale * reshard(g, s), gradients, layout.shards)
+        params = jax.tree.map(reshard, state.params, layout.shards)
+        direction, opt_state = tx.update(shards, state.opt_state, params)
+
+        def keep(new, old):
+            return jnp.where(healthy, new, old)
+
+        params = jax.tree.map(lambda p, d: keep(p - rate * d, p), params, direction)
+        new_state = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + (~healthy).astype(jnp.int32),
+            params=jax.tree.map(reshard, params, layout.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+            "tokens": real_tokens(batch),
+            "skipped": new_state.skipped,
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def make_eval_step(experiment: Experiment) -> Callable[[Tree, Batch], dict[str, jax.Array]]:
+    """Returns the function from (params, batch) to {"nll", "tokens"}, sums over real tokens."""
+
+    def eval_step(params: Tree, batch: Batch):
+        _, nll = loss_sums(params, batch, experiment)
+        return {"nll": nll, "tokens": real_tokens(batch)}
+
+    return eval_step
