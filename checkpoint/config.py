@@ -25,7 +25,7 @@ class CheckpointConfig:
     """Write while training goes on. The save blocks only for the copy from device to host."""
 
     compression: bool = False
-    """Compress arrays with zstd: about 7% smaller for float32 weights, and 9 times slower to save."""
+    """Compress with zstd: about 7% smaller for float32 weights, and 9 times slower to save."""
 
     chunk_mib: int = 16
     """Largest piece, in MiB, that one read fetches; small pieces suit restoring on another mesh."""

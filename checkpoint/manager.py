@@ -3,8 +3,8 @@
 The only module that imports Orbax. Orbax writes and reads one step; when to save, what to keep,
 what counts as complete and how a failure is told are decided here, because its own manager skips
 steps below the newest one without a word, forgets retired steps after a failed save, and deletes
-in place. Each step holds `state` (arrays, in Orbax's format) and `meta` (a JSON file), committed
-together by one rename.
+in place. Each step holds `state` (arrays, in Orbax's format), `manifest` and `meta` (JSON files),
+committed together by one rename.
 
 Missing, truncated or misplaced data is refused by name. A flipped bit inside array data is not
 noticed here: Orbax stores no digest of it.
@@ -21,12 +21,12 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from absl import logging
-from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from checkpoint import steps
 from checkpoint.config import CheckpointConfig, validate
+from checkpoint.manifest import FORMAT, MANIFEST, META, read_manifest, read_meta
 from checkpoint.steps import CheckpointError
 from checkpoint.tree import check_storable, flatten
 from sharding.errors import UsageError
@@ -37,7 +37,11 @@ _STATE = "state"
 
 
 class CheckpointManager:
-    """The steps of one run. Every process of the run holds one and calls it at the same points."""
+    """The steps of one run. Every process of the run holds one and calls it at the same points.
+
+    A save that fails in one of several processes is told there at once, but to the others only when
+    Orbax's barrier gives up (300 s). It is never committed; the run should end on it, not go on.
+    """
 
     def __init__(self, folder: str | os.PathLike, config: CheckpointConfig) -> None:
         """Creates `folder` and clears what interrupted saves left in it (in process 0).
@@ -71,7 +75,10 @@ class CheckpointManager:
             logging.error("checkpoint: %s", error)
 
     def steps(self) -> list[int]:
-        """Returns the complete steps, ascending; a save still being written is not one."""
+        """Returns the complete steps, ascending; a save still being written is not one.
+
+        Process 0 retires old steps, so another process may see them a moment longer.
+        """
         return steps.complete_steps(self.folder)
 
     def latest(self) -> int | None:
@@ -113,7 +120,7 @@ class CheckpointManager:
         _check_json(meta)
         try:
             with self._context:
-                items = {_STATE: state, steps.META: meta}
+                items = {_STATE: state, MANIFEST: _manifest(state), META: meta}
                 response = ocp.save_checkpointables_async(self.folder / str(step), items)
         except Exception as error:
             raise self._failed(step, error) from error
@@ -130,7 +137,7 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Waits until nothing is being written; raises the CheckpointError of a failed save."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:
             return
         try:
@@ -138,6 +145,9 @@ class CheckpointManager:
         except CheckpointError:
             self._current = None
             raise
+        finally:
+            if pending.done():  # not so after Ctrl-C, and then close() must still wait
+                self._pending = None
 
     def close(self) -> None:
         """Waits for the last save, raises its CheckpointError if it failed, frees the thread."""
@@ -171,13 +181,19 @@ class CheckpointManager:
             if jax.process_index() != 0:
                 return
             steps.sync_step(self.folder, step)
-            logging.info("checkpoint: step %d saved, %.1f s", step, time.monotonic() - started)
-            complete = self.steps()
-            kept = steps.kept_steps(complete, self._config.keep_last, self._config.keep_every)
-            for old in set(complete) - kept:
-                steps.delete_step(self.folder, old)
         except Exception as error:
             raise self._failed(step, error) from error
+        logging.info("checkpoint: step %d saved, %.1f s", step, time.monotonic() - started)
+        self._retire()
+
+    def _retire(self) -> None:
+        complete = self.steps()
+        kept = steps.kept_steps(complete, self._config.keep_last, self._config.keep_every)
+        for old in sorted(set(complete) - kept):
+            try:
+                steps.delete_step(self.folder, old)
+            except OSError as error:  # the new step is safe, and the next save tries again
+                logging.warning("checkpoint: step %d stays: %s", old, steps.reason(error))
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         """Clears what the failed save of `step` wrote, which would go on filling the disk."""
@@ -207,80 +223,39 @@ def load_step(folder: str | os.PathLike, step: int, abstract: Tree) -> tuple[Tre
     unplaced = [name for name, leaf in flatten(abstract).items() if leaf.sharding is None]
     if unplaced:
         raise ValueError(f"restoring needs a sharding for {steps.listing(unplaced)}")
-    stored = stored_arrays(folder, step)
-    _check_matching(stored, flatten(abstract), f"step {step} in {folder}")
-    meta = steps.read_meta(folder, step)
+    stored = read_manifest(folder, step)["arrays"]
+    _check_matching(stored, _facts(abstract), f"step {step} in {folder}")
+    meta = read_meta(folder, step)
     try:
-        state = ocp.load(path, abstract, checkpointable_name=_STATE)
+        return ocp.load(path, abstract, checkpointable_name=_STATE), meta
     except Exception as error:
-        raise _unreadable(folder, step, error) from error
-    return state, meta
-
-
-def stored_arrays(folder: str | os.PathLike, step: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns name, shape and dtype of every array stored in a step, without reading the arrays.
-
-    Raises:
-        CheckpointError: the step's metadata cannot be read.
-    """
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for name, leaf in flatten(_metadata(folder, step).metadata).items()
-    }
-
-
-def describe(folder: str | os.PathLike) -> dict[str, Any]:
-    """Returns what a checkpoint folder holds, as plain JSON values, without reading arrays.
-
-    The result has `folder`, `interrupted` (names) and `steps`: for each its `step`, `saved` (UTC),
-    `bytes` on disk, `arrays` (name → shape, dtype) and `meta`, or an `error` if it is damaged.
-
-    Raises:
-        UsageError: there is no complete step.
-    """
-    steps.pick_step(folder)
-    _quiet_orbax()
-    return {
-        "folder": str(steps.folder_path(folder)),
-        "interrupted": steps.interrupted_saves(folder),
-        "steps": [_describe_step(folder, step) for step in steps.complete_steps(folder)],
-    }
-
-
-def _describe_step(folder: str | os.PathLike, step: int) -> dict[str, Any]:
-    files = epath.Path(steps.folder_path(folder) / str(step)).glob("**/*")
-    stats = [file.stat() for file in files]
-    facts = {"step": step, "bytes": sum(stat.length for stat in stats if not stat.is_directory)}
-    try:
-        committed = _metadata(folder, step).commit_timestamp_nsecs / 1e9
-        facts["saved"] = datetime.fromtimestamp(committed, UTC).isoformat(timespec="seconds")
-        facts["arrays"] = {
-            name: {"shape": list(leaf.shape), "dtype": jnp.dtype(leaf.dtype).name}
-            for name, leaf in stored_arrays(folder, step).items()
-        }
-        facts["meta"] = steps.read_meta(folder, step)
-    except CheckpointError as error:
-        facts["error"] = str(error)
-    return facts
-
-
-def _metadata(folder: str | os.PathLike, step: int) -> ocp.CheckpointMetadata:
-    path = steps.folder_path(folder) / str(step)
-    try:
-        return ocp.metadata(path, checkpointable_name=_STATE)
-    except Exception as error:
-        raise _unreadable(folder, step, error) from error
+        text = f"cannot read step {step} in {folder}: {steps.reason(error)}"
+        raise CheckpointError(text) from error
 
 
 def _context(config: CheckpointConfig) -> ocp.Context:
     registry = ocp.handlers.local_registry()
     # Without this a dict of numbers counts as a tree of arrays and its lists, bools and Nones bend.
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name=steps.META)
+    for item in (MANIFEST, META):
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=item)
     context = ocp.Context()
     context.checkpointables.registry = registry
     context.array.saving.use_compression = config.compression
     context.array.saving.storage_options.chunk_byte_size = config.chunk_mib * 2**20
     return context
+
+
+def _manifest(state: Tree) -> dict[str, Any]:
+    saved = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"format": FORMAT, "saved": saved, "arrays": _facts(state)}
+
+
+def _facts(tree: Tree) -> dict[str, dict[str, Any]]:
+    """Returns name → shape and dtype, as JSON values, of arrays or abstract arrays."""
+    return {
+        name: {"shape": list(leaf.shape), "dtype": jnp.dtype(leaf.dtype).name}
+        for name, leaf in flatten(tree).items()
+    }
 
 
 def _check_json(meta: dict[str, Any]) -> None:
@@ -300,20 +275,16 @@ def _check_matching(stored: dict[str, Any], wanted: dict[str, Any], where: str) 
         if names:
             problems.append(f"{verb} {len(names)} array(s): {steps.listing(names)}")
     for name in sorted(stored.keys() & wanted.keys()):
-        have, want = stored[name], wanted[name]
-        if have.shape != want.shape or jnp.dtype(have.dtype) != jnp.dtype(want.dtype):
-            problems.append(f"holds `{name}` as {_shape(have)}, wanted {_shape(want)}")
+        if stored[name] != wanted[name]:
+            have, want = _text(stored[name]), _text(wanted[name])
+            problems.append(f"holds `{name}` as {have}, wanted {want}")
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UsageError(f"{where} does not match: {'; '.join(problems[:4])}{more}")
 
 
-def _shape(leaf: Any) -> str:
-    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
-def _unreadable(folder: str | os.PathLike, step: int, error: Exception) -> CheckpointError:
-    return CheckpointError(f"cannot read step {step} in {folder}: {steps.reason(error)}")
+def _text(facts: dict[str, Any]) -> str:
+    return f"{facts['dtype']}{facts['shape']}"
 
 
 class _OrbaxFilter(python_logging.Filter):

@@ -7,7 +7,6 @@ other way round: the name (or the marker) goes first, so a kill in the middle ne
 step that looks whole. Neither JAX nor Orbax is imported: a command can refuse a wrong step at once.
 """
 
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ from sharding.errors import UsageError
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 COMMITTED = "commit_success.txt"
-META = "meta"
 
 _SHOWN = 8  # names listed in one error line before "and N more"
 
@@ -55,10 +53,11 @@ def interrupted_saves(folder: str | os.PathLike) -> list[str]:
     root = folder_path(folder)
     if not root.is_dir():
         return []
+    unmarked = is_remote(folder)  # a local folder is never judged by what is missing in it
     return sorted(
         path.name
         for path in root.iterdir()
-        if TEMPORARY in path.name or (_is_number(path.name) and not _committed(path))
+        if TEMPORARY in path.name or (unmarked and _is_number(path.name) and not _committed(path))
     )
 
 
@@ -80,19 +79,6 @@ def pick_step(folder: str | os.PathLike, step: int | None = None) -> int:
         left = [f"{name} (interrupted save)" for name in interrupted_saves(folder)]
         found = "found " + (listing(left) or "nothing")
     raise UsageError(f"{wanted} in {folder_path(folder)}; {found}")
-
-
-def read_meta(folder: str | os.PathLike, step: int) -> dict[str, Any]:
-    """Returns the JSON object that was saved with `step`.
-
-    Raises:
-        CheckpointError: the file is missing or is not JSON.
-    """
-    path = folder_path(folder) / str(step) / META / "data.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read step {step} in {folder}: {reason(error)}") from error
 
 
 def kept_steps(steps: list[int], keep_last: int, keep_every: int) -> set[int]:

@@ -71,7 +71,7 @@ def head_VD(params: Tree) -> jax.Array:
     return params.get("head", params["embedding"])
 
 
-def _gathered(params: Tree, dtype: jnp.dtype) -> Tree:
+def gathered(params: Tree, dtype: jnp.dtype) -> Tree:
     """Casts weights to `dtype` (norms stay float32), then all-gathers them over fsdp.
 
     The cast comes first so that half as many bytes travel; the transpose of the gather is the
@@ -145,24 +145,24 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
 
 
 def _layer(
-    x_BTD: jax.Array, params: Tree, context: Context, cache_kv: Tree | None, kind: str,
-    config: ModelConfig,
+    x_BTD: jax.Array, params: Tree, context: Context, cache: Tree | None, layer: jax.Array | None,
+    kind: str, config: ModelConfig,
 ) -> tuple[jax.Array, Tree | None]:
-    """One layer; returns the residual stream and the layer's new keys and values, if cached."""
-    params = _gathered(params, jnp.dtype(config.dtype))
+    """One layer; returns the residual stream and the cache with this layer's keys and values."""
+    params = gathered(params, jnp.dtype(config.dtype))
     before = config.norm_placement in ("pre", "sandwich")
     after = config.norm_placement in ("post", "sandwich")
 
     h_BTD = layers.norm(x_BTD, params["attention_norm"], config) if before else x_BTD
     tables = context.tables[kind] if context.tables is not None else None
     q_BTNH, k_BSKH, v_BSKH = layers.project_qkv(h_BTD, params["attention"], tables, config)
-    if cache_kv is not None:
-        write = functools.partial(
-            jax.lax.dynamic_update_slice_in_dim, start_index=context.cache["offset"], axis=1
+    if cache is not None:
+        corner = (layer, 0, context.cache["offset"], 0, 0)
+        cache = jax.tree.map(
+            lambda all_LBSKH, new: jax.lax.dynamic_update_slice(all_LBSKH, new[None], corner),
+            cache, {"k": k_BSKH, "v": v_BSKH},
         )
-        k_BSKH = write(cache_kv["k"], k_BSKH.astype(cache_kv["k"].dtype))
-        v_BSKH = write(cache_kv["v"], v_BSKH.astype(cache_kv["v"].dtype))
-        cache_kv = {"k": k_BSKH, "v": v_BSKH}
+        k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[n], layer, 0, False) for n in "kv")
     out_BTNH = _attend(q_BTNH, k_BSKH, v_BSKH, context, kind, config)
     y_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, params["attention"]["wo"], out_sharding=X_BTD)
     if config.out_bias:
@@ -175,7 +175,7 @@ def _layer(
     y_BTD = layers.mlp(h_BTD, params["mlp"], config, X_BTD)
     if after:
         y_BTD = layers.norm(y_BTD, params["mlp_post_norm"], config)
-    return x_BTD + y_BTD, cache_kv
+    return x_BTD + y_BTD, cache
 
 
 def _with_remat(layer, config: ModelConfig):
@@ -199,38 +199,37 @@ def _with_remat(layer, config: ModelConfig):
 
 
 def _stack(x_BTD, params: Tree, context: Context, cache: Tree | None, config: ModelConfig):
-    """Runs all layers: whole periods of the pattern in one scan, what is left over unrolled."""
+    """Runs all layers: whole periods of the pattern in one scan, what is left over unrolled.
+
+    The cache is carried whole and written in place; scanned layer by layer it would be copied.
+    """
     kinds, period = config.kinds, len(config.pattern)
     if not config.scan_layers:
         period = config.layers
     whole = config.layers // period
-
-    def body(x_BTD, scanned):
-        layer_params, layer_cache = scanned
-        outs = []
-        for i in range(period):
-            run = _with_remat(functools.partial(_layer, kind=kinds[i], config=config), config)
-            x_BTD, out = run(x_BTD, _at(layer_params, i), context, _at(layer_cache, i))
-            outs.append(out)
-        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
-
-    def part(tree, start, stop):  # layers start..stop as (periods, period, ...)
-        return jax.tree.map(
-            lambda w: _slice(w, start, stop).reshape(-1, period, *w.shape[1:]), tree
-        )
-
     cut = whole * period
+
+    def body(carry, scanned):
+        layer_params, first = scanned
+        for i in range(period):
+            step = _with_remat(functools.partial(_layer, kind=kinds[i], config=config), config)
+            layer = None if cache is None else first + i
+            carry = step(carry[0], _at(layer_params, i), context, carry[1], layer)
+        return carry, None
+
+    periods = jax.tree.map(
+        lambda w: _slice(w, 0, cut).reshape(whole, period, *w.shape[1:]), params
+    )
+    carry = (x_BTD, cache)
     if whole == 1:
-        x_BTD, out = body(x_BTD, _at((part(params, 0, cut), part(cache, 0, cut)), 0))
-        outs = [out]
+        carry, _ = body(carry, (_at(periods, 0), 0))
     else:
-        x_BTD, out = jax.lax.scan(body, x_BTD, (part(params, 0, cut), part(cache, 0, cut)))
-        outs = [jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), out)]
+        first_P = None if cache is None else jnp.arange(0, cut, period)
+        carry, _ = jax.lax.scan(body, carry, (periods, first_P))
     for i in range(cut, config.layers):
-        run = _with_remat(functools.partial(_layer, kind=kinds[i], config=config), config)
-        x_BTD, out = run(x_BTD, _at(params, i), context, _at(cache, i))
-        outs.append(jax.tree.map(lambda w: w[None], out))
-    return x_BTD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outs)
+        step = _with_remat(functools.partial(_layer, kind=kinds[i], config=config), config)
+        carry = step(carry[0], _at(params, i), context, carry[1], i)
+    return carry
 
 
 def _at(tree: Tree, i: int) -> Tree:
@@ -258,12 +257,12 @@ def forward(
       cache: see models/decode.py.
     """
     dtype = jnp.dtype(config.dtype)
-    embedding_VD = _gathered({"embedding": params["embedding"]}, dtype)["embedding"]
+    embedding_VD = gathered({"embedding": params["embedding"]}, dtype)["embedding"]
     x_BTD = embedding_VD.at[tokens_BT].get(out_sharding=X_BTD)
     if config.scale_embeddings:
         x_BTD = x_BTD * jnp.asarray(config.width**0.5, dtype)
     if config.position == "learned":
-        table_PD = _gathered({"positions": params["positions"]}, dtype)["positions"]
+        table_PD = gathered({"positions": params["positions"]}, dtype)["positions"]
         x_BTD = x_BTD + table_PD.at[positions_BT].get(out_sharding=X_BTD)
     tables = None
     if config.position == "rope":
@@ -280,7 +279,7 @@ def forward(
 
 def logits(params: Tree, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
     """Returns float32 logits_BTV over the true vocabulary, soft-capped if the family does so."""
-    table = _gathered({"head": head_VD(params)}, jnp.dtype(config.dtype))["head"]
+    table = gathered({"head": head_VD(params)}, jnp.dtype(config.dtype))["head"]
     out_BTV = jnp.einsum(
         "BTD,VD->BTV", x_BTD, table,
         preferred_element_type=jnp.float32, out_sharding=P(BATCH, SEQ, "tensor"),

@@ -23,7 +23,7 @@ from sharding.rules import BATCH, SEQ
 X_BTD = P(BATCH, SEQ, None)
 TOKENS = (*BATCH, SEQ)  # mesh axes that tokens are sharded over
 VOCAB = "tensor"
-CHUNK_BYTES = 128 * 2**20  # automatic chunks hold about this much of float32 logits
+CHUNK_BYTES = 128 * 2**20  # automatic chunks hold at least about this much of float32 logits
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _local(x_BTD, head_VD, targets_BT, weights_BT, *, options, gathered, with_gr
     if gathered:
         head = jax.lax.all_gather(head, "fsdp", axis=1, tiled=True)
     V = head.shape[0]
-    chunks = options.chunks or _automatic_chunks(B * T, V)
+    chunks = options.chunks or _automatic_chunks(B * T, V, D)
     C = -(-B * T // chunks)
     padded = chunks * C - B * T
 
@@ -134,6 +134,7 @@ def _local(x_BTD, head_VD, targets_BT, weights_BT, *, options, gathered, with_gr
     if not with_gradient:
         return objective, nll, None, None
     dx = jax.lax.psum(dx, VOCAB).reshape(-1, D)[: B * T].reshape(B, T, D)
+    dhead = dhead.astype(dtype)  # as the layers' gradients: half the bytes between devices
     if gathered:
         dhead = jax.lax.psum_scatter(dhead, "fsdp", scatter_dimension=1, tiled=True)
         dhead = jax.lax.psum(dhead, tuple(a for a in TOKENS if a != "fsdp"))
@@ -142,9 +143,13 @@ def _local(x_BTD, head_VD, targets_BT, weights_BT, *, options, gathered, with_gr
     return objective, nll, dx.astype(x_BTD.dtype), dhead.astype(head_VD.dtype)
 
 
-def _automatic_chunks(tokens: int, vocab: int) -> int:
-    """Fewest chunks that keep one chunk of float32 logits near CHUNK_BYTES."""
-    return max(1, min(tokens, round(tokens * vocab * 4 / CHUNK_BYTES)))
+def _automatic_chunks(tokens: int, vocab: int, width: int) -> int:
+    """Fewest chunks whose float32 logits stay near CHUNK_BYTES, or near the head's gradient.
+
+    Between chunks that gradient is carried in float32, read and written once a chunk: chunks much
+    smaller than it save nothing and cost more memory traffic than arithmetic.
+    """
+    return max(1, min(tokens, round(tokens * vocab * 4 / max(CHUNK_BYTES, 4 * vocab * width))))
 
 
 def _chunk(x_CD, target_C, weight_C, *, head_VD, options, with_gradient):

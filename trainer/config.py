@@ -235,14 +235,14 @@ def parse_flags(argv: Sequence[str], **extra: str) -> tuple[Experiment, dict[str
     Raises:
       UsageError: unknown flag or field, value of a wrong type, missing file, failed check.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    for name, text in extra.items():
-        flags.DEFINE_string(name, "", text, flag_values=values)
     argv = [f"--config={resolve(a.partition('=')[2])}" if a.startswith("--config=") else a
             for a in argv]
     if not any(a.startswith("--config=") for a in argv):
         raise UsageError("--config=FILE is missing; try --config=quickstart")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    for name, text in extra.items():
+        flags.DEFINE_string(name, "", text, flag_values=values)
     try:
         rest = values(["torus", *argv])[1:]
         experiment = values["config"].value

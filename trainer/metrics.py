@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from checkpoint.steps import folder_path, is_remote
 from sharding.errors import UsageError
 
 TRAIN_FIELDS = (
@@ -89,27 +90,29 @@ class MetricsWriter:
         """Opens <workdir>/metrics.jsonl for appending.
 
         Args:
-          workdir: the run's folder, created if it is missing.
+          workdir: the run's folder, created if it is missing. In an object store, where nothing
+            can be appended, the file is rewritten about once a minute, without TensorBoard.
           console: shown every record.
           tensorboard: also write scalars to <workdir>/tensorboard.
-          resumed_from: step of the checkpoint that this attempt continues from. Train and eval
-            records of later steps, written before the restart, are superseded from here on.
+          resumed_from: step of the checkpoint that this attempt continues from, 0 for none. Train
+            and eval records of later steps, left by an earlier attempt, are superseded.
           process_index: of this process in the job.
-
-        Raises:
-          UsageError: `workdir` is not a folder of a mounted file system.
         """
-        self._console = console if process_index == 0 else None
-        self._file = None
-        self._tensorboard = None
+        self._console = console
+        self._file: Any = None
+        self._tensorboard: Any = None
         self._importing: threading.Thread | None = None
         if process_index != 0:
             return
-        folder = _local_folder(workdir)
+        folder = folder_path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        _drop_torn_line(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        continued = path.exists()
+        if is_remote(workdir):
+            self._file, tensorboard = _RewrittenFile(path), False
+        else:
+            _drop_torn_line(path)
+            self._file = path.open("a", encoding="utf-8", buffering=1)
         if tensorboard:
             # tensorboardX imports PyTorch when it finds it, which takes seconds: behind the first
             # compilation they cost nothing.
@@ -121,7 +124,7 @@ class MetricsWriter:
             "logdir": str(folder / "tensorboard"),
             "purge_step": None if resumed_from is None else resumed_from + 1,
         }
-        if resumed_from is not None:
+        if resumed_from is not None and continued:
             self.event(resumed_from, "resumed")
 
     def __enter__(self) -> "MetricsWriter":
@@ -143,7 +146,7 @@ class MetricsWriter:
 
         Names that the report knows: "start" (facts of the run: parameters, mesh, devices, device,
         versions, steps, tokens_per_step), "resumed", "checkpoint", "baseline"
-        (gzip_bits_per_byte, xz_bits_per_byte), "finished". Any other name is listed as an incident.
+        (gzip_bits_per_byte, xz_bits_per_byte), "stopped", "finished". Any other is an incident.
         """
         self._write("event", step, {"event": event, **details})
 
@@ -191,12 +194,12 @@ class MetricsWriter:
 def read_metrics(run: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
     """Returns the valid records of a run folder (or of one metrics file), oldest first.
 
-    Of train and eval records the last of each (kind, step) counts, and a "resumed" event drops
-    those of later steps that came before it: they belong to work that was lost. Events are history
-    and all stay. Lines that are not records (torn by a crash) are passed over. A missing file is an
-    empty run.
+    Of train and eval records the last of each (kind, step) counts, and a "start" or "resumed" event
+    drops those of later steps that came before it: they belong to work that was lost. Events are
+    history and all stay. Lines that are not records (torn by a crash) are passed over. A missing
+    file is an empty run.
     """
-    path = Path(run)
+    path = folder_path(run)
     if path.is_dir():
         path = path / "metrics.jsonl"
     if not path.exists():
@@ -207,7 +210,7 @@ def read_metrics(run: str | os.PathLike[str], kind: str | None = None) -> list[d
         if record is None:
             continue
         if record["kind"] == "event":
-            if record.get("event") == "resumed":
+            if record.get("event") in ("start", "resumed"):
                 kept = {
                     key: old
                     for key, old in kept.items()
@@ -350,7 +353,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         return None
-    if not isinstance(record.get("kind"), str):
+    if not isinstance(record.get("kind"), str) or not isinstance(record.get("time"), int | float):
         return None
     return {
         name: _SPECIAL.get(value, value) if isinstance(value, str) else value
@@ -368,10 +371,30 @@ def _drop_torn_line(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
-def _local_folder(workdir: str | os.PathLike[str]) -> Path:
-    if "://" in os.fspath(workdir):
-        raise UsageError(
-            f"workdir {os.fspath(workdir)}: metrics are appended to a file, which an object store "
-            "cannot do; give a local or mounted folder"
-        )
-    return Path(workdir)
+class _RewrittenFile:
+    """A text file in an object store: kept in memory, and written whole from time to time."""
+
+    _SECONDS = 60.0
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        content = path.read_bytes() if path.exists() else b""
+        self._content = bytearray(content[: content.rfind(b"\n") + 1])
+        self._written = time.monotonic()
+
+    def write(self, line: str) -> None:
+        self._content += line.encode()
+        if time.monotonic() - self._written > self._SECONDS:
+            self._rewrite()
+
+    def close(self) -> None:
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        self._written = time.monotonic()
+        try:
+            self._path.write_bytes(bytes(self._content))
+        except Exception:  # each store has its own errors, and none is worth a training run
+            from absl import logging
+
+            logging.exception("could not write %s; the next attempt follows", self._path)

@@ -23,7 +23,7 @@ STACK = (
 _PLATFORM = {"libtpu": "tpu", "jax-cuda12-plugin": "cuda12", "jax-cuda13-plugin": "cuda13"}
 
 
-Lookup = Callable[[str], "tuple[str, list[str]] | None"]
+Lookup = Callable[[str], tuple[str, list[str]] | None]
 
 
 def check_packages(

@@ -13,6 +13,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from checkpoint.tree import name_optimizer, unname_optimizer
 from models import spec
 from models.decoder import param_specs
 from models.spec import Tree
@@ -90,3 +91,25 @@ def init_state(experiment: Experiment, layout: Layout) -> TrainState:
 
     out = jax.tree.map(lambda a: a.sharding, abstract_state(experiment, layout))
     return jax.jit(create, out_shardings=out)(jnp.uint32(experiment.train.seed))
+
+
+# ---------------------------------------------------------------- the form that is stored
+
+
+def to_stored(state: TrainState) -> Tree:
+    """Returns the state as nested dicts under names that outlive a change of optimizer chain."""
+    return {
+        "params": state.params,
+        "optimizer": name_optimizer(state.opt_state),
+        "progress": {"step": state.step, "skipped": state.skipped},
+    }
+
+
+def from_stored(stored: Tree, experiment: Experiment, layout: Layout) -> TrainState:
+    """The inverse of `to_stored`."""
+    like = abstract_state(experiment, layout).opt_state
+    return TrainState(
+        **stored["progress"],
+        params=stored["params"],
+        opt_state=unname_optimizer(stored["optimizer"], like),
+    )

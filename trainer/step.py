@@ -83,7 +83,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch):
         gradients, loss = _gradients(state.params, batch, experiment, layout)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         rate = learning_rate(experiment.optimizer, experiment.train.steps, state.step)
         healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 

@@ -25,7 +25,7 @@ FULL = optax.chain(
 
 
 def trained(transformation):
-    """A state of `transformation` whose counters say 3 and whose arrays differ by field and path."""
+    """A state whose counters say 3 and whose arrays differ by field and path."""
 
     def fill(path, leaf):
         place = jax.tree_util.keystr(path).rsplit(".", 1)[-1]
@@ -145,7 +145,7 @@ def test_name_that_is_also_a_folder_is_refused():
 
 
 def test_missing_array_is_named():
-    with pytest.raises(UsageError, match=r"needs `mu/block/scale`, which was not stored"):
+    with pytest.raises(UsageError, match=r"needs `count`, which was not stored"):
         unname_optimizer(name_optimizer(trained(optax.sgd(0.1, momentum=0.9))), abstract(ADAM))
 
 

@@ -19,7 +19,7 @@ COMMANDS: dict[str, Command] = {
         "trainer.commands.train", "train a model from a config, or resume its run", "Train"
     ),
     "plan": Command(
-        "trainer.commands.plan", "predict memory, step time and MFU before paying for them", "Train"
+        "trainer.commands.plan", "say whether a config fits a TPU slice, without any TPU", "Train"
     ),
     "eval": Command("trainer.commands.eval", "measure the loss of a trained model", "Use"),
     "sample": Command("trainer.commands.sample", "continue a text with a trained model", "Use"),

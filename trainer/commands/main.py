@@ -20,11 +20,11 @@ usage: torus COMMAND [arguments]        torus COMMAND --help
 {commands}
 
 Start here:
-  torus doctor                                           is this machine ready?
-  torus train --config=configs/pico.py --workdir=runs/a  train a small model
-  torus train --config=configs/pico.py --config.optimizer.peak_lr=3e-4 --workdir=runs/b
-  torus sample runs/a --prompt="Once upon"               use it
-  torus report runs/a                                    see how training went
+  torus doctor                                         is this machine ready?
+  torus train --config=quickstart --workdir=runs/a     train a small model
+  torus train --config=quickstart --config.optimizer.peak_lr=1e-3 --workdir=runs/b
+  torus sample runs/a --prompt="The "                  use it
+  torus report runs/a                                  see how training went
 
 Every field of a config can be set from the command line as --config.PATH=VALUE. Running the same
 train command again resumes the run where it stopped.

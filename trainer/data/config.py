@@ -1,4 +1,4 @@
-"""What is read and how it becomes rows. Imports nothing heavy: a config is checked before JAX starts."""
+"""What is read and how it becomes rows. Imports nothing heavy: configs are checked before JAX."""
 
 from dataclasses import dataclass
 

@@ -41,7 +41,7 @@ def builtin_folder() -> Path:
         try:
             build(folder)
         except OSError:
-            # Another process was faster; anything else is the machine's trouble and is told as such.
+            # Another process was faster; anything else is the machine's trouble.
             if not (folder / FILE).exists():
                 raise
     return folder
@@ -60,7 +60,7 @@ def build(folder: Path) -> None:
 
 
 def documents() -> Iterator[bytes]:
-    """Yields the documents of the built-in corpus, in an order that only the Python version decides."""
+    """Yields the documents of the built-in corpus, in an order that only Python decides."""
     topics = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
         yield topics[name].strip().encode() + b"\n"

@@ -7,7 +7,7 @@ documents in tokens, docs + 1 of them). Reading and checking the shards is shard
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -48,7 +48,6 @@ class Manifest:
     python: str = ""  # version of the Python that wrote it
     complete: bool = False
     version: int = VERSION
-    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def dtype(self) -> np.dtype:
@@ -63,7 +62,7 @@ class Manifest:
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def fingerprint(self) -> str:
-        """Returns "sha256:…" over everything that decides the tokens; notes and source do not count."""
+        """Returns "sha256:…" over all that decides the tokens; source and python do not count."""
         content = {
             "tokenizer": asdict(self.tokenizer),
             "shards": [asdict(shard) for shard in self.shards],

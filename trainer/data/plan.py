@@ -11,6 +11,7 @@ Nothing here depends on hosts, batch sizes or the numpy version.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,8 +55,14 @@ class Plan:
     """
 
     def __init__(
-        self, lengths: np.ndarray, *, seq_len: int, how: str = "bestfit", window: int = 1 << 17,
-        shuffle: bool = True, seed: int = 0,
+        self,
+        lengths: np.ndarray,
+        *,
+        seq_len: int,
+        how: str = "bestfit",
+        window: int = 1 << 17,
+        shuffle: bool = True,
+        seed: int = 0,
     ) -> None:
         """Plans rows of `seq_len` positions over documents of `lengths` tokens, window by window.
 
@@ -93,16 +100,22 @@ class Plan:
             places = np.flatnonzero(numbers == number)
             epoch = self.epoch(number)
             stored = epoch.order[locals_[places]]
-            firsts, sizes = epoch.bounds[stored], np.diff(epoch.bounds)[stored]
+            firsts = epoch.bounds[stored]
+            sizes = epoch.bounds[stored + 1] - firsts
             chosen = np.repeat(firsts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
             pieces = epoch.pieces
             parts.append(
                 Pieces(
-                    pieces.documents[chosen], pieces.starts[chosen], pieces.counts[chosen],
-                    np.repeat(places, sizes), pieces.columns[chosen],
+                    pieces.documents[chosen],
+                    pieces.starts[chosen],
+                    pieces.counts[chosen],
+                    np.repeat(places, sizes),
+                    pieces.columns[chosen],
                 )
             )
-        return parts[0] if len(parts) == 1 else _join(parts)
+        if not parts:
+            return Pieces(*np.zeros((5, 0), np.int64))
+        return _join(parts)
 
     def _epoch(self, number: int) -> Epoch:
         parts, first = [], 0
@@ -145,6 +158,8 @@ def _order(values: np.ndarray) -> np.ndarray:
 
 
 def _join(parts: list[Pieces]) -> Pieces:
+    if len(parts) == 1:
+        return parts[0]
     names = ("documents", "starts", "counts", "rows", "columns")
     joined = Pieces(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
     if (joined.rows[1:] >= joined.rows[:-1]).all():
@@ -199,7 +214,7 @@ def _best_fit(
 
 
 def _fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """Best-fit-decreasing: returns the bin of each size (sorted, largest first) and how many there are.
+    """Best-fit-decreasing: returns the bin of each size, largest first, and the number of bins.
 
     Each size goes into the fullest bin with room for it. Equal sizes are placed together, so the
     work grows with the number of distinct sizes and of distinct rooms left, not of documents.
@@ -215,7 +230,7 @@ def _fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
             has_room[left] = True
 
     firsts = np.flatnonzero(np.diff(sizes, prepend=capacity + 1))
-    for at, end in zip(firsts.tolist(), [*firsts[1:].tolist(), len(sizes)], strict=True):
+    for at, end in itertools.pairwise([*firsts.tolist(), len(sizes)]):
         size = int(sizes[at])
         while at < end:
             left = size + int(has_room[size:].argmax())

@@ -68,7 +68,9 @@ class TokenShards:
         self._arrays = arrays
         self._begins, self._ends = np.asarray(bases[:-1]), np.asarray(bases[1:])
 
-    def pieces(self, documents: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    def pieces(
+        self, documents: np.ndarray, starts: np.ndarray, counts: np.ndarray
+    ) -> list[np.ndarray]:
         """Returns views of `counts[k]` tokens from token `starts[k]` of document `documents[k]`."""
         positions = self.starts[documents] + starts
         owners = np.searchsorted(self._ends, positions, side="right")
@@ -170,7 +172,11 @@ class DatasetWriter:
     """
 
     def __init__(
-        self, folder: Path, tokenizer: TokenizerSpec, *, source: str = "",
+        self,
+        folder: Path,
+        tokenizer: TokenizerSpec,
+        *,
+        source: str = "",
         shard_tokens: int = 1 << 28,
     ) -> None:
         """Prepares to write `folder`, which must not exist or be empty.
@@ -179,7 +185,7 @@ class DatasetWriter:
           UsageError: the folder holds something.
         """
         if folder.exists() and any(folder.iterdir()):
-            raise UsageError(f"dataset {folder}: the folder is not empty; remove it or name another")
+            raise UsageError(f"dataset {folder}: the folder is not empty; choose another")
         self._folder = folder
         self._tokenizer = tokenizer
         self._source = source
@@ -217,7 +223,9 @@ class DatasetWriter:
         shard.add(np.ascontiguousarray(tokens, self._dtype), text_bytes)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         try:

@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Ids 0..255 are the bytes, then BOS, EOS and PAD; the vocabulary is padded to 384 = 3 × 128."""
+    """Ids 0..255 are the bytes, then BOS, EOS and PAD; the vocabulary is padded to 384."""
 
     BOS, EOS, PAD = 256, 257, 258
     VOCAB_SIZE = 384  # a multiple of 128 shards over tensor axes and fills TPU lanes

@@ -1,0 +1,61 @@
+# Everything that the README says, as commands. `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS := constraints/py$(VERSION).txt
+RUN ?= runs/quickstart
+STOP ?= 500
+ARGS ?=
+
+.PHONY: help setup train test bench lint goldens soak clean
+
+help:
+	@echo "make train   install, train the quickstart, stop half-way, resume, sample, report ($(RUN))"
+	@echo "make test    install everything and run the tests"
+	@echo "make setup   only install: $(VENV) with everything the tests need"
+	@echo "make bench   the benchmarks of docs/benchmarks.md (paired runs, one table each)"
+	@echo "make lint    ruff"
+	@echo "make soak    the slow tests: many kills, long runs"
+	@echo "Variables: PYTHON=python3.12 VENV=.venv312 RUN=runs/x ARGS='--config.train.steps=200'"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Two stamps: training needs no test dependencies, and a newcomer should not wait for them.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[aot,dev]'
+	@touch $@ $(VENV)/.installed
+
+setup: $(VENV)/.installed-dev
+
+train: $(VENV)/.installed
+	$(BIN)/torus train --config=quickstart --workdir=$(RUN) --config.train.stop_at=$(STOP) $(ARGS)
+	@echo "--- stopped half-way; the same command without stop_at resumes"
+	$(BIN)/torus train --config=quickstart --workdir=$(RUN) $(ARGS)
+	$(BIN)/torus eval $(RUN)
+	$(BIN)/torus sample $(RUN) --prompt "def main(" --max-tokens 200
+	$(BIN)/torus report $(RUN)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python tests/benchmarks/run.py $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+soak: $(VENV)/.installed-dev
+	TORUS_SOAK=1 $(BIN)/python -m pytest -m soak $(ARGS)
+
+goldens: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q tests/configs --update-goldens
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .hypothesis .ruff_cache

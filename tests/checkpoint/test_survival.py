@@ -1,0 +1,148 @@
+"""Real processes: two of one job, killed ones, full disks and damaged files."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from checkpoint import steps
+from checkpoint.config import CheckpointConfig
+from checkpoint.manager import CheckpointManager, load_step
+from tests.checkpoint.two_processes import SHAPES
+from tests.processes import ROOT, run_processes
+
+HERE = Path(__file__).parent
+
+
+def abstract_of(shapes):
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        )
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.multiprocess
+def test_one_process_to_two_and_back(tmp_path):
+    shapes = {name: shape for name, (shape, _) in SHAPES.items()}
+    state = {
+        name: jnp.arange(np.prod(shape, dtype=int), dtype=jnp.float32).reshape(shape)
+        for name, shape in shapes.items()
+    }
+    with CheckpointManager(tmp_path / "one", CheckpointConfig(every=1)) as manager:
+        manager.save(1, state, {"from": "one process"})
+    results = run_processes(
+        HERE / "two_processes.py", 2, 4, [tmp_path / "one", tmp_path / "two"], timeout=60
+    )
+    for result in results:
+        assert "an array of this process alone: x" in result.stdout
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["6"]
+    restored, meta = load_step(tmp_path / "two", 6, abstract_of(shapes))
+    assert meta == {"step": 6}
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, old + 6), restored, state)
+
+
+@pytest.mark.multiprocess
+def test_killed_at_any_moment(tmp_path):
+    shapes = {"w": (1024, 1024), "v": (1024,)}
+    abstract = abstract_of(shapes)
+    abstract["b"] = {"v": abstract.pop("v")}
+    chance = random.Random(20)
+    newest = {tmp_path / name: 0 for name in "ab"}
+    for _ in range(2):
+        with contextlib.ExitStack() as stack:
+            victims = {folder: start_victim(folder, stack) for folder in newest}
+            last = {folder: kill(victims[folder], chance.uniform(0.02, 0.5)) for folder in newest}
+        for folder, started in last.items():
+            complete = steps.complete_steps(folder)
+            # The step before the one whose save had begun was awaited, so it must be there.
+            assert complete[-1] in (started, started - 1), (complete, started)
+            assert newest[folder] < complete[-1]
+            newest[folder] = complete[-1]
+            for step in complete:
+                state, meta = load_step(folder, step, abstract)
+                assert meta == {"step": step}
+                assert all((np.asarray(leaf) == step).all() for leaf in jax.tree.leaves(state))
+    for folder in newest:
+        CheckpointManager(folder, CheckpointConfig()).close()
+        assert steps.interrupted_saves(folder) == []
+
+
+def start_victim(folder, stack):
+    victim = subprocess.Popen(
+        [sys.executable, str(HERE / "killed.py"), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=worker_environment(),
+    )
+    stack.callback(victim.communicate)
+    stack.callback(victim.kill)
+    return victim
+
+
+def kill(victim, seconds):
+    """Kills a process some time after its first commit; returns the last step it began to save."""
+    begun = victim.stdout.readline() + victim.stdout.readline()
+    time.sleep(seconds)
+    victim.kill()
+    out, err = victim.communicate()
+    assert begun and victim.returncode == -signal.SIGKILL, err[-2000:]
+    return int((begun + out).split()[-1])
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    result = subprocess.run(
+        [sys.executable, str(HERE / "faults.py"), str(tmp_path_factory.mktemp("faults"))],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+        env=worker_environment(),
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def worker_environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+
+
+def test_full_disk(faults):
+    found = faults["disk"]
+    for moment, step in (("poll", 2), ("next save", 2), ("close", 4)):
+        assert f"saving step {step} to " in found[moment] and "File too large" in found[moment]
+    assert found["steps"] == [1] and found["left"] == ["1"]
+    assert found["afterwards"] == [1, 5]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "truncated",
+        "emptied",
+        "deleted",
+        "state",
+        "state/manifest.ocdbt",
+        "state/_METADATA",
+        "meta/data.json",
+        "manifest/data.json",
+    ],
+)
+def test_damage_names_the_step(faults, kind):
+    assert "cannot read step 2 in " in faults["damage"][kind]
+    assert len(faults["damage"][kind]) < 600

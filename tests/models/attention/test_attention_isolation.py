@@ -1,0 +1,161 @@
+"""What one part of a row must not do to another: documents, padding, rows that see nothing."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.attention import blockwise
+from models.attention.dispatch import attention
+from models.attention.mask import EMPTY_LSE, Mask
+
+B, N, K, H = 2, 4, 2, 16
+DOCUMENTS = (19, 13)
+PADDING = 8
+T = sum(DOCUMENTS) + PADDING
+POSITIONS_BT = np.tile(
+    np.concatenate([np.arange(n) for n in (*DOCUMENTS, PADDING)]), (B, 1)
+).astype(np.int32)
+SEGMENTS_BT = np.tile(np.repeat([1, 2, 0], (*DOCUMENTS, PADDING)), (B, 1)).astype(np.int32)
+
+pytestmark = pytest.mark.parametrize("backend", ["blockwise", "reference"])
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(blockwise, "BLOCK", 16)
+
+
+def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return tuple(rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K, K))
+
+
+# Compiled once per backend and shape for the whole file: compiling is what these tests cost.
+@partial(jax.jit, static_argnames="backend")
+def attend(backend, q, k, v, positions=POSITIONS_BT, segments=SEGMENTS_BT):
+    return attention(
+        q, k, v, Mask(window=9), q_positions_BT=positions, k_positions_BS=positions,
+        q_segments_BT=segments, k_segments_BS=segments, scale=H**-0.5, backend=backend,
+        rows_aligned=True,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames="backend")
+def pull(backend, q, k, v, dout, dlse):
+    """The gradients of q, k and v for given cotangents of out and lse."""
+    return jax.vjp(lambda *qkv: attend(backend, *qkv), q, k, v)[1]((dout, dlse))
+
+
+def cotangents(rows_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Random cotangents of out and lse in the chosen rows, 0 elsewhere."""
+    rng = np.random.default_rng(1)
+    dout, dlse = rng.normal(size=(B, T, N, H)), rng.normal(size=(B, T, N))
+    return (
+        (dout * rows_BT[:, :, None, None]).astype(np.float32),
+        (dlse * rows_BT[:, :, None]).astype(np.float32),
+    )
+
+
+def test_packed_equals_separate(backend):
+    q, k, v = inputs()
+    out, lse = attend(backend, q, k, v)
+    for start, length in zip((0, DOCUMENTS[0]), DOCUMENTS, strict=True):
+        rows = slice(start, start + length)
+        alone = [x[:, rows] for x in (q, k, v, POSITIONS_BT, SEGMENTS_BT)]
+        alone_out, alone_lse = attend(backend, *alone)
+        np.testing.assert_allclose(out[:, rows], alone_out, atol=1e-6)
+        np.testing.assert_allclose(lse[:, rows], alone_lse, atol=1e-6)
+
+
+def test_changing_one_document_leaves_the_other_bit_equal(backend):
+    q, k, v = inputs()
+    first = slice(0, DOCUMENTS[0])
+    second = slice(DOCUMENTS[0], sum(DOCUMENTS))
+    changed = [x.copy() for x in (q, k, v)]
+    for x in changed:
+        x[:, first] = 100 * x[:, first] + 3
+    given = cotangents(SEGMENTS_BT > 0)
+    before = [*attend(backend, q, k, v), *pull(backend, q, k, v, *given)]
+    after = [*attend(backend, *changed), *pull(backend, *changed, *given)]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old[:, second], new[:, second])
+        assert not np.array_equal(old[:, first], new[:, first])
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_poison_in_padding_reaches_nobody(backend, poison):
+    clean = [*inputs(), *cotangents(np.ones((B, T)))]
+    poisoned = [x.copy() for x in clean]
+    for x in poisoned:
+        x[:, SEGMENTS_BT[0] == 0] = poison
+    before = [*attend(backend, *clean[:3]), *pull(backend, *clean)]
+    after = [*attend(backend, *poisoned[:3]), *pull(backend, *poisoned)]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_padding_gives_zero_and_gets_no_gradient(backend):
+    q, k, v = inputs()
+    padding = SEGMENTS_BT[0] == 0
+    out, lse = attend(backend, q, k, v)
+    assert not np.any(out[:, padding])
+    assert np.all(lse[:, padding] == np.float32(EMPTY_LSE))
+    for grad in pull(backend, q, k, v, *cotangents(np.ones((B, T)))):
+        assert np.all(np.isfinite(grad))
+        assert not np.any(grad[:, padding])
+
+
+def test_queries_whose_document_is_elsewhere(backend):
+    """Real queries, but none of their keys here (one part of a sequence spread over devices)."""
+    q, k, v = inputs()
+
+    def call(q, k, v):
+        ids = jnp.asarray(POSITIONS_BT, jnp.int32)
+        ones = jnp.ones((B, T), jnp.int32)
+        return attention(
+            q, k, v, Mask(), q_positions_BT=ids, k_positions_BS=ids, q_segments_BT=ones,
+            k_segments_BS=2 * ones, scale=1.0, backend=backend,
+        )  # fmt: skip
+
+    @jax.jit
+    def both(q, k, v):
+        results, pullback = jax.vjp(call, q, k, v)
+        return results, pullback(jax.tree.map(jnp.ones_like, results))
+
+    (out, lse), grads = both(q, k, v)
+    assert not np.any(out)
+    assert np.all(lse == np.float32(EMPTY_LSE))
+    for grad in grads:
+        assert not np.any(grad)
+
+
+def test_parts_merge_through_lse(backend):
+    """Keys split in two and merged by (out, lse) are the whole, in values and gradients."""
+    q, k, v = inputs()
+    positions, segments = (jnp.asarray(x, jnp.int32) for x in (POSITIONS_BT, SEGMENTS_BT))
+
+    def part(q, k, v, keys):
+        return attention(
+            q, k[:, keys], v[:, keys], Mask(), q_positions_BT=positions, q_segments_BT=segments,
+            k_positions_BS=positions[:, keys], k_segments_BS=segments[:, keys], scale=0.3,
+            backend=backend,
+        )  # fmt: skip
+
+    def whole(q, k, v):
+        out, lse = part(q, k, v, slice(None))
+        return (out**2).sum() + jnp.cos(lse).sum()
+
+    def merged(q, k, v):
+        (out_a, lse_a), (out_b, lse_b) = (part(q, k, v, s) for s in (slice(23), slice(23, None)))
+        lse = jnp.logaddexp(lse_a, lse_b)
+        weight_a, weight_b = jnp.exp(lse_a - lse), jnp.exp(lse_b - lse)
+        out = out_a * weight_a[..., None] + out_b * weight_b[..., None]
+        real = (segments > 0)[..., None]
+        return (out**2 * real[..., None]).sum() + jnp.cos(jnp.where(real, lse, EMPTY_LSE)).sum()
+
+    want, got = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (whole, merged))
+    for a, b in zip(want, got, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)

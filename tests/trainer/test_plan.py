@@ -1,0 +1,188 @@
+"""`torus plan`: refusals before the compiler starts, its answers read right, and two real compiles."""
+
+import importlib.util
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs.quickstart import get_config
+from sharding.errors import UsageError
+from sharding.mesh import make_mesh
+from sharding.topology import parse_slice
+from trainer.commands import plan as command
+from trainer.plan import abstract_batch, bytes_per_device, parse_refusal
+from trainer.state import abstract_state, make_layout
+from trainer.step import make_train_step
+
+# ml_collections loads config files with a method that Python 3.11 warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+GIB = 2**30
+TINY = ["--config=quickstart", "--on=v5e-4", "--config.model.layers=1", "--config.model.width=128",
+        "--config.model.heads=1", "--config.model.kv_heads=1", "--config.data.seq_len=128",
+        "--config.model.mlp=256"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("message", "need", "have"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (1.16T) exceeds available HBM (95.74G).",
+            1.16 * 1024 * GIB, 95.74 * GIB,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+            "memory required for HLO temporaries (25.52G) exceeds available HBM (15.75G). HLO "
+            "module: jit_train_step.\nSee https://openxla.org/xla/errors/error_1000",
+            25.52 * GIB, 15.75 * GIB,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16000.5M of 15.75G "
+            "hbm. Exceeded hbm capacity by 1.2G.",
+            16000.5 * 2**20, 15.75 * GIB,
+        ),
+    ],
+)  # fmt: skip
+def test_refusals_of_the_compiler(message, need, have):
+    assert parse_refusal(message) == pytest.approx((need, have))
+
+
+def test_other_failures_are_not_refusals():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.0M of 16.0M vmem"
+    assert parse_refusal(message) is None
+    assert parse_refusal("INTERNAL: Mosaic failed to compile TPU kernel") is None
+
+
+def test_bytes_per_device():
+    mesh = make_mesh(get_config().mesh)
+    def place(*axes):
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    tree = {
+        "a": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=place("fsdp", None)),
+        "b": jax.ShapeDtypeStruct((3,), jnp.bfloat16, sharding=place()),
+    }
+    assert bytes_per_device(tree) == 16 // 8 * 4 * 4 + 3 * 2
+
+
+def test_the_step_is_traced_without_asking_for_devices(monkeypatch):
+    experiment = get_config()
+    mesh = make_mesh(experiment.mesh)
+    layout = make_layout(experiment, mesh)
+    state, batch = abstract_state(experiment, layout), abstract_batch(experiment, mesh)
+    # Optimizer moments are twice the parameters, on the same shards; the rest is scalars.
+    assert bytes_per_device(state.opt_state) == 2 * bytes_per_device(state.params) + 4
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("asked for devices")
+
+    for name in ("devices", "local_devices", "device_count", "device_put", "default_backend"):
+        monkeypatch.setattr(jax, name, refuse)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(make_train_step(experiment, layout), donate_argnums=0).trace(state, batch)
+    shardings = jax.tree.map(lambda a: a.sharding.spec, traced.out_info[0].params)
+    assert shardings == jax.tree.map(lambda a: a.sharding.spec, state.params)
+
+
+# ---------------------------------------------------------------- refused without the compiler
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--config=quickstart"], "--on=SLICE is missing"),
+        (["--config=quickstart", "--on=v5e-5"], "did you mean `v5e-4`"),
+        (["--config=quickstart", "--on=v5e-16"], "does not divide over data × fsdp = 1 × 16"),
+        (["--config=quickstart", "--on=v5e-4", "--config.mesh.tensor=3"], "needs a multiple of 3"),
+        (["--config=quickstart", "--of=v5e-4"], "unknown flag --of"),
+        (["--on=v5e-4"], "--config=FILE is missing"),
+    ],
+)
+def test_mistakes_start_no_compiler(arguments, match, monkeypatch):
+    monkeypatch.setattr(command, "_compile", lambda *_: pytest.fail("the compiler was started"))
+    with pytest.raises(UsageError, match=match):
+        command.main(arguments)
+
+
+def test_missing_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'torus-train\[aot\]'"):
+        command.main(["--config=quickstart", "--on=v5e-4"])
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _plan(**changes):
+    return {
+        "config": "quickstart", "slice": "v5e-4", "chips": 4, "devices": 4,
+        "mesh": {"data": 1, "fsdp": 4, "seq": 1, "tensor": 1}, "parameters": 3_214_336,
+        "tokens_per_step": 2048, "parameter_bytes": GIB, "optimizer_bytes": 2 * GIB,
+        "capacity": 16 * GIB, "needed": 12 * GIB, "argument_bytes": 3 * GIB,
+        "temporary_bytes": 9 * GIB, "host_bytes": 0, "trace_seconds": 1.0,
+        "compile_seconds": 70.0, "versions": {"jax": "0.10.2", "libtpu": "0.0.42"}, "fits": True,
+        **changes,
+    }  # fmt: skip
+
+
+def test_a_plan_that_fits(monkeypatch, capsys):
+    monkeypatch.setattr(command, "require_libtpu", lambda: None)
+    monkeypatch.setattr(command, "_compile", lambda *_: (0, _plan(), ""))
+    assert command.main(["--config=quickstart", "--on=v5e-4"]) == 0
+    text = capsys.readouterr().out
+    assert "quickstart on v5e-4 (4 chips, 2x2)" in text
+    assert re.search(r"mesh +fsdp 4; zero 3, remat none", text)
+    assert re.search(r"temporaries +9\.00\n +peak +12\.00\n +capacity +16\.00\nfits: 25%", text)
+    assert "on the host" not in text
+    assert text.endswith("compiled in 1m11s by jax 0.10.2, libtpu 0.0.42\n")
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much_and_what_to_try():
+    plan = _plan(needed=int(20.5 * GIB), fits=False, argument_bytes=None, temporary_bytes=None)
+    experiment = get_config()
+    experiment.mesh.zero = 1
+    text = command.format_plan(plan, experiment, parse_slice("v5e-4"))
+    assert "does not fit: needs 4.50 GiB more than the 16.00 GiB per chip" in text
+    for option in ("mesh.zero=3", "model.remat=full", "train.accumulation=2"):
+        assert f"  try --config.{option}" in text
+    experiment.mesh.zero, experiment.model.remat, experiment.train.batch_size = 3, "full", 4
+    assert "try a larger slice" in command.format_plan(plan, experiment, parse_slice("v5e-4"))
+
+
+def test_a_compiler_that_crashes(monkeypatch, capsys):
+    monkeypatch.setattr(command, "require_libtpu", lambda: None)
+    monkeypatch.setattr(command, "_compile", lambda *_: (-6, None, "Check failed\n"))
+    assert command.main(["--config=quickstart", "--on=v5e-4"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Check failed\ntorus: error: the compiler failed" in captured.err
+
+
+# ---------------------------------------------------------------- with libtpu
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+def test_a_real_compilation_for_a_slice_that_is_not_there(capsys):
+    assert command.main([*TINY, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["mesh"]["fsdp"] == 4 and plan["devices"] == 4
+    state = plan["parameter_bytes"] + plan["optimizer_bytes"]
+    # The compiler pads small arrays to tiles; it must not hold a second copy of the state.
+    assert state < plan["argument_bytes"] < 1.5 * state + 2**16
+    assert plan["argument_bytes"] < plan["needed"] < plan["capacity"]
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+def test_a_real_refusal(capsys):
+    assert command.main([*TINY, "--json", "--config.train.batch_size=4000000"]) == 1
+    plan = json.loads(capsys.readouterr().out)
+    assert not plan["fits"] and plan["capacity"] == int(15.75 * GIB)
+    assert plan["needed"] > plan["capacity"] and plan["temporary_bytes"] is None

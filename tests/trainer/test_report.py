@@ -1,0 +1,175 @@
+"""The report of whole, crashed, resumed, tiny and empty runs; and what is no run."""
+
+import json
+import math
+import re
+import time
+
+import pytest
+
+from sharding.errors import UsageError
+from trainer.commands import report as command
+from trainer.metrics import MetricsWriter, bits_per_byte
+from trainer.report import facts, load_run, render_html, write_report
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _make_run(folder, steps=100, first=1, resumed_from=None, **experiment):
+    folder.mkdir(exist_ok=True)
+    experiment = {"name": "pico", "train": {"steps": 200}} | experiment
+    (folder / "experiment.json").write_text(json.dumps(experiment))
+    with MetricsWriter(folder, tensorboard=False, resumed_from=resumed_from) as writer:
+        if resumed_from is None:
+            writer.event(
+                0, "start", parameters=1234567, mesh={"data": 1, "fsdp": 8}, devices=8,
+                device="NVIDIA H200", versions={"jax": "0.10.2"}, steps=200,
+            )  # fmt: skip
+        for step in range(first, steps + 1):
+            loss = 1 + 4 * math.exp(-step / 30)
+            writer.train(
+                step,
+                {
+                    "loss": loss, "bits_per_byte": bits_per_byte(loss), "grad_norm": 0.5,
+                    "learning_rate": 1e-3, "tokens_per_second": 1000.0, "mfu": 0.4,
+                    "step_ms": 20.0, "data_wait_ms": 0.1, "tokens_seen": step * 64,
+                    "memory_gib": 1.5,
+                },
+            )  # fmt: skip
+            if step % 50 == 0:
+                writer.eval(step, {"loss": loss, "bits_per_byte": bits_per_byte(loss)})
+    return folder
+
+
+def _facts(folder, now=None):
+    return dict(facts(load_run(folder), time.time() if now is None else now))
+
+
+def test_report_is_two_files_and_self_contained(tmp_path):
+    run = _make_run(tmp_path / "run")
+    page, picture = write_report(run)
+    assert (page, picture) == (run / "report.html", run / "report.png")
+    assert picture.read_bytes().startswith(PNG)
+    text = page.read_text()
+    assert not re.search(r"(src|href)=[\"'](?!data:)", text) and "http" not in text
+    assert "1,234,567" in text and "data:image/png;base64," in text
+    assert sorted(p.name for p in run.iterdir()) == [
+        "experiment.json", "metrics.jsonl", "report.html", "report.png",
+    ]  # fmt: skip
+
+
+def test_facts(tmp_path):
+    run = _make_run(tmp_path / "run")
+    for name in ("50", "100", "100.tmp"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+    with MetricsWriter(run, tensorboard=False) as writer:
+        writer.event(100, "baseline", gzip_bits_per_byte=3.0, xz_bits_per_byte=2.5)
+    known = _facts(run)
+    assert known["Name"] == "pico"
+    assert known["Status"] == "running, step 100 of 200"
+    assert known["Mesh"] == "data 1, fsdp 8"
+    assert known["Device"] == "8 x NVIDIA H200"
+    assert known["Tokens seen"] == "6,400"
+    assert known["Eval loss"].startswith("best 1.1427 at step 100")
+    assert known["gzip, xz bits per byte"] == "3.000, 2.500"
+    assert known["MFU"] == "median 40.0%"
+    assert known["Checkpoints"] == "50, 100"
+    assert "Updates skipped" not in known
+
+
+def test_status_of_a_stopped_and_of_a_finished_run(tmp_path):
+    run = _make_run(tmp_path / "run")
+    later = time.time() + 7200
+    assert _facts(run, later)["Status"] == "silent since step 100 of 200, 2h00m before this report"
+    with MetricsWriter(run, tensorboard=False) as writer:
+        writer.event(100, "stopped", by="SIGTERM")
+    assert _facts(run, later)["Status"] == "stopped at step 100 of 200 by SIGTERM"
+    _make_run(run, first=101, steps=200, resumed_from=100)
+    assert _facts(run, later)["Status"].startswith("silent since step 200")
+    with MetricsWriter(run, tensorboard=False) as writer:
+        writer.event(200, "finished")
+    assert _facts(run, later)["Status"] == "finished at step 200 of 200"
+
+
+def test_incidents_and_names_are_shown_and_escaped(tmp_path):
+    run = _make_run(tmp_path / "run", name="<b>pico</b>")
+    with MetricsWriter(run, tensorboard=False) as writer:
+        writer.event(60, "hang", reason="no <heartbeat>", host=3)
+        writer.event(60, "checkpoint", seconds=1.23456)
+        writer.train(101, {"loss": math.nan, "skipped_steps": 1})
+    text = render_html(load_run(run), b"", now=time.time())
+    assert "no &lt;heartbeat&gt;" in text and "<b>pico" not in text
+    assert text.count('class="alert"') == 1
+    assert "seconds 1.235" in text
+    assert _facts(run)["Updates skipped"] == "1"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"kind": "train", "step": 1, "time": 1.0, "loss": 5.0}\n',
+        '{"kind": "train", "step": 1, "time": 1.0, "loss": "NaN"}\n{"kind": "tr',
+        '{"kind": "event", "step": 0, "time": 1.0, "event": "start"}\n',
+        '{"kind": "eval", "step": 0, "time": 1.0, "loss": 0.0}\n',
+    ],
+    ids=["empty", "one record", "only NaN, torn", "only an event", "zero loss"],
+)
+def test_small_runs(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_text(content)
+    page, picture = write_report(tmp_path)
+    assert picture.read_bytes().startswith(PNG) and page.stat().st_size > 1000
+
+
+def test_run_that_crashed_before_its_first_record(tmp_path):
+    (tmp_path / "experiment.json").write_text('{"name": "early"}')
+    write_report(tmp_path)
+    assert _facts(tmp_path)["Status"] == "nothing recorded yet"
+
+
+def test_long_runs_stay_light(tmp_path):
+    line = '{{"kind": "train", "step": {0}, "time": {0}.0, "loss": 2.0, "mfu": 0.5}}\n'
+    (tmp_path / "metrics.jsonl").write_text("".join(map(line.format, range(1, 30_001))))
+    page, _ = write_report(tmp_path)
+    assert page.stat().st_size < 2e6
+
+
+@pytest.mark.parametrize("make", [None, "folder"])
+def test_what_is_no_run(tmp_path, make):
+    folder = tmp_path / "elsewhere"
+    if make:
+        folder.mkdir()
+    with pytest.raises(UsageError, match=rf"no run at {re.escape(str(folder))}: "):
+        write_report(folder)
+    assert folder.exists() == bool(make) and not list(tmp_path.rglob("report.*"))
+
+
+def test_broken_experiment_is_named(tmp_path):
+    (tmp_path / "experiment.json").write_text("{")
+    with pytest.raises(UsageError, match=r"experiment\.json is not JSON"):
+        write_report(tmp_path)
+
+
+def test_command_writes_where_told(tmp_path, capsys):
+    run = _make_run(tmp_path / "run")
+    assert command.main([str(run), f"--out={tmp_path / 'out'}"]) == 0
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "out" / name) for name in ("report.html", "report.png")
+    ]
+    assert not (run / "report.html").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file; name a folder"):
+        command.main([str(run), f"--out={tmp_path / 'file'}"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "torus report: the following arguments are required: RUN"),
+        (["runs/a", "--ouut=x"], "does not take `--ouut=x`; did you mean `--out`?"),
+        (["runs/a", "runs/b"], "does not take `runs/b`"),
+    ],
+)
+def test_command_refuses(argv, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        command.main(argv)

@@ -1,0 +1,63 @@
+"""`torus eval`: the held-out loss of a run's checkpoint, on whatever mesh is here."""
+
+import argparse
+
+HELP = "measure the loss of a trained model"
+USAGE = """\
+usage: torus eval RUN [--step N] [--data FOLDER] [--batches N] [--batch-size N]
+
+Evaluates a checkpoint of RUN (the newest complete one by default) on the held-out split of its
+dataset, or of another one, and prints nats per token and bits per byte beside what gzip -9 and
+xz -9 make of the same text.
+
+  torus eval runs/a
+  torus eval runs/a --step 500 --data data/other
+"""
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("torus eval", usage=USAGE, add_help=False)
+    parser.add_argument("run")
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--data", default="")
+    parser.add_argument("--batches", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Prints the evaluation; raises UsageError for a run or step that is not there."""
+    from checkpoint.steps import pick_step
+    from trainer.run import CHECKPOINTS, read_experiment
+
+    args = _arguments(argv)
+    experiment = read_experiment(args.run)
+    step = pick_step(f"{args.run}/{CHECKPOINTS}", args.step)
+    if args.data:
+        experiment.data.path = args.data
+
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from sharding.rules import BATCH, SEQ
+    from trainer.data.corpus import HELD_OUT
+    from trainer.data.dataset import open_dataset
+    from trainer.evaluate import baselines, evaluate
+    from trainer.restore import restore_params
+    from trainer.step import make_eval_step
+
+    dataset = open_dataset(experiment.data, HELD_OUT)
+    dataset.check_vocab(experiment.model.vocab)
+    params, mesh = restore_params(args.run, experiment, step)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch_size = args.batch_size or -(-experiment.train.batch_size // shards) * shards
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, PartitionSpec(BATCH, SEQ))
+        eval_step = jax.jit(make_eval_step(experiment))
+        result = evaluate(eval_step, params, dataset, batch_size, rows, args.batches)
+    print(f"{args.run} step {step}: {result['tokens']:,} held-out tokens")
+    print(f"  loss           {result['loss']:.4f} nats per token")
+    print(f"  bits per byte  {result['bits_per_byte']:.4f}")
+    for name, bits in (baselines(dataset) or {}).items():
+        print(f"  {name.removesuffix('_bits_per_byte') + ' -9':13}  {bits:.4f}")
+    return 0

@@ -1,0 +1,169 @@
+"""What a config needs on a TPU slice that is not there: the compiler's own memory per chip.
+
+`make_plan` builds the mesh on the slice's described devices and compiles the very step that
+`trainer/loop.py` runs, ahead of time, with libtpu on CPU. Nothing is estimated: a program that does
+not fit is refused by the compiler within seconds, with the bytes it needs. Run as a module it
+reads {"experiment", "slice"} as JSON and writes the plan, or {"refused"}: `torus plan` does so, to
+have an environment of its own and to survive a compiler that crashes.
+"""
+
+import importlib.metadata
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from models import spec
+from models.decoder import param_specs
+from models.spec import Tree
+from sharding.errors import UsageError
+from sharding.mesh import make_mesh
+from sharding.rules import BATCH, SEQ
+from sharding.topology import FAMILIES, Slice, parse_slice, slice_devices
+from trainer.config import Experiment, check_sizes, from_dict, validate
+from trainer.state import abstract_state, make_layout
+from trainer.step import make_train_step
+
+# The two ways in which libtpu refuses: early, by a lower bound, and late, after its allocation.
+_REFUSALS = (
+    r"required for HLO temporaries \((?P<need>[\d.]+[KMGT]?)\) exceeds available HBM "
+    r"\((?P<have>[\d.]+[KMGT]?)\)",
+    r"Used (?P<need>[\d.]+[KMGT]?) of (?P<have>[\d.]+[KMGT]?) hbm",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One config on one slice. Memory is in bytes per device; a part that is not known is None."""
+
+    config: str
+    slice: str
+    chips: int
+    devices: int
+    mesh: dict[str, int]
+    parameters: int  # of the model, without padding
+    tokens_per_step: int
+    parameter_bytes: int
+    optimizer_bytes: int
+    capacity: int  # what the compiler lets a program use
+    needed: int  # the peak of a program that fits, the compiler's demand of one that does not
+    argument_bytes: int | None  # parameters, optimizer state and batch, as laid out
+    temporary_bytes: int | None  # at the peak: activations, gradients, gathered weights, logits
+    host_bytes: int | None  # offloaded to the host's memory
+    trace_seconds: float
+    compile_seconds: float
+    versions: dict[str, str]
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.capacity
+
+    def to_json(self) -> dict:
+        """Returns the plan as a JSON object, "fits" included."""
+        return {**asdict(self), "fits": self.fits}
+
+
+def make_plan(experiment: Experiment, target: Slice) -> Plan:
+    """Compiles the train step of `experiment` for `target`; takes a minute or two when it fits.
+
+    Call it in a process that was started with `sharding.topology.compiler_environment()`.
+
+    Raises:
+      UsageError: a config that does not suit the slice, an unknown slice, no libtpu.
+      jax.errors.JaxRuntimeError: the compiler failed for another reason than memory.
+    """
+    validate(experiment)
+    mesh = make_mesh(experiment.mesh, slice_devices(target))
+    check_sizes(experiment, dict(mesh.shape))
+    layout = make_layout(experiment, mesh)
+    state = abstract_state(experiment, layout)
+    batch = abstract_batch(experiment, mesh)
+
+    start = time.perf_counter()
+    # A concrete mesh would send every eager operation of the trace to devices that are not there.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        step = jax.jit(make_train_step(experiment, layout), donate_argnums=0)
+        lowered = step.lower(state, batch)
+    traced = time.perf_counter()
+    try:
+        memory = lowered.compile().memory_analysis()
+        needed, capacity = memory.peak_memory_in_bytes, FAMILIES[target.chip].compiler_bytes
+        arguments, host = memory.argument_size_in_bytes, memory.host_temp_size_in_bytes
+        temporaries = needed - arguments
+    except jax.errors.JaxRuntimeError as error:
+        if (refusal := parse_refusal(str(error))) is None:
+            raise
+        needed, capacity = refusal
+        arguments = temporaries = host = None
+    return Plan(
+        config=experiment.name,
+        slice=target.name,
+        chips=target.chips,
+        devices=mesh.size,
+        mesh=dict(mesh.shape),
+        parameters=spec.count(param_specs(experiment.model)),
+        tokens_per_step=experiment.train.batch_size * experiment.data.seq_len,
+        parameter_bytes=bytes_per_device(state.params),
+        optimizer_bytes=bytes_per_device(state.opt_state),
+        capacity=int(capacity),
+        needed=int(needed),
+        argument_bytes=arguments,
+        temporary_bytes=temporaries,
+        host_bytes=host,
+        trace_seconds=round(traced - start, 2),
+        compile_seconds=round(time.perf_counter() - traced, 2),
+        versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+    )
+
+
+def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns one batch as ShapeDtypeStructs, rows and columns sharded as the loader does it."""
+    shape = (experiment.train.batch_size, experiment.data.seq_len)
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH, SEQ))
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        for name in ("tokens", "targets", "positions", "segment_ids")
+    }
+
+
+def bytes_per_device(tree: Tree) -> int:
+    """Returns the bytes that each device holds of a tree of sharded arrays or ShapeDtypeStructs."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def parse_refusal(message: str) -> tuple[float, float] | None:
+    """Returns (bytes needed, bytes available) of a refusal for memory, or None for another error."""
+    for pattern in _REFUSALS:
+        if match := re.search(pattern, message):
+            return _bytes(match["need"]), _bytes(match["have"])
+    return None
+
+
+def _bytes(text: str) -> float:
+    """Reads the compiler's sizes: "15.75G", "512.0M", "640"."""
+    exponent = "KMGT".find(text[-1]) + 1
+    return float(text.rstrip("KMGT")) * 2.0 ** (10 * exponent)
+
+
+def main() -> None:
+    """Reads a request from stdin, writes one JSON object to stdout."""
+    request = json.load(sys.stdin)
+    try:
+        experiment = from_dict(request["experiment"])
+        answer = make_plan(experiment, parse_slice(request["slice"])).to_json()
+    except UsageError as error:
+        answer = {"refused": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
