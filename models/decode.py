@@ -90,22 +90,24 @@ def extend(
 
     Args:
       params: as for `forward`, or what `resident` returns.
-      tokens_BT: int32, sharded over batch.
+      tokens_BT: int32.
       real_BT: 1 for a token, 0 for a hole.
       cache: with at least T free slots, which is not checked.
     """
-    real_BT = real_BT.astype(jnp.int32)
+    real_BT = reshard(real_BT.astype(jnp.int32), P(BATCH, None))
     before_B1 = jnp.sum(cache["segments_BS"], axis=1, keepdims=True)
     positions_BT = jnp.maximum(before_B1 + jnp.cumsum(real_BT, axis=1) - 1, 0)
 
     def write(rows_BS: jax.Array, new_BT: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(rows_BS, new_BT, cache["offset"], axis=1)
+        whole_BT = reshard(new_BT, P(BATCH, None))
+        return jax.lax.dynamic_update_slice_in_dim(rows_BS, whole_BT, cache["offset"], axis=1)
 
     cache = cache | {
         "positions_BS": write(cache["positions_BS"], positions_BT),
         "segments_BS": write(cache["segments_BS"], real_BT),
     }
-    x_BTD, cache = forward(params, tokens_BT, positions_BT, real_BT, config, cache)
+    columns = (reshard(a_BT, COLUMNS) for a_BT in (tokens_BT, positions_BT, real_BT))
+    x_BTD, cache = forward(params, *columns, config, cache)
     return x_BTD, cache | {"offset": cache["offset"] + tokens_BT.shape[1]}
 
 
@@ -183,7 +185,6 @@ def make_generate(config: ModelConfig, max_tokens: int, sampling: Sampling) -> G
                 f"sequence, {config.max_length}"
             )
         params = resident(params, config)
-        tokens_BT, real_BT = reshard(tokens_BT, COLUMNS), reshard(real_BT, COLUMNS)
         seeds_B = reshard(seeds_B, ROWS)
         cache = init_cache(config, batch, length + max_tokens - 1)
 
@@ -206,7 +207,7 @@ def make_generate(config: ModelConfig, max_tokens: int, sampling: Sampling) -> G
 
         def body(carry):
             step, token_B, alive_B, tokens_BM, lengths_B, cache = carry
-            token_B1 = reshard(token_B[:, None], COLUMNS)
+            token_B1 = token_B[:, None]
             x_BTD, cache = extend(params, token_B1, jnp.ones_like(token_B1), cache, config)
             token_B, alive_B = choose(x_BTD, step, alive_B)
             written = record(tokens_BM, lengths_B, token_B, alive_B, step)

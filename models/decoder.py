@@ -9,6 +9,7 @@ Letters as in models/layers.py, and L layers, V vocabulary.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -157,11 +158,8 @@ def _layer(
     tables = context.tables[kind] if context.tables is not None else None
     q_BTNH, k_BSKH, v_BSKH = layers.project_qkv(h_BTD, params["attention"], tables, config)
     if cache is not None:
-        corner = (layer, 0, context.cache["offset"], 0, 0)
-        cache = jax.tree.map(
-            lambda all_LBSKH, new: jax.lax.dynamic_update_slice(all_LBSKH, new[None], corner),
-            cache, {"k": k_BSKH, "v": v_BSKH},
-        )
+        cache = {n: _write(cache[n], new_BTKH, layer, context.cache["offset"])
+                 for n, new_BTKH in (("k", k_BSKH), ("v", v_BSKH))}
         k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[n], layer, 0, False) for n in "kv")
     out_BTNH = _attend(q_BTNH, k_BSKH, v_BSKH, context, kind, config)
     y_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, params["attention"]["wo"], out_sharding=X_BTD)
@@ -176,6 +174,12 @@ def _layer(
     if after:
         y_BTD = layers.norm(y_BTD, params["mlp_post_norm"], config)
     return x_BTD + y_BTD, cache
+
+
+def _write(cache_LBSKH: jax.Array, new_BTKH: jax.Array, layer: jax.Array, offset: jax.Array):
+    """Returns the cache with the T slots from `offset` on of one layer replaced."""
+    placed_BTKH = reshard(new_BTKH, P(*jax.typeof(cache_LBSKH).sharding.spec[1:]))
+    return jax.lax.dynamic_update_slice(cache_LBSKH, placed_BTKH[None], (layer, 0, offset, 0, 0))
 
 
 def _with_remat(layer, config: ModelConfig):
@@ -199,9 +203,11 @@ def _with_remat(layer, config: ModelConfig):
 
 
 def _stack(x_BTD, params: Tree, context: Context, cache: Tree | None, config: ModelConfig):
-    """Runs all layers: whole periods of the pattern in one scan, what is left over unrolled.
+    """Runs all layers: whole periods of the pattern in one scan, then what is left over.
 
-    The cache is carried whole and written in place; scanned layer by layer it would be copied.
+    Neighbours of one kind are a scan of their own, so that a program holds each kind once or twice
+    however long the pattern is. The cache is carried whole and written in place; scanned layer by
+    layer it would be copied.
     """
     kinds, period = config.kinds, len(config.pattern)
     if not config.scan_layers:
@@ -209,27 +215,50 @@ def _stack(x_BTD, params: Tree, context: Context, cache: Tree | None, config: Mo
     whole = config.layers // period
     cut = whole * period
 
-    def body(carry, scanned):
-        layer_params, first = scanned
-        for i in range(period):
-            step = _with_remat(functools.partial(_layer, kind=kinds[i], config=config), config)
-            layer = None if cache is None else first + i
-            carry = step(carry[0], _at(layer_params, i), context, carry[1], layer)
+    def layers_of(kind: str, carry, params: Tree, first):
+        step = _with_remat(functools.partial(_layer, kind=kind, config=config), config)
+        count = jax.tree.leaves(params)[0].shape[0]
+
+        def body(carry, scanned):
+            return step(carry[0], scanned[0], context, carry[1], scanned[1]), None
+
+        if count == 1 or not config.scan_layers:
+            for i in range(count):
+                carry, _ = body(carry, (_at(params, i), None if cache is None else first + i))
+            return carry
+        index_L = None if cache is None else first + jnp.arange(count)
+        return jax.lax.scan(body, carry, (params, index_L))[0]
+
+    def stretch(carry, scanned, kinds):
+        params, first = scanned
+        start = 0
+        for kind, run in itertools.groupby(kinds):
+            stop = start + len(list(run))
+            part = jax.tree.map(lambda w, a=start, b=stop: _slice(w, a, b), params)
+            carry = layers_of(kind, carry, part, None if cache is None else first + start)
+            start = stop
         return carry, None
 
-    periods = jax.tree.map(
-        lambda w: _slice(w, 0, cut).reshape(whole, period, *w.shape[1:]), params
-    )
     carry = (x_BTD, cache)
     if whole == 1:
-        carry, _ = body(carry, (_at(periods, 0), 0))
+        whole_params = jax.tree.map(lambda w: _slice(w, 0, cut), params)
+        carry, _ = stretch(carry, (whole_params, 0), kinds[:cut])
     else:
+        periods = jax.tree.map(lambda w: _periods(_slice(w, 0, cut), period), params)
         first_P = None if cache is None else jnp.arange(0, cut, period)
-        carry, _ = jax.lax.scan(body, carry, (periods, first_P))
-    for i in range(cut, config.layers):
-        step = _with_remat(functools.partial(_layer, kind=kinds[i], config=config), config)
-        carry = step(carry[0], _at(params, i), context, carry[1], i)
+        carry, _ = jax.lax.scan(
+            functools.partial(stretch, kinds=kinds[:period]), carry, (periods, first_P)
+        )
+    if cut < config.layers:
+        rest = jax.tree.map(lambda w: w[cut:], params)
+        carry, _ = stretch(carry, (rest, cut), kinds[cut:])
     return carry
+
+
+def _periods(w: jax.Array, period: int) -> jax.Array:
+    """Splits the leading axis; the sharding is given because reshape forgets it on sizes of 1."""
+    spec = P(None, *jax.typeof(w).sharding.spec)
+    return w.reshape(-1, period, *w.shape[1:], out_sharding=spec)
 
 
 def _at(tree: Tree, i: int) -> Tree:

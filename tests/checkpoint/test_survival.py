@@ -63,7 +63,10 @@ def test_killed_at_any_moment(tmp_path):
     for _ in range(2):
         with contextlib.ExitStack() as stack:
             victims = {folder: start_victim(folder, stack) for folder in newest}
-            last = {folder: kill(victims[folder], chance.uniform(0.02, 0.5)) for folder in newest}
+            last = {
+                folder: kill(victim, folder, chance.uniform(0.02, 0.5))
+                for folder, victim in victims.items()
+            }
         for folder, started in last.items():
             complete = steps.complete_steps(folder)
             # The step before the one whose save had begun was awaited, so it must be there.
@@ -80,27 +83,28 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def start_victim(folder, stack):
+    errors = stack.enter_context(Path(f"{folder}.err").open("w"))
     victim = subprocess.Popen(
         [sys.executable, str(HERE / "killed.py"), str(folder)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=errors,
         text=True,
         cwd=ROOT,
         env=worker_environment(),
     )
-    stack.callback(victim.communicate)
+    stack.enter_context(victim)
     stack.callback(victim.kill)
     return victim
 
 
-def kill(victim, seconds):
+def kill(victim, folder, seconds):
     """Kills a process some time after its first commit; returns the last step it began to save."""
     begun = victim.stdout.readline() + victim.stdout.readline()
     time.sleep(seconds)
     victim.kill()
-    out, err = victim.communicate()
-    assert begun and victim.returncode == -signal.SIGKILL, err[-2000:]
-    return int((begun + out).split()[-1])
+    begun += victim.stdout.read()
+    assert victim.wait() == -signal.SIGKILL, Path(f"{folder}.err").read_text()[-2000:]
+    return int(begun.split()[-1])
 
 
 @pytest.fixture(scope="module")

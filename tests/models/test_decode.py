@@ -1,7 +1,7 @@
 """KV-cached decoding against the full forward pass, on one device and on meshes; sampling rules."""
 
-import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 
 from models import spec
 from models.config import ModelConfig
@@ -23,7 +24,7 @@ from models.decode import (
     sample,
 )
 from models.decoder import forward, logits, param_specs
-from sharding.config import MeshConfig
+from sharding.config import AXES, MeshConfig
 from sharding.errors import UsageError
 from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
@@ -36,19 +37,17 @@ CONFIG = ModelConfig(
     pattern=("local", "global"), window=5, dtype="float32", remat="full",
 )  # fmt: skip
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [58], [9, 7, 9, 3, 2]]
-ONE, TENSOR, MANY = MeshConfig(), MeshConfig(tensor=2), MeshConfig(fsdp=2, data=2, tensor=2)
+ONE, TENSOR = MeshConfig(fsdp=1), MeshConfig(fsdp=1, tensor=2)
+MANY = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
 def mesh_of(config: MeshConfig):
-    sizes = dataclasses.replace(config, fsdp=abs(config.fsdp))
-    return make_mesh(config, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor * sizes.seq])
+    return make_mesh(config, jax.devices()[: math.prod(getattr(config, axis) for axis in AXES)])
 
 
 @functools.cache
-def start_values(key: str = "") -> spec.Tree:
-    return jax.tree.map(
-        lambda w: np.asarray(w) + (0.1 if w.ndim == 1 else 0.0), spec.init(param_specs(CONFIG), jax.random.key(7))
-    )
+def start_values() -> spec.Tree:
+    return jax.tree.map(np.asarray, spec.init(param_specs(CONFIG), jax.random.key(7)))
 
 
 def place(params: spec.Tree, config: ModelConfig, mesh) -> spec.Tree:
@@ -81,7 +80,7 @@ def test_cached_logits_equal_the_full_forward(axes):
             params = resident(params, CONFIG)
             cache = init_cache(CONFIG, 4, 3 + T)
             first_BT = jnp.concatenate([jnp.zeros_like(tokens_BT[:, :3]), tokens_BT[:, :9]], 1)
-            real_BT = jnp.broadcast_to((jnp.arange(12) >= 3).astype(jnp.int32), (4, 12), out_sharding=P(BATCH, None))
+            real_BT = jnp.zeros_like(first_BT) + (jnp.arange(12) >= 3)
             x_BTD, cache = extend(params, first_BT, real_BT, cache, CONFIG)
             out_BTV = logits(params, x_BTD[:, 3:], CONFIG)
 
@@ -93,7 +92,132 @@ def test_cached_logits_equal_the_full_forward(axes):
             _, rest_TBV = jax.lax.scan(one, cache, tokens_BT[:, 9:].T)
             return out_BTV, rest_TBV
 
-        placed = jax.device_put(tokens_BT, NamedSharding(mesh, P(BATCH, SEQ)))
-        out_BTV, rest_TBV = run(cached, params, placed)
+        out_BTV, rest_TBV = run(cached, params, tokens_BT)
     np.testing.assert_allclose(out_BTV, full_BTV[:, :9], atol=TOLERANCE)
     np.testing.assert_allclose(np.swapaxes(rest_TBV, 0, 1), full_BTV[:, 9:], atol=TOLERANCE)
+
+
+def generate(prompts, max_tokens, sampling, axes=ONE, seeds=None):
+    """Returns the list of continuations of `prompts`."""
+    mesh = mesh_of(axes)
+    tokens_BT, real_BT = pad_prompts(prompts, axes.data * axes.fsdp)
+    seeds = np.resize(range(len(tokens_BT)) if seeds is None else seeds, len(tokens_BT))
+    with jax.set_mesh(mesh):
+        params = place(start_values(), CONFIG, mesh)
+        tokens_BM, lengths_B = run(
+            make_generate(CONFIG, max_tokens, sampling), params, tokens_BT, real_BT,
+            seeds.astype(np.uint32),
+        )  # fmt: skip
+    rows = zip(np.asarray(tokens_BM), np.asarray(lengths_B), strict=True)
+    return [row[:length].tolist() for row, length in rows][: len(prompts)]
+
+
+@functools.cache
+def greedy_by_full_forward(prompt: tuple[int, ...], count: int) -> list[int]:
+    """The definition: run everything again for each new token, one prompt at a time."""
+    mesh = mesh_of(ONE)
+    row = np.zeros((1, len(prompt) + count), np.int32)  # causal: what comes later does not matter
+    row[0, : len(prompt)] = prompt
+    with jax.set_mesh(mesh):
+        params = place(start_values(), CONFIG, mesh)
+        for i in range(len(prompt), row.shape[1]):
+            row[0, i] = np.argmax(full_logits(params, row, CONFIG)[0, i - 1])
+    return row[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("axes", [ONE, MANY], ids=["one", "many"])
+def test_greedy_text_equals_the_full_forward(axes):
+    expected = [greedy_by_full_forward(tuple(prompt), 10) for prompt in PROMPTS]
+    assert generate(PROMPTS, 10, Sampling(temperature=0.0), axes) == expected
+    assert len({tuple(row) for row in expected}) == len(PROMPTS)
+
+
+def test_row_stops_at_its_stop_token():
+    full = [greedy_by_full_forward(tuple(prompt), 10) for prompt in PROMPTS]
+    stop = full[0][4]
+    cut = [row[: row.index(stop)] if stop in row else row for row in full]
+    assert generate(PROMPTS, 10, Sampling(temperature=0.0, stop=(stop, 60))) == [
+        row[: row.index(60)] if 60 in row else row for row in cut
+    ]
+
+
+def test_text_depends_on_the_own_seed_and_prompt_only():
+    sampling = Sampling(temperature=1.5, top_k=20, top_p=0.9)
+    together = generate(PROMPTS, 8, sampling, MANY, seeds=[5, 6, 7, 8])
+    assert together == generate(PROMPTS, 8, sampling, MANY, seeds=[5, 6, 7, 8])
+    assert generate([PROMPTS[2]], 8, sampling, seeds=[7]) == together[2:3]
+    assert generate([PROMPTS[2]], 8, sampling, seeds=[9]) != together[2:3]
+
+
+def allowed(logits_V, **rules) -> set[int]:
+    row = filtered(jnp.asarray([logits_V], jnp.float32), Sampling(**rules))[0]
+    return set(np.flatnonzero(np.isfinite(row)).tolist())
+
+
+def test_top_k_and_top_p_keep_the_right_tokens():
+    p = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
+    assert allowed(np.log(p)) == {0, 1, 2, 3, 4}
+    assert allowed(np.log(p), top_k=2) == {1, 3}
+    assert allowed(np.log(p), top_k=9) == {0, 1, 2, 3, 4}
+    assert allowed(np.log(p), top_p=0.39) == {1}
+    assert allowed(np.log(p), top_p=0.41) == {1, 3}
+    assert allowed(np.log(p), top_p=0.84) == {1, 2, 3}
+    assert allowed(np.log(p), top_p=0.86) == {1, 2, 3, 4}
+    assert allowed(np.log(p), top_p=1e-6) == {1}
+    # After top-k the rest counts as everything: 0.4 and 0.3 become 4/7 and 3/7.
+    assert allowed(np.log(p), top_k=2, top_p=0.56) == {1}
+    assert allowed(np.log(p), top_k=2, top_p=0.58) == {1, 3}
+    # A hot temperature flattens before top-p cuts.
+    assert allowed(np.log(p), top_p=0.41, temperature=4.0) == {1, 2, 3}
+    np.testing.assert_allclose(
+        filtered(jnp.log(jnp.asarray([p])), Sampling(temperature=0.5)), 2 * np.log([p]), rtol=1e-6
+    )
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    p = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
+    count = 20_000
+    with jax.set_mesh(mesh_of(MeshConfig(data=2, fsdp=4))):
+        logits_BV = np.log(np.tile(p, (count, 1))).astype(np.float32)
+        drawn = np.asarray(
+            run(lambda a, s: sample(reshard(a, P(BATCH, None)), reshard(s, P(BATCH)), jnp.int32(3),
+                                    Sampling(top_k=4)), logits_BV, np.arange(count, dtype=np.uint32))
+        )  # fmt: skip
+    expected = np.where(p > 0.05, p, 0) / 0.95
+    # Five standard deviations of a binomial proportion.
+    np.testing.assert_allclose(np.bincount(drawn, minlength=5) / count, expected, atol=0.018)
+
+
+def test_pad_prompts_fills_rows_on_the_left():
+    tokens_BT, real_BT = pad_prompts([[7, 8, 9], [5]], 4)
+    assert tokens_BT.tolist() == [[7, 8, 9], [0, 0, 5], [0, 0, 5], [0, 0, 5]]
+    assert real_BT.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (Sampling(temperature=-1.0), r"temperature = -1.0: at least 0"),
+        (Sampling(temperature=float("nan")), r"temperature = nan"),
+        (Sampling(top_k=-2), r"top-k = -2: at least 0"),
+        (Sampling(top_p=0.0), r"top-p = 0.0: above 0 and at most 1"),
+        (Sampling(top_p=1.1), r"top-p = 1.1"),
+    ],
+)
+def test_bad_sampling_is_refused(sampling, message):
+    with pytest.raises(UsageError, match=message):
+        make_generate(CONFIG, 1, sampling)
+
+
+def test_bad_calls_are_refused():
+    with pytest.raises(UsageError, match="max-tokens = 0: at least 1"):
+        make_generate(CONFIG, 0, Sampling())
+    with pytest.raises(UsageError, match="a prompt of 8 tokens and 57 new ones exceed .* 64"):
+        generate(PROMPTS, 57, Sampling())
+    with pytest.raises(UsageError, match="a prompt has no tokens"):
+        pad_prompts([[1], []])
+    with (
+        jax.set_mesh(mesh_of(MeshConfig(fsdp=1, seq=2))),
+        pytest.raises(UsageError, match="decoding needs a mesh with seq = 1, this one has 2"),
+    ):
+        init_cache(CONFIG, 4, 8)

@@ -25,7 +25,7 @@ needs_libtpu = pytest.mark.skipif(
 )
 GIB = 2**30
 TINY = ["--config=quickstart", "--on=v5e-4", "--config.model.layers=1", "--config.model.width=128",
-        "--config.model.heads=1", "--config.model.kv_heads=1", "--config.data.seq_len=128",
+        "--config.model.heads=2", "--config.model.kv_heads=2", "--config.data.seq_len=128",
         "--config.model.mlp=256"]  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_the_step_is_traced_without_asking_for_devices(monkeypatch):
         (["--config=quickstart"], "--on=SLICE is missing"),
         (["--config=quickstart", "--on=v5e-5"], "did you mean `v5e-4`"),
         (["--config=quickstart", "--on=v5e-16"], "does not divide over data × fsdp = 1 × 16"),
-        (["--config=quickstart", "--on=v5e-4", "--config.mesh.tensor=3"], "needs a multiple of 3"),
+        (["--config=quickstart", "--on=v5e-4", "--config.mesh.tensor=3"], "divide over mesh axis tensor = 3"),
         (["--config=quickstart", "--of=v5e-4"], "unknown flag --of"),
         (["--on=v5e-4"], "--config=FILE is missing"),
     ],

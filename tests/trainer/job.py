@@ -1,0 +1,61 @@
+"""Runs in real processes: trains the tiny config, then tells what it restored and what it lost.
+
+Arguments: run folder, mesh as JSON, overrides as JSON {"train.stop_at": 10, ...}. Process 0 prints
+one JSON object: the digest of the stored state before training, of the one after it, and losses.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from checkpoint.manager import load_step
+from checkpoint.steps import complete_steps
+from sharding.config import MeshConfig
+from sharding.mesh import make_mesh, start_runtime
+from tests.tiny import get_config
+from trainer.loop import train
+from trainer.metrics import read_metrics
+from trainer.run import CHECKPOINTS
+from trainer.state import abstract_state, make_layout, to_stored
+
+
+def digest(experiment, folder: Path) -> str:
+    """sha256 over the newest stored state, restored onto this job's mesh."""
+    steps = complete_steps(folder)
+    if not steps:
+        return ""
+    mesh = make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        abstract = to_stored(abstract_state(experiment, make_layout(experiment, mesh)))
+        state, _ = load_step(folder, steps[-1], abstract)
+        total = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+            whole = multihost_utils.process_allgather(leaf, tiled=True)
+            total.update(jax.tree_util.keystr(path).encode())
+            total.update(np.ascontiguousarray(whole).tobytes())
+    return total.hexdigest()
+
+
+def main(workdir: str, mesh: str, overrides: str) -> None:
+    start_runtime()
+    experiment = get_config()
+    experiment.mesh = MeshConfig(**json.loads(mesh))
+    for path, value in json.loads(overrides).items():
+        owner, leaf = path.split(".")
+        setattr(getattr(experiment, owner), leaf, value)
+    folder = Path(workdir) / CHECKPOINTS
+    before = digest(experiment, folder)
+    train(experiment, workdir)
+    after = digest(experiment, folder)
+    if jax.process_index() == 0:
+        losses = {r["step"]: r["loss"] for r in read_metrics(workdir, "train")}
+        print("RESULT " + json.dumps({"before": before, "after": after, "losses": losses}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,112 @@
+"""Killed, moved to other meshes and process counts, a run goes on as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.processes import ROOT, run_processes
+from tests.trainer.test_step import TOLERANCE
+from trainer.metrics import read_metrics
+
+JOB = ROOT / "tests/trainer/job.py"
+pytestmark = pytest.mark.multiprocess
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_cache(tmp_path_factory):
+    """One compilation cache for this module's processes; the dataset is written once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORUS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def job(workdir: Path, mesh: dict, devices: int, processes: int = 1, **overrides) -> dict:
+    arguments = [workdir, json.dumps(mesh), json.dumps(overrides)]
+    results = run_processes(JOB, processes, devices // processes, arguments, timeout=240)
+    line = next(x for x in results[0].stdout.splitlines() if x.startswith("RESULT "))
+    found = json.loads(line.removeprefix("RESULT "))
+    found["losses"] = {int(k): v for k, v in found["losses"].items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, dict, dict]:
+    """A run on data 2 × fsdp 4 at step 10, that run's result, and the undisturbed rest of it."""
+    folder = tmp_path_factory.mktemp("runs")
+    half = job(folder / "half", {"data": 2, "fsdp": 4}, 8, **{"train.stop_at": 10})
+    shutil.copytree(folder / "half", folder / "whole")
+    whole = job(folder / "whole", {"data": 2, "fsdp": 4}, 8, **{"train.stop_at": 15})
+    return folder / "half", half, whole
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "processes"),
+    [({"fsdp": 8}, 8, 1), ({"data": 4, "fsdp": 2}, 8, 1), ({"fsdp": 1}, 1, 1),
+     ({"data": 2, "fsdp": 4}, 8, 2)],
+    ids=["fsdp 8", "data 4 fsdp 2", "1 device", "2 processes"],
+)  # fmt: skip
+def test_a_checkpoint_moves_to_any_mesh(trained, tmp_path, mesh, devices, processes):
+    half_folder, half, whole = trained
+    shutil.copytree(half_folder, tmp_path / "run")
+    moved = job(tmp_path / "run", mesh, devices, processes, **{"train.stop_at": 15})
+    assert moved["before"] == half["after"]  # bit-equal state
+    for step in range(11, 16):
+        np.testing.assert_allclose(moved["losses"][step], whole["losses"][step], rtol=TOLERANCE)
+
+
+def command(workdir: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "trainer.commands.main", "train",
+        f"--config={ROOT / 'tests/tiny.py'}", f"--workdir={workdir}",
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def final_digest(workdir: Path) -> str:
+    return job(workdir, {"fsdp": 1}, 1)["before"]
+
+
+def last_step(workdir: Path) -> int:
+    return max((r["step"] for r in read_metrics(workdir, "train")), default=0)
+
+
+def test_killed_runs_end_on_the_same_bits(tmp_path):
+    subprocess.run(command(tmp_path / "calm"), env=environment(), check=True, cwd=ROOT)
+    rng = np.random.default_rng(os.getpid())
+    disturbed = tmp_path / "disturbed"
+    for target in sorted(rng.choice(np.arange(1, 19), 3, replace=False)):
+        process = subprocess.Popen(command(disturbed), env=environment(), cwd=ROOT)
+        while last_step(disturbed) < target and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(disturbed), env=environment(), check=True, cwd=ROOT)
+    assert last_step(disturbed) == 20
+    assert final_digest(disturbed) == final_digest(tmp_path / "calm")
+
+
+def test_ctrl_c_saves_and_exits_130(tmp_path):
+    process = subprocess.Popen(
+        [*command(tmp_path / "run"), "--config.train.steps=5000", "--config.checkpoint.every=0"],
+        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )
+    while last_step(tmp_path / "run") < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    stopped = read_metrics(tmp_path / "run", "event")[-1]
+    assert (stopped["event"], stopped["by"]) == ("stopped", "SIGINT")
+    assert (tmp_path / "run/checkpoints" / str(stopped["step"])).is_dir(), out
