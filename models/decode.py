@@ -154,7 +154,7 @@ def sample(
 
     return jax.shard_map(
         local, in_specs=(P(BATCH, None), ROWS, P()), out_specs=ROWS, check_vma=False
-    )(logits_BV, seeds_B, step)
+    )(reshard(logits_BV, P(BATCH, None)), reshard(seeds_B, ROWS), jnp.asarray(step))
 
 
 # ---------------------------------------------------------------- the loop
@@ -185,12 +185,11 @@ def make_generate(config: ModelConfig, max_tokens: int, sampling: Sampling) -> G
                 f"sequence, {config.max_length}"
             )
         params = resident(params, config)
-        seeds_B = reshard(seeds_B, ROWS)
         cache = init_cache(config, batch, length + max_tokens - 1)
 
         def choose(x_BTD, step, alive_B):
             """Draws a token for each row; returns it and the rows that go on."""
-            last_BV = reshard(logits(params, x_BTD[:, -1:], config)[:, 0], P(BATCH, None))
+            last_BV = logits(params, x_BTD[:, -1:], config)[:, 0]
             token_B = reshard(sample(last_BV, seeds_B, step, sampling), ROWS)
             for stop in sampling.stop:
                 alive_B &= token_B != stop

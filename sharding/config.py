@@ -1,11 +1,21 @@
-"""How many devices each mesh axis gets. Imports nothing heavy: a config is checked before JAX starts."""
+"""How many devices each mesh axis gets, and where caches live.
+
+Imports nothing heavy: a config is checked before JAX starts.
+"""
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from sharding.errors import UsageError
 
 AXES = ("data", "fsdp", "seq", "tensor")  # slowest link first
+
+
+def cache_folder() -> Path:
+    """Where compiled programs and the built-in dataset are kept: $TORUS_CACHE or ~/.cache/torus."""
+    return Path(os.environ.get("TORUS_CACHE") or Path.home() / ".cache" / "torus")
 
 
 @dataclass

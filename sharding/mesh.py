@@ -9,20 +9,14 @@ import glob
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from sharding.config import AXES, MeshConfig
+from sharding.config import AXES, MeshConfig, cache_folder
 from sharding.errors import UsageError
-
-
-def cache_folder() -> Path:
-    """Where compiled programs and the built-in dataset are kept: $TORUS_CACHE or ~/.cache/torus."""
-    return Path(os.environ.get("TORUS_CACHE") or Path.home() / ".cache" / "torus")
 
 
 def start_runtime() -> None:

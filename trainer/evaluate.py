@@ -39,8 +39,7 @@ def evaluate(
 
 def to_bits_per_byte(loss: float, dataset: Dataset) -> float:
     """Returns a loss in nats per token of `dataset` as bits per byte of its text."""
-    predicted = int(dataset.shards.lengths.sum()) - len(dataset.shards)  # all but each first token
-    return loss / math.log(2) * predicted / dataset.shards.text_bytes
+    return loss / math.log(2) * dataset.plan.positions_per_epoch / dataset.shards.text_bytes
 
 
 def baselines(dataset: Dataset) -> dict[str, float] | None:

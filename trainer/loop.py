@@ -93,11 +93,12 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         timer = StepTimer(
             total_steps=config.steps, tokens_per_step=tokens_per_step,
             flops_per_step=flops * tokens_per_step,
-            peak_flops=peak_flops(jax.devices(), cpu_seconds=0.1), device_count=mesh.size,
+            peak_flops=peak_flops(jax.devices(), 0.3, experiment.model.dtype),
+            device_count=mesh.size,
         )
         writer = MetricsWriter(
             workdir, console=console, tensorboard=experiment.log.tensorboard,
-            resumed_from=start or None, process_index=jax.process_index(),
+            resumed_from=start if start else None, process_index=jax.process_index(),
         )
         loader = Loader(
             dataset, batch_size, rows, start_row=start_row, prefetch=experiment.data.prefetch
@@ -125,7 +126,8 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
 
         def save(step: int) -> bool:
             meta = {"data": loader.state(), "experiment": dataclasses.asdict(experiment)}
-            return checkpoints.save(step, to_stored(state), meta, force=True)
+            with timer.pause(state.step):
+                return checkpoints.save(step, to_stored(state), meta, force=True)
 
         with writer, loader:
             if not start:

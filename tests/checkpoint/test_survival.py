@@ -83,15 +83,15 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def start_victim(folder, stack):
-    errors = stack.enter_context(Path(f"{folder}.err").open("w"))
-    victim = subprocess.Popen(
-        [sys.executable, str(HERE / "killed.py"), str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        cwd=ROOT,
-        env=worker_environment(),
-    )
+    with Path(f"{folder}.err").open("w") as errors:
+        victim = subprocess.Popen(
+            [sys.executable, str(HERE / "killed.py"), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=ROOT,
+            env=worker_environment(),
+        )
     stack.enter_context(victim)
     stack.callback(victim.kill)
     return victim

@@ -2,6 +2,8 @@
 
 import argparse
 
+from trainer.commands.parser import CommandParser
+
 HELP = "measure the loss of a trained model"
 USAGE = """\
 usage: torus eval RUN [--step N] [--data FOLDER] [--batches N] [--batch-size N]
@@ -16,13 +18,13 @@ xz -9 make of the same text.
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("torus eval", usage=USAGE, add_help=False)
+    parser = CommandParser("eval")
     parser.add_argument("run")
     parser.add_argument("--step", type=int)
     parser.add_argument("--data", default="")
     parser.add_argument("--batches", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=0)
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def main(argv: list[str]) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sharding.config import cache_folder
 from trainer.data.manifest import FILE
 from trainer.data.shards import DatasetWriter, TokenShards
 from trainer.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -27,11 +28,6 @@ _HELD_OUT_PER_MILLE = 15
 _EDITION = 1  # part of the folder's name: raise it when the choice of documents changes
 _SKIPPED = {"__pycache__", "dist-packages", "site-packages", "test", "tests", "idle_test"}
 _MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ between installations
-
-
-def cache_folder() -> Path:
-    """Where the built-in dataset is kept: $TORUS_CACHE or ~/.cache/torus."""
-    return Path(os.environ.get("TORUS_CACHE") or Path.home() / ".cache" / "torus")
 
 
 def builtin_folder() -> Path:
