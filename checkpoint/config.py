@@ -37,4 +37,4 @@ def validate(config: CheckpointConfig) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
         if value < bound:
-            raise UsageError(f"checkpoint.{name} is {value}; it must be at least {bound}")
+            raise UsageError(f"config.checkpoint.{name} is {value}; it must be at least {bound}")

@@ -205,13 +205,16 @@ class CheckpointManager:
         return CheckpointError(f"saving step {step} to {self.folder} failed: {steps.reason(error)}")
 
 
-def load_step(folder: str | os.PathLike, step: int, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
+def load_step(
+    folder: str | os.PathLike, step: int, abstract: Tree, *, partial: bool = False
+) -> tuple[Tree, dict[str, Any]]:
     """Returns the state stored as `step`, placed as `abstract` says, and its JSON object.
 
     Args:
         folder: where the steps are; it is only read.
         step: a complete step (`steps.pick_step` finds one).
         abstract: nested dict of jax.ShapeDtypeStruct with shardings, for any mesh.
+        partial: `abstract` names only some of the arrays; the others stay unread on disk.
 
     Raises:
         UsageError: the step does not exist, or an array's name, shape or dtype differs from what
@@ -223,11 +226,16 @@ def load_step(folder: str | os.PathLike, step: int, abstract: Tree) -> tuple[Tre
     unplaced = [name for name, leaf in flatten(abstract).items() if leaf.sharding is None]
     if unplaced:
         raise ValueError(f"restoring needs a sharding for {steps.listing(unplaced)}")
-    stored = read_manifest(folder, step)["arrays"]
-    _check_matching(stored, _facts(abstract), f"step {step} in {folder}")
+    stored, wanted = read_manifest(folder, step)["arrays"], _facts(abstract)
+    if partial:
+        stored = {name: facts for name, facts in stored.items() if name in wanted}
+    _check_matching(stored, wanted, f"step {step} in {folder}")
     meta = read_meta(folder, step)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
     try:
-        return ocp.load(path, abstract, checkpointable_name=_STATE), meta
+        with context:
+            return ocp.load(path, abstract, checkpointable_name=_STATE), meta
     except Exception as error:
         text = f"cannot read step {step} in {folder}: {steps.reason(error)}"
         raise CheckpointError(text) from error

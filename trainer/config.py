@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from checkpoint.config import CheckpointConfig
+from checkpoint.config import validate as validate_checkpoint
 from models.config import ModelConfig, computation_fields
 from sharding.config import MeshConfig
 from sharding.errors import UsageError, nearest
@@ -92,10 +93,12 @@ def validate(experiment: Experiment) -> None:
     )
     model.validate()
     experiment.mesh.validate()
+    data.validate()
+    experiment.log.validate()
+    validate_checkpoint(experiment.checkpoint)
     for path, choices in {
         "optimizer.schedule": ("cosine", "constant"),
         "optimizer.moment_dtype": ("float32", "bfloat16"),
-        "data.packing": ("bestfit", "concat"),
     }.items():
         value = _get(experiment, path)
         if value not in choices:
@@ -104,7 +107,7 @@ def validate(experiment: Experiment) -> None:
             )
     for path, least in {
         "train.steps": 1, "train.batch_size": 1, "train.accumulation": 1, "train.stop_at": 0,
-        "data.seq_len": 2, "eval.every": 0, "eval.batches": 0, "checkpoint.every": 0, "log.every": 1,
+        "eval.every": 0, "eval.batches": 0,
         "optimizer.warmup_steps": 0, "optimizer.peak_lr": 0, "optimizer.clip_norm": 0,
     }.items():
         if (value := _get(experiment, path)) < least:

@@ -22,8 +22,8 @@ from models.attention.reference import soft_cap
 
 F32 = jnp.float32
 
-# Largest tile edge. On XLA:CPU 128 was fastest at 512 tokens and within 5% at 2,048 of 256 and
-# 512: a tile then stays in cache, and half of the diagonal tiles is the only wasted work.
+# Largest tile edge. On XLA:CPU (2 cores, float32, batch 4, 8 heads of 64, forward and backward) 128
+# took 0.12 s of processor time at 512 tokens and 1.33 s at 2,048; 256 took 0.15 s and 1.50 s.
 BLOCK = 128
 
 

@@ -212,7 +212,7 @@ def test_bad_sampling_is_refused(sampling, message):
 def test_bad_calls_are_refused():
     with pytest.raises(UsageError, match="max-tokens = 0: at least 1"):
         make_generate(CONFIG, 0, Sampling())
-    with pytest.raises(UsageError, match="a prompt of 8 tokens and 57 new ones exceed .* 64"):
+    with pytest.raises(UsageError, match=r"a prompt of 8 tokens and 57 new ones exceed .* 64"):
         generate(PROMPTS, 57, Sampling())
     with pytest.raises(UsageError, match="a prompt has no tokens"):
         pad_prompts([[1], []])

@@ -162,7 +162,8 @@ LLAMA = {
     **{f"layers/attention/b{x}": f"model.layers.{{i}}.self_attn.{x}_proj.bias" for x in "qkvo"},
     **{f"layers/attention/{x}_norm/scale": f"model.layers.{{i}}.self_attn.{x}_norm.weight"
        for x in "qk"},
-    **{f"layers/mlp/{x}": f"model.layers.{{i}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+    **{f"layers/mlp/{x}": f"model.layers.{{i}}.mlp.{x}_proj.weight"
+       for x in ("gate", "up", "down")},
 }  # fmt: skip
 NAMES = {
     "pre": LLAMA,

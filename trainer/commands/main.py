@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from checkpoint.steps import CheckpointError
 from sharding.errors import UsageError, nearest
 from trainer.commands import COMMANDS
 
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except UsageError as error:
         return _fail(" ".join(str(error).split()))
+    except CheckpointError as error:
+        print(f"torus: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("torus: interrupted", file=sys.stderr)
         return 130

@@ -5,7 +5,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,10 +12,11 @@ from hypothesis import strategies as st
 from models.attention import blockwise
 from models.attention.dispatch import attention
 from models.attention.mask import EMPTY_LSE, Mask
+from tests.models.attention import oracle
 
-# Largest absolute error for unit-normal inputs, 1e-5 being some 50 float32 roundings of sums of 80
-# terms; bfloat16 results are rounded to 8 bits, gradients here reach about 20.
-TOLERANCE = {"float32": 2e-5, "bfloat16": 8e-2}
+# Error relative to 1 + |value|, for unit-normal inputs. The largest seen over these examples were
+# 2.8e-6 in float32 and 3.2e-3 in bfloat16, whose rounding alone is 2e-3.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
 def packed_tokens(rng: np.random.Generator, batch: int, length: int) -> oracle.Tokens:
