@@ -1,7 +1,7 @@
 """OLMo 2 7B: 7.3 billion parameters, norms after each branch.
 
 First stage of the recipe in the OLMo 2 paper (arXiv:2501.00656): 1,024 rows of 4,096 tokens,
-warm-up of 2,000 steps, cosine to 10% over 5 trillion tokens, stopped near 4 trillion, z-loss of 1e-5.
+warm-up of 2,000 steps, cosine to 10% over 5 trillion tokens, stopped near 4 trillion, z-loss 1e-5.
 
     torus train --config=olmo2_7b --config.data.path=DATASET --workdir=RUN
 """

@@ -231,7 +231,7 @@ def pad_prompts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns int32 (tokens_BT, real_BT), prompts padded on the left to the longest.
 
-    The batch is filled up to a multiple of `multiple` (the mesh's data × fsdp) with copies of the
+    The batch is filled up to a multiple of `multiple` (rows the mesh needs) with copies of the
     last prompt, whose results are to be dropped.
 
     Raises:

@@ -162,7 +162,7 @@ def _layer(
                  for n, new_BTKH in (("k", k_BSKH), ("v", v_BSKH))}
         k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[n], layer, 0, False) for n in "kv")
     out_BTNH = _attend(q_BTNH, k_BSKH, v_BSKH, context, kind, config)
-    y_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, params["attention"]["wo"], out_sharding=X_BTD)
+    y_BTD = layers.matmul(out_BTNH, params["attention"]["wo"], 2, X_BTD)
     if config.out_bias:
         y_BTD = y_BTD + params["attention"]["bo"]
     if after:

@@ -51,7 +51,7 @@ def example(seed: int = 0):
 
 
 def both(loss, arrays, options):
-    """Returns ((objective, nll), (dx_BTD, dhead_VD)) of 3 × the objective."""
+    """Returns ((objective, nll), (dx_BTD, dhead_VD)) of 3 times the objective."""
 
     def scaled(x_BTD, head_VD, *rest):
         objective, nll = loss(x_BTD, head_VD, *rest, options)

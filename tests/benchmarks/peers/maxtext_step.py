@@ -1,8 +1,8 @@
 """Times MaxText's own training loop at given dimensions; run by MaxText's Python, not by ours.
 
-`python maxtext_step.py '{"size": {...}, "dtype": "float32", "remat": "full", "steps": 8}'` prints one
-JSON line with the wall and processor seconds of every step. Times are taken where MaxText reports
-a step complete: the seconds that it prints itself measure dispatch only for the first steps.
+`python maxtext_step.py '{"size": {...}, "dtype": "float32", "remat": "full", "steps": 8}'` prints
+one JSON line with the wall and processor seconds of every step. Times are taken where MaxText
+reports a step complete: the seconds that it prints itself measure dispatch for the first steps.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Times a train step of the same model in PyTorch: transformers' Llama, AdamW, gradient clipping.
 
-`python pytorch_step.py '{"size": {...}, "dtype": "bfloat16", "compiled": true, "steps": 8}'` prints one
-JSON line with the wall and processor seconds of every step. bfloat16 is autocast over float32
+`python pytorch_step.py '{"size": {...}, "dtype": "bfloat16", "compiled": true, "steps": 8}'` prints
+one JSON line with the wall and processor seconds of every step. bfloat16 is autocast over float32
 parameters; AdamW is the fused one, attention is scaled_dot_product_attention (its fastest forms).
 """
 

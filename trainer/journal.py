@@ -1,0 +1,98 @@
+"""What a run says while it goes: one object for its records, its clock and its console."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from models import spec
+from models.decoder import param_specs
+from models.flops import train_flops_per_token
+from sharding.hardware import peak_flops
+from trainer.config import Experiment
+from trainer.console import Console
+from trainer.data.dataset import Dataset
+from trainer.evaluate import to_bits_per_byte
+from trainer.metrics import MetricsWriter, StepTimer, memory_gib
+from trainer.packages import library_versions
+
+CPU_RATE_SECONDS = 0.3  # spent at start on this machine's own matmul rate, where no table has it
+
+
+class Journal:
+    """Records of one run of `train`: a context manager around console, files and step timer."""
+
+    def __init__(
+        self, experiment: Experiment, workdir: str, mesh: Mesh, dataset: Dataset, start: int
+    ) -> None:
+        """Opens the records; `start` is the step resumed from, 0 for a new run."""
+        train = experiment.train
+        self._dataset = dataset
+        self._every = experiment.log.every
+        self._first = start + 1
+        self._console = Console(train.steps)
+        self._writer = MetricsWriter(
+            workdir, console=self._console, tensorboard=experiment.log.tensorboard,
+            resumed_from=start or None, process_index=jax.process_index(),
+        )
+        tokens = train.batch_size * experiment.data.seq_len
+        flops = train_flops_per_token(experiment.model, experiment.data.seq_len) * tokens
+        self._timer = StepTimer(
+            total_steps=train.steps, tokens_per_step=tokens, flops_per_step=flops,
+            peak_flops=peak_flops(jax.devices(), CPU_RATE_SECONDS, experiment.model.dtype),
+            device_count=mesh.size,
+        )
+        if not start:
+            self.event(0, "start", **_facts(experiment, mesh, dataset, tokens))
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._console.close()
+        self._writer.close()
+
+    def waiting_for_data(self) -> AbstractContextManager:
+        return self._timer.data_wait()
+
+    def paused(self, pending: jax.Array) -> AbstractContextManager:
+        """Leaves the time inside out of the rates, after waiting for `pending`."""
+        return self._timer.pause(pending)
+
+    def step(self, step: int, metrics: dict[str, jax.Array], *, last: bool = False) -> None:
+        """Waits until `step` is done, and records it if its turn has come."""
+        jax.block_until_ready(metrics)
+        if not (last or step == self._first or step % self._every == 0):
+            return
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        record = {
+            "loss": values["loss"],
+            "bits_per_byte": to_bits_per_byte(values["loss"], self._dataset),
+            "grad_norm": values["grad_norm"],
+            "learning_rate": values["learning_rate"],
+            "skipped_steps": values["skipped"],
+            "memory_gib": memory_gib(jax.local_devices()),
+        }
+        self._writer.train(step, record | self._timer.report(step))
+
+    def eval(self, step: int, result: dict[str, float]) -> None:
+        self._writer.eval(step, result)
+
+    def event(self, step: int, name: str, **details: Any) -> None:
+        self._writer.event(step, name, **details)
+
+
+def _facts(experiment: Experiment, mesh: Mesh, dataset: Dataset, tokens: int) -> dict[str, Any]:
+    """What the report says about a run."""
+    return {
+        "parameters": spec.count(param_specs(experiment.model)),
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "devices": mesh.size,
+        "device": mesh.devices.flat[0].device_kind,
+        "processes": jax.process_count(),
+        "versions": library_versions(),
+        "steps": experiment.train.steps,
+        "tokens_per_step": tokens,
+        "rows_per_epoch": dataset.rows_per_epoch,
+    }
