@@ -1,8 +1,8 @@
 """Llama 3 70B (3.0): 70.6 billion parameters, 8,192 tokens of context.
 
 The Llama 3 paper (arXiv:2407.21783, section 3.4.1) gives the full recipe for 405B only: warm-up of
-8,000 steps, cosine to 1% over 1.2 million. This size's peak rate is in its table 3; 4 million tokens
-a step and 15 trillion in all are our reading of the rest.
+8,000 steps, cosine to 1% over 1.2 million. This size's peak rate is in its table 3; 4 million
+tokens a step and 15 trillion in all are our reading of the rest.
 
 Tensor parallelism of 4 keeps a layer's gathered weights and its activations small on chips of 16 to
 32 GB.

@@ -179,11 +179,7 @@ def make_generate(config: ModelConfig, max_tokens: int, sampling: Sampling) -> G
 
     def generate(params: Tree, tokens_BT: jax.Array, real_BT: jax.Array, seeds_B: jax.Array):
         batch, length = tokens_BT.shape
-        if length + max_tokens > config.max_length:
-            raise UsageError(
-                f"a prompt of {length} tokens and {max_tokens} new ones exceed the model's longest "
-                f"sequence, {config.max_length}"
-            )
+        check_length(config, length, max_tokens)
         params = resident(params, config)
         cache = init_cache(config, batch, length + max_tokens - 1)
 
@@ -224,6 +220,15 @@ def make_generate(config: ModelConfig, max_tokens: int, sampling: Sampling) -> G
         return reshard(tokens_BM, P()), reshard(lengths_B, P())
 
     return generate
+
+
+def check_length(config: ModelConfig, prompt: int, max_tokens: int) -> None:
+    """Raises UsageError when prompt and new tokens do not fit in the model's `max_length`."""
+    if prompt + max_tokens > config.max_length:
+        raise UsageError(
+            f"a prompt of {prompt} tokens and {max_tokens} new ones exceed the model's longest "
+            f"sequence, {config.max_length}"
+        )
 
 
 def pad_prompts(

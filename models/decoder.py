@@ -223,8 +223,8 @@ def _stack(x_BTD, params: Tree, context: Context, cache: Tree | None, config: Mo
             return step(carry[0], scanned[0], context, carry[1], scanned[1]), None
 
         if count == 1 or not config.scan_layers:
-            for i in range(count):
-                carry, _ = body(carry, (_at(params, i), None if cache is None else first + i))
+            for i, one in enumerate(_unstacked(params, count)):
+                carry, _ = body(carry, (one, None if cache is None else first + i))
             return carry
         index_L = None if cache is None else first + jnp.arange(count)
         return jax.lax.scan(body, carry, (params, index_L))[0]
@@ -261,8 +261,18 @@ def _periods(w: jax.Array, period: int) -> jax.Array:
     return w.reshape(-1, period, *w.shape[1:], out_sharding=spec)
 
 
-def _at(tree: Tree, i: int) -> Tree:
-    return jax.tree.map(lambda w: w[i], tree)
+def _unstacked(params: Tree, count: int) -> list[Tree]:
+    """Returns the layers one by one; split, because its gradient is one concatenation.
+
+    Indexing instead would pad and add the whole stack once per layer.
+    """
+    parts = jax.tree.map(
+        lambda w: [p.reshape(p.shape[1:]) for p in jax.lax.split(w, [1] * count)], params
+    )
+    return [
+        jax.tree.map(lambda p, i=i: p[i], parts, is_leaf=lambda x: isinstance(x, list))
+        for i in range(count)
+    ]
 
 
 def _slice(w: jax.Array, start: int, stop: int) -> jax.Array:

@@ -8,6 +8,7 @@ a mistake is refused at once, in one line, with nothing written.
 import dataclasses
 import json
 import re
+import runpy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,22 +213,32 @@ def differences(old: Experiment, new: Experiment) -> list[str]:
 # ---------------------------------------------------------------- loading
 
 
-def resolve(reference: str) -> str:
-    """Returns the file of a config reference: a path, a path in the package, or a shipped name.
+def load_config(reference: str) -> Experiment:
+    """Returns the experiment of a config: a path, a path in the package, or a shipped name.
 
     A part after ":" is handed to `get_config` as its argument: `ladder:100m`.
+
+    Raises:
+      UsageError: there is no such file, or it does not return an Experiment.
     """
-    name, colon, argument = reference.partition(":")
+    name, _, argument = reference.partition(":")
     shipped = {p.stem: p for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "__init__"}
-    candidates = [Path(name), ROOT / name]
-    if name in shipped:
-        candidates.append(shipped[name])
-    for path in candidates:
-        if path.is_file():
-            return f"{path}{colon}{argument}"
-    raise UsageError(
-        f"no config file {name!r}; shipped: {', '.join(shipped)}{nearest(Path(name).stem, shipped)}"
-    )
+    candidates = [Path(name), ROOT / name, *([shipped[name]] if name in shipped else [])]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise UsageError(
+            f"no config file {name!r}; shipped: {', '.join(shipped)}"
+            f"{nearest(Path(name).stem, shipped)}"
+        )
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise UsageError(f"{path} has no function get_config()")
+    experiment = get_config(argument) if argument else get_config()
+    if not isinstance(experiment, Experiment):
+        raise UsageError(
+            f"get_config() of {path} returned {type(experiment).__name__}, not an Experiment"
+        )
+    return experiment
 
 
 def parse_flags(argv: Sequence[str], **extra: str) -> tuple[Experiment, dict[str, str]]:
@@ -238,21 +249,24 @@ def parse_flags(argv: Sequence[str], **extra: str) -> tuple[Experiment, dict[str
     Raises:
       UsageError: unknown flag or field, value of a wrong type, missing file, failed check.
     """
-    argv = [f"--config={resolve(a.partition('=')[2])}" if a.startswith("--config=") else a
-            for a in argv]
-    if not any(a.startswith("--config=") for a in argv):
+    references = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+    argv = [a for a in argv if not a.startswith("--config=")]
+    if not references:
         raise UsageError("--config=FILE is missing; try --config=quickstart")
+    experiment = load_config(references[-1])
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    for name, text in extra.items():
-        flags.DEFINE_string(name, "", text, flag_values=values)
     try:
+        config_flags.DEFINE_config_dataclass(
+            "config", experiment, flag_values=values, sys_argv=argv
+        )
+        for name, text in extra.items():
+            flags.DEFINE_string(name, "", text, flag_values=values)
         rest = values(["torus", *argv])[1:]
         experiment = values["config"].value
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
         if name.startswith("config."):
-            raise UsageError(_unknown_field(argv, name)) from error
+            raise UsageError(_unknown_field(name)) from error
         raise UsageError(
             f"unknown flag --{name}; known: --config, {', '.join('--' + n for n in extra)}"
             f"{nearest(name, extra)}"
@@ -261,13 +275,11 @@ def parse_flags(argv: Sequence[str], **extra: str) -> tuple[Experiment, dict[str
         raise UsageError(_bad_override(argv, error)) from error
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r}; options start with --")
-    if not isinstance(experiment, Experiment):
-        raise UsageError(f"get_config() returned {type(experiment).__name__}, not an Experiment")
     validate(experiment)
     return experiment, {name: values[name].value for name in extra}
 
 
-def _unknown_field(argv: Sequence[str], flag: str) -> str:
+def _unknown_field(flag: str) -> str:
     """Says which part of `config.a.b` does not exist, and the nearest name that does."""
     tree: Any = Experiment
     path = "config"
@@ -291,7 +303,7 @@ def _bad_override(argv: Sequence[str], error: Exception) -> str:
         for part in flag.split(".")[1:]:
             hints = get_type_hints(tree) if dataclasses.is_dataclass(tree) else {}
             if part not in hints:
-                return _unknown_field(argv, flag)
+                return _unknown_field(flag)
             tree = hints[part]
         if dataclasses.is_dataclass(tree):
             return f"{flag} is a group of fields ({', '.join(get_type_hints(tree))}), not a value"

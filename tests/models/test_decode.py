@@ -45,7 +45,10 @@ def mesh_of(config: MeshConfig):
 
 @functools.cache
 def start_values() -> spec.Tree:
-    return jax.tree.map(np.asarray, spec.init(param_specs(CONFIG), jax.random.key(7)))
+    rng = np.random.default_rng(7)
+    return spec.map_specs(
+        lambda _, s: np.float32(s.fill + s.std * rng.normal(size=s.shape)), param_specs(CONFIG)
+    )
 
 
 def place(params: spec.Tree, mesh) -> spec.Tree:

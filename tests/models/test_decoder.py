@@ -1,4 +1,4 @@
-"""The decoder against itself: on meshes, rematerialised, unrolled, on packed rows, with tied heads."""
+"""The decoder against itself: on meshes, rematerialised, unrolled, packed, with a tied head."""
 
 import dataclasses
 import functools
@@ -34,10 +34,11 @@ SMALL = dataclasses.replace(CONFIG, layers=2, pattern=("local",))
 
 
 def start_values(config: ModelConfig) -> spec.Tree:
-    """Initial values with norms and biases moved off 1 and 0."""
-    params = spec.init(param_specs(config), jax.random.key(3))
-    return jax.tree.map(
-        lambda w: np.asarray(w) + 0.1 * np.random.default_rng(w.size).normal(size=w.shape), params
+    """Random values around each parameter's start, so that no norm is 1 and no bias 0."""
+    rng = np.random.default_rng(0)
+    return spec.map_specs(
+        lambda _, s: s.fill + (s.std or 0.1) * rng.normal(size=s.shape).astype(np.float32),
+        param_specs(config),
     )
 
 
@@ -66,7 +67,7 @@ def loss(params: spec.Tree, batch: dict, config: ModelConfig) -> jax.Array:
 def loss_and_gradient(config: ModelConfig, axes: MeshConfig = ONE):
     mesh = make_mesh(axes, jax.devices()[: math.prod(getattr(axes, a) for a in AXES)])
     with jax.set_mesh(mesh):
-        params = jax.tree.map(jnp.float32, start_values(config))
+        params = start_values(config)
         params = jax.device_put(params, spec.shardings(param_specs(config), mesh))
         step = jit(jax.value_and_grad(functools.partial(loss, config=config)))
         return jax.tree.map(np.asarray, step(params, rows()))
@@ -98,12 +99,6 @@ def test_gradients_are_the_same_on_every_mesh(axes):
     check(loss_and_gradient(SMALL, axes), small_gradient())
 
 
-def test_unrolled_layers_give_the_same_gradients():
-    """Two scanned periods of the pattern and a layer left over, against five layers in a row."""
-    unrolled = dataclasses.replace(CONFIG, scan_layers=False, remat="none")
-    check(loss_and_gradient(CONFIG), loss_and_gradient(unrolled))
-
-
 @pytest.mark.parametrize(
     "remat", ["full", ",".join(SAVEABLE), "attention,gate@host,residual@host"],
     ids=["full", "names", "host"],
@@ -126,46 +121,71 @@ def test_remat_keeps_what_it_names():
                 params,
             )
             sizes[remat] = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(back))
-    hidden = 2 * B * T * 48  # one MLP activation in each of two layers
-    assert sizes["gate"] - sizes["full"] == hidden
-    assert sizes["gate,up"] - sizes["full"] == 2 * hidden
-    assert sizes["attention"] - sizes["full"] == 2 * B * T * (4 * 8 + 4)  # out and log-sum-exp
-    assert sizes["none"] > sizes["gate,up"]
+    # Values per token and layer; the kernel's few constants vanish in the rounding.
+    kept = {k: round((size - sizes["full"]) / (2 * B * T)) for k, size in sizes.items()}
+    assert kept["gate"] == 48
+    assert kept["gate,up"] == 2 * 48
+    assert kept["attention"] == 4 * 8 + 4  # output and log-sum-exp
+    assert kept["none"] > 4 * 48
 
 
-def test_packed_documents_do_not_see_one_another():
-    batch = rows()
+@pytest.fixture(scope="module")
+def run():
+    """A function from columns of a batch to logits, for layers scanned or unrolled."""
     mesh = make_mesh(ONE, jax.devices()[:1])
+    params = start_values(CONFIG)
+    params = jax.device_put(params, spec.shardings(param_specs(CONFIG), mesh))
 
-    @jit
-    def run(params, *columns):
-        x_BTD, _ = forward(params, *(reshard(a_BT, P(BATCH, SEQ)) for a_BT in columns), CONFIG)
-        return logits(params, x_BTD, CONFIG)
+    @functools.cache
+    def program(scan_layers: bool):
+        config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
 
-    with jax.set_mesh(mesh):
-        params = jax.tree.map(jnp.float32, start_values(CONFIG))
-        params = jax.device_put(params, spec.shardings(param_specs(CONFIG), mesh))
-        columns = batch["positions"], batch["segments"]
-        packed_BTV = np.asarray(run(params, batch["tokens"], *columns))
+        @jit
+        def logits_of(params, *columns):
+            columns = (reshard(a_BT, P(BATCH, SEQ)) for a_BT in columns)
+            return logits(params, forward(params, *columns, config)[0], config)
 
-        first_BT = batch["segments"] == 1
-        changed_BT = np.where(first_BT, (batch["tokens"] + 7) % 61, batch["tokens"])
-        changed_BTV = np.asarray(run(params, changed_BT, *columns))
+        return logits_of
 
-        alone_BT = np.zeros((3, B, T), np.int32)  # the third document of row 2, moved to the front
-        alone_BT[:, 2, :8] = batch["tokens"][2, 8:], np.arange(8), np.ones(8)
-        alone_BTV = np.asarray(run(params, *alone_BT))
+    def call(tokens_BT, positions_BT, segments_BT, scan_layers=True):
+        with jax.set_mesh(mesh):
+            return np.asarray(program(scan_layers)(params, tokens_BT, positions_BT, segments_BT))
+
+    return call
+
+
+def test_unrolled_layers_give_the_same_logits(run):
+    """Two scanned periods of the pattern and a layer left over, against five layers in a row."""
+    batch = rows()
+    columns = [batch[name] for name in ("tokens", "positions", "segments")]
+    np.testing.assert_allclose(run(*columns), run(*columns, scan_layers=False), atol=1e-5)
+
+
+def test_packed_documents_do_not_see_one_another(run):
+    batch = rows()
+    columns = batch["positions"], batch["segments"]
+    packed_BTV = run(batch["tokens"], *columns)
+
+    first_BT = batch["segments"] == 1
+    changed_BTV = run(np.where(first_BT, (batch["tokens"] + 7) % 61, batch["tokens"]), *columns)
     others_BT = batch["segments"] > 1
     np.testing.assert_array_equal(changed_BTV[others_BT], packed_BTV[others_BT])
     assert (np.abs(changed_BTV - packed_BTV)[first_BT].max(-1) > 1e-3).all()
-    np.testing.assert_allclose(alone_BTV[2, :8], packed_BTV[2, 8:], atol=1e-5)
+
+
+def test_packed_document_equals_the_document_alone(run):
+    batch = rows()
+    packed_BTV = run(batch["tokens"], batch["positions"], batch["segments"])
+    alone_BT = np.zeros((3, B, T), np.int32)  # the third document of row 2, moved to the front
+    alone_BT[:, 2, :8] = batch["tokens"][2, 8:], np.arange(8), np.ones(8)
+    np.testing.assert_allclose(run(*alone_BT)[2, :8], packed_BTV[2, 8:], atol=1e-5)
 
 
 def test_tied_embedding_gets_the_gradient_of_both_uses():
     untied = dataclasses.replace(SMALL, layers=1)
     tied = dataclasses.replace(untied, tie_embeddings=True)
     assert set(param_specs(untied)) - set(param_specs(tied)) == {"head"}
-    params = jax.tree.map(jnp.float32, start_values(tied))
+    params = start_values(tied)
     with jax.set_mesh(make_mesh(ONE, jax.devices()[:1])):
         mesh = jax.sharding.get_mesh()
 
