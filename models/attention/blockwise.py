@@ -108,6 +108,7 @@ def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, tokens: _Tokens, plan: _Plan):
 
 def _forward(q_BTNH, k_BSKH, v_BSKH, tokens: _Tokens, plan: _Plan):
     (B, T, N), (S, K) = q_BTNH.shape[:3], k_BSKH.shape[1:3]
+    tokens = _tied(tokens, q_BTNH)
     q_BKGTH = _grouped(q_BTNH, K) * plan.scale
     k_BKSH, v_BKSH = _heads_first(k_BSKH), _heads_first(v_BSKH)
     bq, bk = _block(T), _block(S)
@@ -149,6 +150,7 @@ def _attend_bwd(plan: _Plan, residuals, cotangents):
     q_BTNH, k_BSKH, v_BSKH, tokens, out_BTNH, lse_BTN = residuals
     dout_BTNH, dlse_BTN = cotangents
     T, (S, K) = q_BTNH.shape[1], k_BSKH.shape[1:3]
+    tokens = _tied(tokens, q_BTNH)
     # d lse / d s = p, so the gradient through lse only shifts the row constant of FlashAttention.
     delta_BTN = (dout_BTNH.astype(F32) * out_BTNH.astype(F32)).sum(-1) - dlse_BTN
     delta_BKGT = _grouped(delta_BTN[..., None], K)[..., 0]
@@ -198,6 +200,15 @@ def _attend_bwd(plan: _Plan, residuals, cotangents):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _tied(tokens: _Tokens, q_BTNH: jax.Array) -> _Tokens:
+    """Makes the masks depend on the layer.
+
+    Else JAX, differentiating a scan over layers, sees that they do not, evaluates those of all
+    tiles before the scan and keeps them: a byte per head, query and key.
+    """
+    return lax.optimization_barrier((tokens, q_BTNH[:1, :1, :1, :1]))[0]
 
 
 def _block(length: int) -> int:

@@ -148,10 +148,15 @@ def test_row_stops_at_its_stop_token():
 
 def test_text_depends_on_the_own_seed_and_prompt_only():
     sampling = Sampling(temperature=1.5, top_k=20, top_p=0.9)
-    together = generate(PROMPTS, 8, sampling, MANY, seeds=[5, 6, 7, 8])
-    assert together == generate(PROMPTS, 8, sampling, MANY, seeds=[5, 6, 7, 8])
-    assert generate([PROMPTS[2]], 8, sampling, seeds=[7]) == together[2:3]
-    assert generate([PROMPTS[2]], 8, sampling, seeds=[9]) != together[2:3]
+
+    def text(prompts, seeds):
+        return generate(prompts, 8, sampling, MANY, seeds)
+
+    longest, third = PROMPTS[0], PROMPTS[2]
+    together = text(PROMPTS, [5, 6, 7, 8])
+    assert together == text(PROMPTS, [5, 6, 7, 8])
+    assert text([third, longest], [7, 1])[0] == together[2]  # other neighbours, another row
+    assert text([third, longest], [9, 1])[0] != together[2]
 
 
 def allowed(logits_V, **rules) -> set[int]:

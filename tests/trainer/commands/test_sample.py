@@ -46,7 +46,6 @@ def test_prints_prompts_with_continuations(run, capsys):
     first, second = text.split("--- 2 of 2\n")
     assert first.startswith("--- 1 of 2\none") and second.startswith("a longer two")
     assert len(second) > len("a longer two\n")
-    assert output(capsys, *arguments) == text
     assert output(capsys, *arguments[:-1], "--seed=5") != text
 
 
