@@ -23,7 +23,7 @@ from sharding.rules import BATCH, SEQ
 X_BTD = P(BATCH, SEQ, None)
 TOKENS = (*BATCH, SEQ)  # mesh axes that tokens are sharded over
 VOCAB = "tensor"
-CHUNK_BYTES = 128 * 2**20  # automatic chunks hold at least about this much of float32 logits
+CHUNK_BYTES = 32 * 2**20  # automatic chunks hold at least about this much of float32 logits
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ cross_entropy.defvjp(_forward, _backward)
 def _sharded(x_BTD, head_VD, targets_BT, weights_BT, options, with_gradient):
     """Runs `_local` on every device's tokens and vocabulary rows."""
     head_spec = P(*jax.typeof(head_VD).sharding.spec)
-    gathered = "fsdp" in head_spec
+    sizes = jax.sharding.get_abstract_mesh().shape
+    gathered = "fsdp" in head_spec and sizes["fsdp"] > 1
     rows = P(BATCH, SEQ)
     gradients = (X_BTD, head_spec) if with_gradient else (None, None)
     return jax.shard_map(
@@ -133,23 +134,30 @@ def _local(x_BTD, head_VD, targets_BT, weights_BT, *, options, gathered, with_gr
     objective, nll = jax.lax.psum((objective, nll), TOKENS)
     if not with_gradient:
         return objective, nll, None, None
-    dx = jax.lax.psum(dx, VOCAB).reshape(-1, D)[: B * T].reshape(B, T, D)
+    dx = _sum(dx, (VOCAB,)).reshape(-1, D)[: B * T].reshape(B, T, D)
     dhead = dhead.astype(dtype)  # as the layers' gradients: half the bytes between devices
     if gathered:
         dhead = jax.lax.psum_scatter(dhead, "fsdp", scatter_dimension=1, tiled=True)
-        dhead = jax.lax.psum(dhead, tuple(a for a in TOKENS if a != "fsdp"))
+        dhead = _sum(dhead, tuple(a for a in TOKENS if a != "fsdp"))
     else:
-        dhead = jax.lax.psum(dhead, TOKENS)
+        dhead = _sum(dhead, TOKENS)
     return objective, nll, dx.astype(x_BTD.dtype), dhead.astype(head_VD.dtype)
 
 
+def _sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """psum over the axes that have more than one device; XLA:CPU copies for the others too."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    axes = tuple(axis for axis in axes if sizes[axis] > 1)
+    return jax.lax.psum(x, axes) if axes else x
+
+
 def _automatic_chunks(tokens: int, vocab: int, width: int) -> int:
-    """Fewest chunks whose float32 logits stay near CHUNK_BYTES, or near the head's gradient.
+    """Fewest chunks whose float32 logits stay near CHUNK_BYTES, or half of the head's gradient.
 
     Between chunks that gradient is carried in float32, read and written once a chunk: chunks much
     smaller than it save nothing and cost more memory traffic than arithmetic.
     """
-    return max(1, min(tokens, round(tokens * vocab * 4 / max(CHUNK_BYTES, 4 * vocab * width))))
+    return max(1, min(tokens, round(tokens * vocab * 4 / max(CHUNK_BYTES, 2 * vocab * width))))
 
 
 def _chunk(x_CD, target_C, weight_C, *, head_VD, options, with_gradient):
