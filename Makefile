@@ -9,6 +9,9 @@ RUN ?= runs/quickstart
 STOP ?= 500
 ARGS ?=
 
+# XLA:CPU asks for its whole temporary memory anew at every step; huge pages make that cheap.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: help setup train test bench lint goldens soak clean
 
 help:
@@ -46,16 +49,17 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python tests/benchmarks/run.py $(ARGS)
+	$(BIN)/python -m tests.benchmarks.loader
+	$(BIN)/python -m tests.benchmarks.step_cpu $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
 soak: $(VENV)/.installed-dev
-	TORUS_SOAK=1 $(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 goldens: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q tests/configs --update-goldens
+	TORUS_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/configs
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .hypothesis .ruff_cache

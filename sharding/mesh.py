@@ -23,8 +23,9 @@ def start_runtime() -> None:
     """Prepares JAX before the first device is asked for; safe to call twice.
 
     Keeps an installed libtpu from searching for a TPU that is not there, switches the persistent
-    compilation cache on and joins a multi-process job when the environment describes one
-    (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or a scheduler JAX knows).
+    compilation cache on and joins a multi-process job: the one that JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID describe, or with TORUS_DISTRIBUTED=1 the one that JAX
+    finds by itself (Cloud TPU, SLURM, Open MPI).
     """
     if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -44,6 +45,8 @@ def start_runtime() -> None:
             num_processes=int(count),
             process_id=int(os.environ["JAX_PROCESS_ID"]),
         )
+    elif os.environ.get("TORUS_DISTRIBUTED") == "1" and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

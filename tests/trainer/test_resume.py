@@ -81,11 +81,12 @@ def last_step(workdir: Path) -> int:
     return max((r["step"] for r in read_metrics(workdir, "train")), default=0)
 
 
-def test_killed_runs_end_on_the_same_bits(tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.soak)])
+def test_killed_runs_end_on_the_same_bits(tmp_path, kills):
     subprocess.run(command(tmp_path / "calm"), env=environment(), check=True, cwd=ROOT)
     rng = np.random.default_rng(os.getpid())
     disturbed = tmp_path / "disturbed"
-    for target in sorted(rng.choice(np.arange(1, 19), 3, replace=False)):
+    for target in sorted(rng.choice(np.arange(1, 19), kills, replace=False)):
         process = subprocess.Popen(command(disturbed), env=environment(), cwd=ROOT)
         while last_step(disturbed) < target and process.poll() is None:
             time.sleep(0.005)
