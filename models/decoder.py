@@ -267,7 +267,7 @@ def _unstacked(params: Tree, count: int) -> list[Tree]:
     Indexing instead would pad and add the whole stack once per layer.
     """
     parts = jax.tree.map(
-        lambda w: [p.reshape(p.shape[1:]) for p in jax.lax.split(w, [1] * count)], params
+        lambda w: [jax.lax.squeeze(p, (0,)) for p in jax.lax.split(w, [1] * count)], params
     )
     return [
         jax.tree.map(lambda p, i=i: p[i], parts, is_leaf=lambda x: isinstance(x, list))

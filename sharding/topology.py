@@ -9,7 +9,6 @@ them XLA spells gathers in ways that cost twice the bytes). The devices can be c
 import glob
 import importlib.util
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -141,7 +141,7 @@ def bytes_per_device(tree: Tree) -> int:
 
 
 def parse_refusal(message: str) -> tuple[float, float] | None:
-    """Returns (bytes needed, bytes available) of a refusal for memory, or None for another error."""
+    """Returns (bytes needed, bytes available) of a refusal for memory, None for another error."""
     for pattern in _REFUSALS:
         if match := re.search(pattern, message):
             return _bytes(match["need"]), _bytes(match["have"])

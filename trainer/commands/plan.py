@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     status, plan, log = _compile(experiment, target)
     if plan is None:
         print(log.rstrip(), file=sys.stderr)
-        print(f"torus: error: the compiler failed with status {status}", file=sys.stderr)
+        print(f"torus: error: compiling failed with status {status}", file=sys.stderr)
         return 3
     if "refused" in plan:
         raise UsageError(plan["refused"])
@@ -143,7 +143,8 @@ def format_plan(plan: dict[str, Any], experiment: Experiment, target: Slice) -> 
         lines += [f"  try {option}" for option in _ways_out(experiment, plan["mesh"])]
     seconds = plan["trace_seconds"] + plan["compile_seconds"]
     versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
-    return "\n".join([*lines, f"compiled in {format_duration(seconds)} by {versions}"])
+    done = "compiled" if plan["fits"] else "refused"
+    return "\n".join([*lines, f"{done} in {format_duration(seconds)} by {versions}"])
 
 
 def _ways_out(experiment: Experiment, mesh: dict[str, int]) -> list[str]:
