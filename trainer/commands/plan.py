@@ -25,8 +25,8 @@ USAGE = """\
 usage: torus plan --config=CONFIG --on=SLICE [--config.PATH=VALUE ...] [--json]
 
 Compiles the train step of CONFIG ahead of time for a TPU slice that need not be there, on this
-machine's CPU, and prints the memory that the compiler gives each chip. A config that fits takes a
-minute or two, one that does not is refused in seconds, with how much it lacks. Needs libtpu:
+machine's CPU, and prints the memory that the compiler gives each chip. A config that fits takes one
+to three minutes, one that does not is refused in seconds, with how much it lacks. Needs libtpu:
 pip install 'torus-train[aot]'.
 
   torus plan --config=llama3_8b --on=v5e-256
@@ -94,7 +94,7 @@ def _compile(experiment: Experiment, target: Slice) -> tuple[int, dict[str, Any]
 def _spinner(text: str) -> Iterator[None]:
     """Shows on a terminal that something goes on, and for how long; else one line."""
     if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
-        print(f"{text}; a config that fits takes a minute or two", file=sys.stderr, flush=True)
+        print(f"{text}; a config that fits takes one to three minutes", file=sys.stderr, flush=True)
         yield
         return
     from rich.console import Console
