@@ -40,7 +40,7 @@ class MeshConfig:
         """Returns the size of every axis on `devices` devices, the -1 filled in.
 
         Raises:
-          UsageError: sizes that do not multiply to `devices`, or slow-network sizes that do not fit.
+          UsageError: sizes that do not multiply to `devices`, or `dcn_` sizes that do not fit.
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
         asked = " × ".join(f"{axis} {size}" for axis, size in sizes.items())

@@ -29,7 +29,7 @@ def start_runtime() -> None:
     """
     if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        # With libtpu installed for ahead-of-time work, JAX would try "tpu" first and log its failure.
+        # With libtpu installed for ahead-of-time work, JAX would try a TPU first and log errors.
         if not glob.glob("/dev/nvidia[0-9]*") and not jax.config.jax_platforms:
             jax.config.update("jax_platforms", "cpu")
     if not jax.config.jax_compilation_cache_dir:

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from checkpoint.config import CheckpointConfig
 from checkpoint.config import validate as validate_checkpoint
 from models.config import ModelConfig, computation_fields
-from sharding.config import MeshConfig
+from sharding.config import AXES, MeshConfig
 from sharding.errors import UsageError, nearest
 from trainer.data.config import DataConfig
 from trainer.metrics import LogConfig
@@ -128,7 +128,8 @@ def validate(experiment: Experiment) -> None:
             f"config.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds "
             f"config.train.steps = {train.steps}"
         )
-    check_sizes(experiment, {a: max(getattr(experiment.mesh, a), 1) for a in ("data", "fsdp", "seq", "tensor")})
+    # An axis of -1 is not known yet: the loop checks again once the devices are.
+    check_sizes(experiment, {axis: max(getattr(experiment.mesh, axis), 1) for axis in AXES})
 
 
 def check_sizes(experiment: Experiment, sizes: dict[str, int]) -> None:

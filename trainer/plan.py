@@ -70,7 +70,7 @@ class Plan:
 
 
 def make_plan(experiment: Experiment, target: Slice) -> Plan:
-    """Compiles the train step of `experiment` for `target`; takes one to three minutes when it fits.
+    """Compiles the train step of `experiment` for `target`; takes minutes when it fits.
 
     Call it in a process that was started with `sharding.topology.compiler_environment()`.
 

@@ -41,13 +41,13 @@ def check_workdir(workdir: str, experiment: Experiment) -> None:
     if not workdir:
         raise UsageError("--workdir=FOLDER is missing: where should the run be written?")
     path = folder_path(workdir)
-    if (path / EXPERIMENT).exists():
-        if differing := differences(read_experiment(workdir), experiment):
-            shown = "; ".join(differing[:6]) + ("; …" if len(differing) > 6 else "")
-            raise UsageError(
-                f"{workdir} holds another experiment: {shown} — use a new --workdir, or the "
-                "old values to resume"
-            )
+    old = read_experiment(workdir) if (path / EXPERIMENT).exists() else experiment
+    if differing := differences(old, experiment):
+        shown = "; ".join(differing[:6]) + ("; …" if len(differing) > 6 else "")
+        raise UsageError(
+            f"{workdir} holds another experiment: {shown} — use a new --workdir, or the "
+            "old values to resume"
+        )
     if is_remote(workdir):
         return
     existing = path

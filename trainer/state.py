@@ -63,7 +63,7 @@ def make_layout(experiment: Experiment, mesh: Mesh) -> Layout:
 
 
 def abstract_state(experiment: Experiment, layout: Layout) -> TrainState:
-    """Returns the state as ShapeDtypeStructs with shardings: for restore and for AOT compilation."""
+    """Returns the state as ShapeDtypeStructs with shardings, for restore and AOT compilation."""
     specs = param_specs(experiment.model)
     params = spec.abstract(specs, layout.params)
     tx = make_optimizer(experiment.optimizer, specs)

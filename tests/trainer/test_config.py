@@ -141,7 +141,7 @@ def test_json_round_trip():
 
 
 def test_json_with_an_unknown_field_is_refused():
-    with pytest.raises(UsageError, match=r"ModelConfig has no field 'lyers'; did you mean `layers`"):
+    with pytest.raises(UsageError, match=r"no field 'lyers'; did you mean `layers`"):
         from_dict({"model": {"lyers": 3}})
 
 

@@ -111,15 +111,15 @@ def test_a_non_finite_step_changes_nothing_and_is_counted():
     rows = NamedSharding(mesh, PartitionSpec(BATCH, SEQ))
     with jax.set_mesh(mesh):
         state = init_state(exp, layout)
-        poisoned = state.params | {"final_norm": {"scale": state.params["final_norm"]["scale"] * jnp.nan}}
+        scale = state.params["final_norm"]["scale"] * jnp.nan
+        poisoned = state.params | {"final_norm": {"scale": scale}}
         state = dataclasses.replace(state, params=poisoned)
         step = jax.jit(make_train_step(exp, layout))
         after, metrics = step(state, next(batches(rows)))
     assert int(metrics["skipped"]) == int(after.skipped) == 1
     assert int(after.step) == 1
-    jax.tree.map(
-        np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state)
-    )
+    unchanged = (state.params, state.opt_state)
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), unchanged)
 
 
 def test_bfloat16_follows_float32():

@@ -1,7 +1,7 @@
 """`torus train`: trains a config in a run folder, resuming what is there."""
 
-from trainer.packages import check_packages
 from sharding.errors import UsageError
+from trainer.packages import check_packages
 
 HELP = "train a model from a config, or resume its run"
 USAGE = """\
