@@ -4,7 +4,6 @@ A model family is a value of `ModelConfig`; no family has code of its own. `mode
 holds the published ones.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 
 from sharding.errors import UsageError, nearest
@@ -12,6 +11,9 @@ from sharding.errors import UsageError, nearest
 # Activations that a remat policy may keep, in the order in which keeping them pays
 # (each costs memory for every layer and saves its recomputation in the backward pass).
 SAVEABLE = ("rotated_qk", "v", "attention", "residual", "gate", "up")
+
+# Fields that may differ between two runs of the same experiment.
+COMPUTATION = ("attention", "dtype", "loss_chunks", "remat", "scan_layers")
 
 CHOICES = {
     "norm": ("rmsnorm", "rmsnorm_plus_one", "layernorm"),
@@ -146,10 +148,3 @@ class ModelConfig:
                 f"{self.head_dim} head dimensions; an even number is needed"
             )
         self.remat_names()
-
-
-def computation_fields() -> frozenset[str]:
-    """Fields of ModelConfig that may differ between two runs of the same experiment."""
-    return frozenset(
-        {"dtype", "remat", "scan_layers", "attention", "loss_chunks"}
-    ).intersection(f.name for f in dataclasses.fields(ModelConfig))

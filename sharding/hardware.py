@@ -8,6 +8,7 @@ tpu7x follow from peak FLOP/s and the size of the matrix units. Nothing here tou
 import, and JAX is imported only by `measured_cpu_flops`.
 """
 
+import glob
 import math
 import re
 import time
@@ -59,6 +60,11 @@ CHIPS: dict[str, Chip] = {
 }  # fmt: skip
 
 _CHIP_OF_KIND = {kind.lower(): chip for chip in CHIPS.values() for kind in chip.kinds}
+
+
+def has_tpu() -> bool:
+    """Whether this machine shows the device files of a TPU; asks neither JAX nor libtpu."""
+    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def chip_for(device: Any) -> Chip | None:

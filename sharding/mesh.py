@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 
 from sharding.config import AXES, MeshConfig, cache_folder
 from sharding.errors import UsageError
+from sharding.hardware import has_tpu
 
 
 def start_runtime() -> None:
@@ -27,7 +28,7 @@ def start_runtime() -> None:
     JAX_NUM_PROCESSES and JAX_PROCESS_ID describe, or with TORUS_DISTRIBUTED=1 the one that JAX
     finds by itself (Cloud TPU, SLURM, Open MPI).
     """
-    if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
+    if not has_tpu():
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         # With libtpu installed for ahead-of-time work, JAX would try a TPU first and log errors.
         if not glob.glob("/dev/nvidia[0-9]*") and not jax.config.jax_platforms:

@@ -6,7 +6,6 @@ them XLA spells gathers in ways that cost twice the bytes). The devices can be c
 `sharding.mesh.make_mesh`, and never run on.
 """
 
-import glob
 import importlib.util
 import math
 import re
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sharding.errors import UsageError, nearest
-from sharding.hardware import CHIPS
+from sharding.hardware import CHIPS, has_tpu
 
 _GIB = 2.0**30
 
@@ -148,7 +147,7 @@ def compiler_environment() -> dict[str, str]:
     at once; on one with a TPU its lock stands, because it protects the devices.
     """
     environment = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
+    if not has_tpu():
         environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     return environment
 

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.config import validate as validate_checkpoint
-from models.config import ModelConfig, computation_fields
+from models.config import COMPUTATION, ModelConfig
 from sharding.config import AXES, MeshConfig
 from sharding.errors import UsageError, nearest
 from trainer.data.config import DataConfig
@@ -81,7 +81,7 @@ class Experiment:
 
 # Fields that a resumed run may change: they alter speed, place or reporting, not the experiment.
 FREE = ("mesh", "eval", "checkpoint", "log", "name", "train.stop_at", "data.prefetch",
-        "data.allow_change", "data.path", *(f"model.{f}" for f in sorted(computation_fields())))
+        "data.allow_change", "data.path", *(f"model.{f}" for f in COMPUTATION))
 
 
 # ---------------------------------------------------------------- checks

@@ -1,7 +1,6 @@
 """Held-out evaluation: one pass over the held-out split, in nats per token and bits per byte."""
 
 import itertools
-import math
 from collections.abc import Callable
 
 import jax
@@ -11,6 +10,7 @@ from models.spec import Tree
 from trainer.data.corpus import compression_baselines, held_out_bytes
 from trainer.data.dataset import Dataset
 from trainer.data.loader import eval_batches
+from trainer.metrics import bits_per_byte
 
 BASELINE_LIMIT = 8 * 2**20  # larger held-out texts are not worth the compressors' minutes
 
@@ -39,7 +39,7 @@ def evaluate(
 
 def to_bits_per_byte(loss: float, dataset: Dataset) -> float:
     """Returns a loss in nats per token of `dataset` as bits per byte of its text."""
-    return loss / math.log(2) * dataset.plan.positions_per_epoch / dataset.shards.text_bytes
+    return bits_per_byte(loss, dataset.shards.text_bytes / dataset.plan.positions_per_epoch)
 
 
 def baselines(dataset: Dataset) -> dict[str, float] | None:

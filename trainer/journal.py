@@ -24,13 +24,16 @@ class Journal:
     """Records of one run of `train`: a context manager around console, files and step timer."""
 
     def __init__(
-        self, experiment: Experiment, workdir: str, mesh: Mesh, dataset: Dataset, start: int
+        self, experiment: Experiment, workdir: str, mesh: Mesh, dataset: Dataset, start: int,
+        skipped: int,
     ) -> None:
-        """Opens the records; `start` is the step resumed from, 0 for a new run."""
+        """Opens the records; `start` is the step resumed from (0 for a new run), `skipped` the
+        number of updates left out until then."""
         train = experiment.train
         self._dataset = dataset
         self._every = experiment.log.every
         self._first = start + 1
+        self._skipped = skipped
         self._console = Console(train.steps)
         self._writer = MetricsWriter(
             workdir, console=self._console, tensorboard=experiment.log.tensorboard,
@@ -71,9 +74,10 @@ class Journal:
             "bits_per_byte": to_bits_per_byte(values["loss"], self._dataset),
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
-            "skipped_steps": values["skipped"],
+            "skipped_steps": values["skipped"] - self._skipped,
             "memory_gib": memory_gib(jax.local_devices()),
         }
+        self._skipped = values["skipped"]
         self._writer.train(step, record | self._timer.report(step))
 
     def eval(self, step: int, result: dict[str, float]) -> None:

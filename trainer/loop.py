@@ -80,7 +80,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         eval_step = jax.jit(make_eval_step(experiment))
 
         with (
-            Journal(experiment, workdir, mesh, dataset, start) as journal,
+            Journal(experiment, workdir, mesh, dataset, start, int(state.skipped)) as journal,
             Loader(
                 dataset, config.batch_size, rows,
                 start_row=start_row, prefetch=experiment.data.prefetch,
