@@ -15,8 +15,18 @@ def get_config() -> Experiment:
     """Returns the quickstart: 2,048 bytes a step for 1,200 steps."""
     exp = Experiment(name="quickstart")
     exp.model = ModelConfig(
-        vocab=259, layers=4, width=128, heads=2, kv_heads=1, head_dim=64, mlp=384,
-        max_length=2048, tie_embeddings=True, dtype="float32", remat="none", scan_layers=False,
+        vocab=259,
+        layers=4,
+        width=128,
+        heads=2,
+        kv_heads=1,
+        head_dim=64,
+        mlp=384,
+        max_length=2048,
+        tie_embeddings=True,
+        dtype="float32",
+        remat="none",
+        scan_layers=False,
     )
     exp.data.seq_len = 256
     exp.optimizer.peak_lr = 6e-3
