@@ -58,10 +58,11 @@ class CollateConfig:
 class DataConfig:
     """The dataset and the packing of its documents into rows of `seq_len` positions.
 
-    `path` is a dataset folder, or "builtin": text of the running Python's standard library, written
-    to the cache folder on first use. `mixture`, when given, replaces it by several: pairs of a path
-    and a weight (the source's share of the rows), or of a path and a schedule ((0, weight),
-    (row, weight), ...) of weights that hold from a global row on.
+    `path` is a dataset folder, or "builtin": text of the running Python's standard library as
+    bytes, written to the cache folder on first use ("builtin:N": in a BPE vocabulary of N ids).
+    `mixture`, when given, replaces it by several: pairs of a path and a weight (the source's share
+    of the rows), or of a path and a schedule ((0, weight), (row, weight), ...) of weights that hold
+    from a global row on.
 
     `packing` is "bestfit" (a document is cut only when it is longer than a row) or "concat"
     (documents laid end to end and cut at every row). Documents are packed in windows of `window`.
@@ -92,8 +93,12 @@ class DataConfig:
                 f"{nearest(self.packing, PACKINGS)}"
             )
         for name, least in {
-            "seq_len": 1, "window": 1, "seed": 0, "prefetch": 0, "balance": 0,
-        }.items():  # fmt: skip
+            "seq_len": 1,
+            "window": 1,
+            "seed": 0,
+            "prefetch": 0,
+            "balance": 0,
+        }.items():
             if (value := getattr(self, name)) < least:
                 raise UsageError(f"config.data.{name} = {value}: must be at least {least}")
         if self.seed >= 1 << 63:

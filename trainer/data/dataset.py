@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from sharding.errors import UsageError
 from trainer.data.collate import make_collate, mix
 from trainer.data.config import CollateConfig, DataConfig
-from trainer.data.corpus import TRAIN, builtin_folder
+from trainer.data.corpus import BUILTIN, TRAIN, dataset_folder
 from trainer.data.mixture import Balanced, Buckets, Mixture, in_units
 from trainer.data.packing import Pieces
 from trainer.data.plan import Plan
@@ -101,15 +100,17 @@ class Dataset(Rows):
         flat = {name: array.reshape(-1) for name, array in out.items()}
         tokens, targets, positions, segment_ids = list(flat.values())[:4]
         collated = self._collated(pieces, np.asarray(ids)) if self._collate else None
-        read = (
-            collated or self.shards.pieces(pieces.documents, pieces.starts + skipped, counts + 1)
-        )
+        read = collated or self.shards.pieces(pieces.documents, pieces.starts + skipped, counts + 1)
         running = np.arange(self.seq_len, dtype=np.int32)
         # Slices, not index arrays: documents of 40 tokens still load at 12 M tokens/s on a core.
         for piece, to, past, count, segment in zip(
-            read, offsets.tolist(), skipped.tolist(), counts.tolist(), segments.tolist(),
+            read,
+            offsets.tolist(),
+            skipped.tolist(),
+            counts.tolist(),
+            segments.tolist(),
             strict=True,
-        ):  # fmt: skip
+        ):
             if collated:
                 for name, values in piece.items():
                     flat[name][to : to + count] = values[past : past + count]
@@ -137,10 +138,14 @@ class Dataset(Rows):
         return [
             self._collate(tokens.astype(np.int32), *rest)
             for tokens, *rest in zip(
-                read, starts.tolist(), counts.tolist(), pieces.added.tolist(), draws.tolist(),
+                read,
+                starts.tolist(),
+                counts.tolist(),
+                pieces.added.tolist(),
+                draws.tolist(),
                 strict=True,
             )
-        ]  # fmt: skip
+        ]
 
     def costs(self, ids: np.ndarray) -> np.ndarray:
         return self.plan.costs(ids)
@@ -156,7 +161,7 @@ class Dataset(Rows):
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that wrote the dataset."""
-        return load_tokenizer(self.shards.manifest.tokenizer)
+        return load_tokenizer(self.shards.manifest.tokenizer, self.shards.folder)
 
     @property
     def vocab_size(self) -> int:
@@ -248,11 +253,10 @@ def open_training(config: DataConfig, batch_size: int) -> Steps:
 
 
 def _open_shards(path: str, split: str) -> TokenShards:
-    builtin = path == "builtin"
-    folder = builtin_folder() if builtin else Path(path).expanduser()
+    folder = dataset_folder(path)
     try:
         return TokenShards(folder, split)
     except UsageError as error:
-        if builtin:
+        if path.startswith(BUILTIN):
             raise UsageError(f"{error}; remove the folder and it is written anew") from None
         raise

@@ -269,6 +269,9 @@ def _shown(windows: int):
 
     console = Console(stderr=True)
     return track(
-        range(windows), "counting rows", console=console, transient=True,
+        range(windows),
+        "counting rows",
+        console=console,
+        transient=True,
         disable=not console.is_terminal,
-    )  # fmt: skip
+    )
