@@ -73,7 +73,7 @@ class Dataset(Rows):
             )
         except UsageError as error:
             raise UsageError(f"dataset {shards.folder}, split {shards.split}: {error}") from None
-        self.rows_per_epoch, self.padding = self.plan.rows_per_epoch, self.plan.padding
+        self.rows_per_epoch = self.plan.rows_per_epoch
         self._identity["plan"] = self.plan.digest()
 
     def rows(self, ids: np.ndarray, columns: slice = slice(None)) -> dict[str, np.ndarray]:
@@ -179,7 +179,11 @@ class Dataset(Rows):
     def bytes_per_token(self, row: int = 0) -> float | None:
         if self._collate:  # not all text is predicted, or not in its order
             return None
-        return self.shards.text_bytes / self.plan.positions_per_epoch
+        shards = self.shards.manifest.split(self.shards.split)
+        return self.shards.text_bytes / sum(shard.tokens - shard.docs for shard in shards)
+
+    def sources(self, row: int = 0) -> list[tuple[Steps, float]]:
+        return [(self, 1 - self.plan.padding)]
 
     def as_grain(self) -> "grain.MapDataset":
         """Returns the endless rows as a grain MapDataset, to map, mix or batch with grain."""

@@ -78,7 +78,7 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """Returns the `step`-th batch after `start_row`: int32 (rows, columns) arrays."""
         first = self._start_row + step * self._batch_size
-        rows, first, _ = self._dataset.step(first, self._batch_size)
+        rows, first = self._dataset.step(first, self._batch_size)
         return self._blocks[rows.seq_len].read(rows, first)
 
     def __iter__(self) -> Self:

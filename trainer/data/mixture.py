@@ -21,9 +21,9 @@ _UNITS = 1 << 20  # weights are held as millionths; leaves 2**43 rows without ov
 class Interleave:
     """Which source row i comes from, and its number there, for weights that change at given rows.
 
-    The first source gets row l of those left to it whenever floor(l·share) rises, the next ones
-    divide what remains in the same way: of any n rows in succession each source has its share to
-    within one row per source, and how many rows it had before row i takes no looking at them.
+    Of l rows the first source has floor(l·share), the next ones divide what remains in the same
+    way. So of any rows in succession each source has its share to within a row or two, and how many
+    rows it had before row i takes no looking at them.
     """
 
     def __init__(self, schedule: Sequence[tuple[int, Sequence[int]]]) -> None:
@@ -32,40 +32,37 @@ class Interleave:
         self._weights = np.asarray([weights for _, weights in schedule], np.int64)
         self._rest = np.cumsum(self._weights[:, ::-1], axis=1)[:, ::-1]  # of this source and later
         self._before = np.zeros_like(self._weights)  # rows of each source before each start
-        for entry in range(1, len(schedule)):
-            self._before[entry] = self.taken(int(self._starts[entry]))
+        for entry, row in enumerate(self._starts[1:].tolist(), 1):
+            left = np.asarray([row - self._starts[entry - 1]])
+            self._before[entry] = self._before[entry - 1] + self._counts(entry - 1, left)[:, 0]
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the source of every row of `ids`, and its number there."""
-        ids = np.asarray(ids, np.int64)
         entry = np.searchsorted(self._starts, ids, side="right") - 1
-        left = ids - self._starts[entry]
-        source, row = np.full_like(ids, -1), np.zeros_like(ids)
-        for number in range(self._weights.shape[1]):
-            weight = self._weights[entry, number]
-            rest = np.maximum(self._rest[entry, number], 1)
-            before = left * weight // rest
-            mine = (source < 0) & ((left + 1) * weight // rest > before)
-            source[mine] = number
-            row[mine] = (self._before[entry, number] + before)[mine]
-            left = left - before
-        return source, row
+        left = np.asarray(ids, np.int64) - self._starts[entry]
+        counts = self._counts(entry, left)
+        source = (self._counts(entry, left + 1) > counts).argmax(axis=0)
+        return source, self._before[entry, source] + counts[source, np.arange(len(left))]
 
-    def taken(self, row: int) -> list[int]:
+    def taken(self, row: int) -> np.ndarray:
         """Returns how many rows each source has had before `row`."""
-        entry = max(int(np.searchsorted(self._starts, row, side="left")) - 1, 0)
-        left, taken = row - int(self._starts[entry]), []
-        for number, before in enumerate(self._before[entry].tolist()):
-            weight, rest = int(self._weights[entry, number]), int(self._rest[entry, number])
-            count = left * weight // max(rest, 1)
-            taken.append(before + count)
-            left -= count
-        return taken
+        entry = np.searchsorted(self._starts, row, side="right") - 1
+        left = np.asarray([row - self._starts[entry]])
+        return self._before[entry] + self._counts(entry, left)[:, 0]
 
     def shares(self, row: int) -> np.ndarray:
         """Returns the share of each source around `row`."""
         entry = np.searchsorted(self._starts, row, side="right") - 1
         return self._weights[entry] / self._rest[entry, 0]
+
+    def _counts(self, entry: np.ndarray | int, left: np.ndarray) -> np.ndarray:
+        """Returns (sources, n) rows of each source among the first `left` of an entry."""
+        counts = []
+        for number in range(self._weights.shape[1]):
+            rest = np.maximum(self._rest[entry, number], 1)
+            counts.append(left * self._weights[entry, number] // rest)
+            left = left - counts[-1]
+        return np.stack(counts)
 
 
 def in_units(weights: Sequence[float]) -> list[int]:
@@ -90,11 +87,10 @@ class Mixture(Rows):
         """Mixes `members` by a schedule of (row, integer weights from this row on)."""
         self.seq_len, self.fields = members[0].seq_len, members[0].fields
         self.rows_per_epoch = sum(member.rows_per_epoch for member in members)
-        self.padding = sum(m.padding * m.rows_per_epoch for m in members) / self.rows_per_epoch
         self._members = members
         self._interleave = Interleave(schedule)
         parts = [member.identity() for member in members]
-        names = [f"{part['fingerprint']}, plan {part['plan']}" for part in parts]
+        names = [f"{part['fingerprint']} plan {part['plan']}" for part in parts]
         self._schedule: list = []
         for row, weights in schedule:
             used = [[name, unit] for name, unit in zip(names, weights, strict=True) if unit]
@@ -123,7 +119,7 @@ class Mixture(Rows):
 
     def epochs(self, row: int) -> list[float]:
         """Returns how many times each source has been read before global row `row`."""
-        taken = self._interleave.taken(row)
+        taken = self._interleave.taken(row).tolist()
         return [n / m.rows_per_epoch for n, m in zip(taken, self._members, strict=True)]
 
     def identity(self) -> Identity:
@@ -132,16 +128,13 @@ class Mixture(Rows):
         del same["fingerprint"], same["plan"]
         return {**same, "mixture": self._schedule}
 
-    def check_vocab(self, vocab_size: int) -> None:
-        for member in self._members:
-            member.check_vocab(vocab_size)
-
-    def bytes_per_token(self, row: int = 0) -> float | None:
-        found = [member.bytes_per_token() for member in self._members]
-        if None in found:
-            return None
-        tokens = self._interleave.shares(row) * [1 - m.padding for m in self._members]
-        return float(tokens @ np.asarray(found) / tokens.sum())
+    def sources(self, row: int = 0) -> list[tuple[Steps, float]]:
+        shares = self._interleave.shares(row).tolist()
+        return [
+            (source, share * part)
+            for member, share in zip(self._members, shares, strict=True)
+            for source, part in member.sources()
+        ]
 
 
 class Buckets(Steps):
@@ -168,27 +161,22 @@ class Buckets(Steps):
         self.rows_per_epoch = sum(tokens) // self.seq_len
         self._interleave = Interleave([(0, in_units(tokens))])
 
-    def step(self, first: int, size: int) -> tuple[Rows, int, int]:
+    def step(self, first: int, size: int) -> tuple[Rows, int]:
         source, nth = (int(a[0]) for a in self._interleave.locate(np.asarray([first // size])))
-        return self._parts[source], nth * self._counts[source], self._counts[source]
+        return self._parts[source], nth * self._counts[source]
 
     def identity(self) -> Identity:
         parts = [part.identity() for part in self._parts]
-        lengths = [part.seq_len for part in self._parts]
         plans = " ".join(str(part["plan"]) for part in parts)
-        own = {"buckets": lengths, "plan": plans, "batch_size": self._counts[-1]}
+        own = {"buckets": list(self.lengths()), "plan": plans, "batch_size": self._counts[-1]}
         return {**parts[-1], **own}
-
-    def check_vocab(self, vocab_size: int) -> None:
-        self._parts[-1].check_vocab(vocab_size)
-
-    def bytes_per_token(self, row: int = 0) -> float | None:
-        found = [part.bytes_per_token() for part in self._parts]  # of all text by its own tokens
-        return None if None in found else 1 / sum(1 / ratio for ratio in found)
 
     def lengths(self) -> dict[int, float]:
         shares = self._interleave.shares(0).tolist()
         return {part.seq_len: share for part, share in zip(self._parts, shares, strict=True)}
+
+    def sources(self, row: int = 0) -> list[tuple[Steps, float]]:
+        return self._parts[-1].sources()  # all are of one dataset
 
 
 class Balanced(Rows):
@@ -200,17 +188,21 @@ class Balanced(Rows):
 
     def __init__(self, rows: Rows, steps: int, batch_size: int, seed: int) -> None:
         self.seq_len, self.fields = rows.seq_len, rows.fields
-        self.rows_per_epoch, self.padding = rows.rows_per_epoch, rows.padding
+        self.rows_per_epoch, self.sources = rows.rows_per_epoch, rows.sources
         self._rows, self._steps, self._batch_size, self._seed = rows, steps, batch_size, seed
         self._order = functools.lru_cache(maxsize=2)(self._window_order)
 
     def rows(self, ids: np.ndarray, columns: slice = slice(None)) -> dict[str, np.ndarray]:
-        return self._rows.rows(self.moved(ids), columns)
+        return self._rows.rows(self._moved(ids), columns)
 
     def costs(self, ids: np.ndarray) -> np.ndarray:
-        return self._rows.costs(self.moved(ids))
+        return self._rows.costs(self._moved(ids))
 
-    def moved(self, ids: np.ndarray) -> np.ndarray:
+    def identity(self) -> Identity:
+        own = {"balance": self._steps, "batch_size": self._batch_size}
+        return {**self._rows.identity(), **own}
+
+    def _moved(self, ids: np.ndarray) -> np.ndarray:
         """Returns which rows of the unbalanced order stand at `ids`."""
         windows, places = np.divmod(np.asarray(ids, np.int64), self._steps * self._batch_size)
         moved = np.empty_like(windows)
@@ -225,13 +217,3 @@ class Balanced(Rows):
         by_cost = ids[sorting_order(self._rows.costs(ids).astype(np.int64))]
         steps = permutation(self._steps, self._seed, window, _STEPS)
         return by_cost.reshape(self._steps, self._batch_size)[steps].reshape(-1)
-
-    def identity(self) -> Identity:
-        own = {"balance": self._steps, "batch_size": self._batch_size}
-        return {**self._rows.identity(), **own}
-
-    def check_vocab(self, vocab_size: int) -> None:
-        self._rows.check_vocab(vocab_size)
-
-    def bytes_per_token(self, row: int = 0) -> float | None:
-        return self._rows.bytes_per_token(row)

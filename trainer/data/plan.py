@@ -8,6 +8,7 @@ what is kept is one number per window and the last two windows, for any number o
 Nothing here depends on hosts, batch sizes or the numpy version.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -256,7 +257,8 @@ def _cached(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
         os.replace(temporary, path)
     except OSError as error:
         logging.warning("plan: not kept for the next start: %s", error)
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return counts
 
 

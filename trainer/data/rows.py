@@ -13,7 +13,7 @@ from absl import logging
 
 from sharding.errors import UsageError
 
-Identity = dict[str, Any]  # JSON values by name
+Identity = dict[str, Any]  # JSON values by name; equal identities mean equal rows
 
 
 class Steps(Protocol):
@@ -27,37 +27,37 @@ class Steps(Protocol):
     seq_len: int
     rows_per_epoch: int
 
-    def step(self, first: int, size: int) -> "tuple[Rows, int, int]":
-        """Returns (rows, first, count) of the step that begins at global row `first`."""
-        ...
+    def identity(self) -> Identity: ...
 
-    def identity(self) -> Identity:
-        """Returns what decides the rows, by name; equal identities mean equal rows."""
-        ...
-
-    def check_vocab(self, vocab_size: int) -> None:
-        """Raises UsageError when a model with `vocab_size` embeddings cannot read the rows."""
-        ...
-
-    def bytes_per_token(self, row: int = 0) -> float | None:
-        """Returns bytes of text per predicted token around global row `row`, None if unknown."""
+    def step(self, first: int, size: int) -> "tuple[Rows, int]":
+        """Returns the rows of the step that begins at global row `first`, and its first there."""
         ...
 
     def lengths(self) -> dict[int, float]:
         """Returns the lengths of rows, and the share of the steps that have each."""
         ...
 
+    def sources(self, row: int = 0) -> "list[tuple[Steps, float]]":
+        """Returns the datasets that are read around global row `row`, and their parts of tokens."""
+        ...
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raises UsageError when a model with `vocab_size` embeddings cannot read the rows."""
+        for source, _ in self.sources():
+            source.check_vocab(vocab_size)
+
+    def bytes_per_token(self, row: int = 0) -> float | None:
+        """Returns bytes of text per predicted token around global row `row`, None if unknown."""
+        found = [(source.bytes_per_token(), share) for source, share in self.sources(row)]
+        if any(ratio is None for ratio, _ in found):
+            return None
+        return sum(ratio * share for ratio, share in found) / sum(share for _, share in found)
+
 
 class Rows(Steps, Protocol):
-    """An endless array of rows of one length.
-
-    Attributes:
-      fields: names of the arrays of a batch.
-      padding: share of the positions of an epoch that hold no document.
-    """
+    """An endless array of rows of one length; `fields` are the names of a batch's arrays."""
 
     fields: tuple[str, ...]
-    padding: float
 
     def rows(self, ids: np.ndarray, columns: slice = slice(None)) -> dict[str, np.ndarray]:
         """Returns int32 (len(ids), columns) arrays of the global rows `ids`, by field."""
@@ -67,8 +67,8 @@ class Rows(Steps, Protocol):
         """Returns the attention cost of each row: the squared lengths of its segments, summed."""
         ...
 
-    def step(self, first: int, size: int) -> "tuple[Rows, int, int]":
-        return self, first, size
+    def step(self, first: int, size: int) -> "tuple[Rows, int]":
+        return self, first
 
     def lengths(self) -> dict[int, float]:
         return {self.seq_len: 1.0}
@@ -87,9 +87,9 @@ def resume_row(state: Mapping[str, object], data: Steps, *, allow_change: bool =
         raise UsageError(f"data state {dict(state)!r} is not one this version reads")
     next_row = int(state["next_row"])
     now = data.identity()
-    for name in [*now, *(name for name in state if name not in ("version", "next_row", *now))]:
+    for name in dict.fromkeys([*now, *state]):
         is_now, was = now.get(name), state.get(name)
-        if is_now == was:
+        if is_now == was or name in ("version", "next_row"):
             continue
         if name == "mixture" and is_now and was:
             is_now, was = ([e for e in entry if e[0] < next_row] for entry in (is_now, was))
