@@ -104,7 +104,8 @@ class Plan:
         self._counts = counts[:-1]
         self.rows_per_epoch, self.positions_per_epoch = int(counts[:-1].sum()), int(counts[-1])
         if not self.rows_per_epoch:
-            raise UsageError("no document has two tokens or more: there is nothing to predict")
+            span = f"{only[0] + 1} {'or more' if only[1] >= 1 << 62 else f'to {only[1]}'} positions"
+            raise UsageError(f"no document of {span}: there is nothing to predict")
         self.padding = 1 - self.positions_per_epoch / (self.rows_per_epoch * seq_len)
 
     def rows(self, ids: np.ndarray) -> Pieces:

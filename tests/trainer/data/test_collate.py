@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -139,9 +141,7 @@ def test_instruction_puts_loss_on_answers_alone(conversations):
         segments(batch), pieces.documents, pieces.starts, pieces.counts, strict=True
     ):
         tokens, carries = documents[document], answers(documents[document])
-        expected = [
-            tokens[i] if carries[i] else -1 for i in range(start + 1, start + count + 1)
-        ]
+        expected = [tokens[i] if carries[i] else -1 for i in range(start + 1, start + count + 1)]
         np.testing.assert_array_equal(segment["targets"], expected)
         np.testing.assert_array_equal(segment["tokens"], tokens[start : start + count])
     assert (batch["targets"] >= 0)[batch["segment_ids"] > 0].sum() == sum(
@@ -160,7 +160,7 @@ def test_prefix_lm_marks_the_prompt(conversations):
         segments(batch), pieces.documents, pieces.starts, pieces.counts, strict=True
     ):
         tokens = documents[document]
-        pairs = list(zip(tokens, tokens[1:], strict=False))
+        pairs = list(itertools.pairwise(tokens))
         prompt = pairs.index(ANSWER) + 2 if ANSWER in pairs else 0
         place = np.arange(start, start + count)
         np.testing.assert_array_equal(segment["prefix"], place < prompt)

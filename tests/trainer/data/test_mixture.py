@@ -90,7 +90,7 @@ def test_a_mixture_holds_the_rows_of_its_sources(folders):
         mine = batch["tokens"][source == number]
         np.testing.assert_array_equal(mine, member.rows(np.arange(len(mine)))["tokens"])
         seen[number] = len(mine)
-    assert seen == [1400, 400, 200]
+    assert np.abs(np.subtract(seen, [1400, 400, 200])).max() <= 1
     assert mixture.epochs(2000) == [
         n / m.rows_per_epoch for n, m in zip(seen, members, strict=True)
     ]
@@ -108,14 +108,15 @@ def test_held_out_rows_of_a_mixture_come_once_each(folders):
     apart = np.concatenate([m.rows(np.arange(m.rows_per_epoch))["tokens"] for m in members])
     np.testing.assert_array_equal(*(np.sort(a.view("V64").ravel()) for a in (rows, apart)))
     real = sum(
-        int((batch["segment_ids"] > 0).sum()) for batch in eval_batches(held_out, 16, batch_sharding())
+        int((batch["segment_ids"] > 0).sum())
+        for batch in eval_batches(held_out, 16, batch_sharding())
     )
     assert real == sum(member.plan.positions_per_epoch for member in members)
     text = sum(member.shards.text_bytes for member in members)
     assert held_out.bytes_per_token() == pytest.approx(text / real, rel=0.01)
 
 
-def hosts(data, config: DataConfig, first: int, count: int) -> str:
+def hosts(data, first: int, count: int) -> str:
     """Digest of one batch that `count` hosts would read, each its own rows, put together."""
     parts = [data.rows(first + block) for block in np.split(np.arange(B), count)]
     return batch_digest({name: np.concatenate([p[name] for p in parts]) for name in FIELDS})
@@ -129,13 +130,11 @@ def test_host_counts_and_a_weight_change_leave_batches_equal(folders):
     )
     unbroken = open_dataset(scheduled)
     expected = [batch_digest(unbroken.rows(step * B + np.arange(B))) for step in range(24)]
-    found, step = [], 0
-    for count in (1, 4, 2, 8):
+    found = []
+    for start, count in ((0, 1), (6, 4), (12, 2), (18, 8)):
         # Every attempt opens its data anew, the first two without knowing of the change.
-        data = open_dataset(plain if step < 12 else scheduled)
-        for step in range(step, step + 6):
-            found.append(hosts(data, plain, step * B, count))
-        step += 1
+        data = open_dataset(plain if start < 12 else scheduled)
+        found += [hosts(data, step * B, count) for step in range(start, start + 6)]
     assert found == expected
     still = open_dataset(plain)
     assert batch_digest(still.rows(12 * B + np.arange(B))) != expected[12]
@@ -169,7 +168,7 @@ def test_a_resume_may_change_weights_that_lie_ahead(folders, caplog):
             resumed(*entries)
     with pytest.raises(UsageError, match="data seed is 3, the checkpoint was trained with 0"):
         resumed((first, 0.7), (second, 0.3), seed=3)
-    with pytest.raises(UsageError, match="data fingerprint is sha256:.* was trained with None"):
+    with pytest.raises(UsageError, match=r"data fingerprint is sha256:.* was trained with None"):
         resume_row(state, open_dataset(DataConfig(first, seq_len=16)))
 
 
@@ -212,24 +211,26 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from sharding.errors import UsageError
 from trainer.data import plan
+from trainer.config import from_dict
 from trainer.data.config import DataConfig
 from trainer.data.dataset import open_training
 from trainer.data.loader import Loader, batch_digest
 from trainer.data.rows import resume_row
 
 state, configs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+configs = {name: from_dict(values, DataConfig) for name, values in configs.items()}
 found = {}
 mesh = jax.make_mesh((4, 2), ("data", "seq"), axis_types=(AxisType.Explicit,) * 2)
 sharding = NamedSharding(mesh, P("data", "seq"))
 for name, config in configs.items():
-    data = open_training(DataConfig(**config), 16)
+    data = open_training(config, 16)
     start = resume_row(state, data) if name == "mixture" else 0
     with Loader(data, 16, sharding, start_row=start) as loader:
         found[name] = [batch_digest(next(loader)) for _ in range(4)]
 if jax.process_index() == 1:
     plan.best_fit, plan.count_best_fit = plan.concatenate, plan.count_concatenated
 try:
-    Loader(open_training(DataConfig(**configs["single"]), 16), 16, sharding)
+    Loader(open_training(configs["single"], 16), 16, sharding)
 except UsageError as error:
     found["refusal"] = str(error)
 print(json.dumps(found))
@@ -241,7 +242,7 @@ def test_two_processes_read_what_one_does_and_compare_plans(folders):
     before = mixed((folders[0], 0.7), (folders[1], 0.3))
     change = 3 * B + 5
     configs = {
-        "mixture": mixed((folders[0], ((0, 0.7), (change, 0))), (folders[1], 0.3), balance=0),
+        "mixture": mixed((folders[0], ((0, 0.7), (change, 0))), (folders[1], 0.3)),
         "balanced": mixed((folders[0], 0.7), (folders[1], 0.3), balance=3),
         "buckets": DataConfig(folders[0], seq_len=16, buckets=(4, 8)),
         "single": DataConfig(folders[0], seq_len=16),
@@ -255,13 +256,8 @@ def test_two_processes_read_what_one_does_and_compare_plans(folders):
         start = 2 * B if name == "mixture" else 0
         with Loader(data, B, batch_sharding(), start_row=start) as loader:
             expected[name] = [batch_digest(next(loader)) for _ in range(4)]
-    arguments = [json.dumps(state), json.dumps({k: vars(c) for k, c in configs.items()}, default=vars)]
-    code = WORKER.replace("DataConfig(**", "from_dict(").replace("[\"single\"])", "[\"single\"], DataConfig)")
-    code = WORKER.replace("import DataConfig\n", "import DataConfig as Config\n", 1).replace(
-        "state, configs", "from trainer.config import from_dict\n"
-        "DataConfig = lambda **values: from_dict(values, Config)\nstate, configs", 1
-    )
-    for result in run_processes(code, 2, 4, arguments, timeout=120):
+    arguments = [json.dumps(state), json.dumps(configs, default=vars)]
+    for result in run_processes(WORKER, 2, 4, arguments, timeout=120):
         found = json.loads(result.stdout.splitlines()[-1])
         assert "processes 0 and 1 do not agree on data plan" in found.pop("refusal")
         assert found == expected
@@ -282,7 +278,9 @@ def test_balanced_steps_hold_the_same_rows_of_like_cost(folders):
     assert spread["balanced"] < 0.35 * spread["plain"]
     for window in range(3):
         ids = window * steps * B + np.arange(steps * B)
-        pair = [np.sort(d.rows(ids)["tokens"].copy().view("V64").ravel()) for d in (plain, balanced)]
+        pair = [
+            np.sort(d.rows(ids)["tokens"].copy().view("V64").ravel()) for d in (plain, balanced)
+        ]
         np.testing.assert_array_equal(*pair)
     means = balanced.costs(np.arange(steps * B)).reshape(steps, B).mean(axis=1)
     assert not (np.diff(means) > 0).all()  # steps are shuffled, costs do not rise with time
@@ -350,7 +348,10 @@ def test_buckets_resume_at_every_step(folders):
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"buckets": (16,)}, r"buckets = \(16,\): row lengths that rise and stay below seq_len = 16"),
+        (
+            {"buckets": (16,)},
+            r"buckets = \(16,\): row lengths that rise and stay below seq_len = 16",
+        ),
         ({"buckets": (8, 4)}, r"row lengths that rise"),
         ({"buckets": (0,)}, r"row lengths that rise"),
         ({"buckets": (7,)}, r"rows of 7 do not divide the 256 tokens of a step \(16 rows of 16\)"),
@@ -365,8 +366,10 @@ def test_bad_buckets_are_refused(folders, values, text):
 
 def test_a_bucket_without_documents_is_refused(make_dataset):
     long = make_dataset("long", lengths=(100, 120) * 40)
-    with pytest.raises(UsageError, match="set.*|no document has"):
+    with pytest.raises(
+        UsageError, match=r"no document of 1 to 8 positions: there is nothing to predict"
+    ):
         open_training(DataConfig(str(long), seq_len=16, buckets=(8,)), B)
     few = make_dataset("few", lengths=(5, 6, 100, 120) * 3 + (100,) * 60)
-    with pytest.raises(UsageError, match=r"bucket 8 fill 6 rows, a step takes 32; leave it out"):
+    with pytest.raises(UsageError, match=r"bucket 8 fill 5 rows, a step takes 32; leave it out"):
         open_training(DataConfig(str(few), seq_len=16, buckets=(8,)), B)
