@@ -77,7 +77,7 @@ class DataConfig:
     seq_len: int = 512
     buckets: tuple[int, ...] = ()
     packing: str = "bestfit"
-    window: int = 1 << 16
+    window: int = 1 << 15
     balance: int = 0
     shuffle: bool = True
     seed: int = 0

@@ -16,10 +16,11 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from absl import logging
+from rich.console import Console
+from rich.progress import track
 
 from sharding.config import cache_folder
 from sharding.errors import UsageError, nearest
@@ -36,15 +37,7 @@ from trainer.data.packing import (
 
 _MEMBERS, _ORDER, _ROWS, _WINDOWS = range(4)  # what a random stream is for
 _CACHED_FROM = 1 << 17  # documents; the rows of fewer are counted sooner than a file is read
-_SHOWN_FROM = 64  # windows; counting the rows of fewer takes seconds
-
-
-class Lengths(Protocol):
-    """Document lengths: an array, or anything that is indexed by an array like one."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, documents: np.ndarray) -> np.ndarray: ...
+_SHOWN_FROM = 128  # windows; counting the rows of fewer takes seconds
 
 
 class Plan:
@@ -58,11 +51,11 @@ class Plan:
 
     def __init__(
         self,
-        lengths: Lengths,
+        lengths: np.ndarray,
         *,
         seq_len: int,
         how: str = "bestfit",
-        window: int = 1 << 17,
+        window: int = 1 << 15,
         shuffle: bool = True,
         seed: int = 0,
         only: tuple[int, int] = (0, 1 << 62),
@@ -72,6 +65,7 @@ class Plan:
         """Plans rows of `seq_len` positions over documents of `lengths` tokens, window by window.
 
         Args:
+          lengths: int64 (documents,), or anything that has a length and is indexed by arrays alike.
           only: documents are used that have more positions than the first, not than the second.
           added: gives the positions that a collate function adds to a piece of each document.
           key: names the lengths and `added`; with it the row counts of large datasets are cached.
@@ -155,7 +149,11 @@ class Plan:
         """Returns the rows of every window, and behind them the positions of an epoch."""
         windows = -(-len(self._lengths) // self._window_size)
         counts = np.zeros(windows + 1, np.int64)
-        for window in _shown(windows):
+        console = Console(stderr=True)
+        quiet = windows < _SHOWN_FROM or not console.is_terminal
+        for window in track(
+            range(windows), "counting rows", console=console, transient=True, disable=quiet
+        ):
             documents, positions = self.members(window)
             counts[window] = self._count(positions, self._added(documents), self.seq_len)
             counts[-1] += positions.sum()
@@ -261,20 +259,3 @@ def _cached(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
         with contextlib.suppress(OSError):
             temporary.unlink()
     return counts
-
-
-def _shown(windows: int):
-    """Returns range(windows), with a progress bar on a terminal when that will take a while."""
-    if windows < _SHOWN_FROM:
-        return range(windows)
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(
-        range(windows),
-        "counting rows",
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
