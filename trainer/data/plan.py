@@ -9,6 +9,7 @@ Nothing here depends on hosts, batch sizes or the numpy version.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import math
@@ -24,16 +25,9 @@ from rich.progress import track
 
 from sharding.config import cache_folder
 from sharding.errors import UsageError, nearest
+from trainer.data import packing
 from trainer.data.config import PACKINGS
-from trainer.data.packing import (
-    Pieces,
-    best_fit,
-    concatenate,
-    count_best_fit,
-    count_concatenated,
-    join,
-    sorting_order,
-)
+from trainer.data.packing import Pieces, join, sorting_order
 
 _MEMBERS, _ORDER, _ROWS, _WINDOWS = range(4)  # what a random stream is for
 _CACHED_FROM = 1 << 17  # documents; the rows of fewer are counted sooner than a file is read
@@ -81,8 +75,8 @@ class Plan:
         self._lengths, self._window_size, self._only, self._added = lengths, window, only, added
         self._shuffle, self._seed = shuffle, seed
         self._pack, self._count = {
-            "bestfit": (best_fit, count_best_fit),
-            "concat": (concatenate, count_concatenated),
+            "bestfit": (packing.best_fit, packing.count_best_fit),
+            "concat": (packing.concatenate, packing.count_concatenated),
         }[how]
         self._scattered = Scatter(len(lengths), seed) if shuffle else np.asarray
         # Bound to the instance, so that the caches go when the plan goes.
@@ -119,8 +113,7 @@ class Plan:
                 chosen = pieces.take(
                     np.repeat(firsts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
                 )
-                fields = {**vars(chosen), "rows": np.repeat(places, sizes)}
-                parts.append(Pieces(**fields))
+                parts.append(dataclasses.replace(chosen, rows=np.repeat(places, sizes)))
         return join(parts) if parts else Pieces(*np.zeros((6, 0), np.int64))
 
     def costs(self, ids: np.ndarray) -> np.ndarray:
