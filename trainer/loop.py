@@ -16,8 +16,9 @@ from sharding.mesh import make_mesh, start_runtime
 from sharding.rules import BATCH, SEQ
 from trainer.config import Experiment, check_sizes, validate
 from trainer.data.corpus import HELD_OUT
-from trainer.data.dataset import open_dataset, resume_row
+from trainer.data.dataset import open_dataset, open_training
 from trainer.data.loader import Loader
+from trainer.data.rows import resume_row
 from trainer.evaluate import baselines, evaluate
 from trainer.journal import Journal
 from trainer.profiler import Profiler
@@ -55,9 +56,10 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
 
     # ---------------------------------------------------------------- data
     config = experiment.train
-    dataset = open_dataset(experiment.data)
-    dataset.check_vocab(experiment.model.vocab)
+    dataset = open_training(experiment.data, config.batch_size)
     held_out = open_dataset(experiment.data, HELD_OUT) if experiment.eval.every else None
+    for rows_read in filter(None, (dataset, held_out)):
+        rows_read.check_vocab(experiment.model.vocab)
 
     # ---------------------------------------------------------------- state: restored or new
     if jax.process_index() == 0:
