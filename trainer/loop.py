@@ -70,11 +70,13 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         CheckpointManager(f"{workdir}/{CHECKPOINTS}", experiment.checkpoint) as checkpoints,
         Profiler(f"{workdir}/profile", experiment.log) as profiler,
     ):
-        start, start_row = checkpoints.latest() or 0, 0
-        if start:
-            stored, meta = checkpoints.restore(start, to_stored(abstract_state(experiment, layout)))
-            state = from_stored(stored, experiment, layout)
-            start_row = resume_row(meta["data"], dataset, allow_change=experiment.data.allow_change)
+        start, start_row = 0, 0
+        restored = checkpoints.restore_newest(to_stored(abstract_state(experiment, layout)))
+        if restored:
+            start, state = restored.step, from_stored(restored.state, experiment, layout)
+            start_row = resume_row(
+                restored.meta["data"], dataset, allow_change=experiment.data.allow_change
+            )
         else:
             state = init_state(experiment, layout)
 
@@ -113,6 +115,9 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
 
             if not start and held_out is not None and (found := baselines(held_out)):
                 journal.event(0, "baseline", **found)
+
+            for reason in restored.damaged if restored else ():
+                journal.event(start, "damaged checkpoint passed over", reason=reason)
 
             # -------------------------------------------------------- the loop
             step, last = start, config.stop_at or config.steps
