@@ -156,7 +156,8 @@ class Dataset(Rows):
         return self.shards.manifest.tokenizer.vocab_size
 
     def check_vocab(self, vocab_size: int) -> None:
-        largest = max((self.shards.max_token, *self._sentinels))
+        shards = self.shards.manifest.shards  # of all splits: held-out text is read too
+        largest = max((*(shard.max_token for shard in shards), *self._sentinels))
         if largest >= vocab_size:
             raise UsageError(
                 f"dataset {self.shards.folder} holds token {largest}, the model's "
@@ -215,15 +216,16 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Rows:
     return Mixture(members, [(0, [member.rows_per_epoch for member in members])])
 
 
-def open_training(config: DataConfig, batch_size: int) -> Steps:
+def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.maxsize) -> Steps:
     """Opens what training reads: the training split in buckets and balanced, as `config` says.
 
     Args:
       batch_size: rows of `seq_len` in a step.
+      vocab_size: of the model.
 
     Raises:
       UsageError: as `open_dataset`; a bucket with less than one step of documents, or whose rows do
-        not divide the tokens of a step.
+        not divide the tokens of a step; a token outside the vocabulary.
     """
     config.validate()
     if config.buckets:
@@ -235,6 +237,7 @@ def open_training(config: DataConfig, batch_size: int) -> Steps:
         ]
     else:
         parts = [open_dataset(config)]
+    parts[0].check_vocab(vocab_size)
     counts = [config.rows_per_step(part.seq_len, batch_size) for part in parts]
     if config.balance:
         parts = [
