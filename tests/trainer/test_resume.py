@@ -101,7 +101,10 @@ def test_killed_runs_end_on_the_same_bits(tmp_path, kills):
 def test_ctrl_c_saves_and_exits_130(tmp_path):
     process = subprocess.Popen(
         [*command(tmp_path / "run"), "--config.train.steps=5000", "--config.checkpoint.every=0"],
-        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     while last_step(tmp_path / "run") < 2 and process.poll() is None:
         time.sleep(0.01)
