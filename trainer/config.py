@@ -90,6 +90,7 @@ FREE = (
     "data.prefetch",
     "data.allow_change",
     "data.path",
+    "data.remote",
     *(f"model.{f}" for f in COMPUTATION),
 )
 

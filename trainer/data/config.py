@@ -1,10 +1,34 @@
 """What is read and how it becomes rows. Imports nothing heavy: configs are checked before JAX."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sharding.errors import UsageError, nearest
 
 PACKINGS = ("bestfit", "concat")
+
+
+@dataclass
+class RemoteConfig:
+    """How a dataset in object storage (`path` = gs://… or s3://…) is read; its rows stay the same.
+
+    Shards are fetched by `workers` at a time into the cache folder, at most `cache_gb` on this
+    machine, as soon as one of the next `ahead` rows reads them. An outage is waited out for
+    `patience` seconds. `skip_shards` shards may be missing or damaged: theirs becomes padding.
+    """
+
+    cache_gb: float = 100.0
+    workers: int = 4
+    ahead: int = 4096
+    patience: float = 600.0
+    skip_shards: int = 0
+
+    def validate(self) -> None:
+        """Raises UsageError for values that no dataset could make right."""
+        for name, least in (
+            ("cache_gb", 0), ("workers", 1), ("ahead", 0), ("patience", 0), ("skip_shards", 0)
+        ):  # fmt: skip
+            if (value := getattr(self, name)) < least:
+                raise UsageError(f"config.data.remote.{name} = {value}: must be at least {least}")
 
 
 @dataclass
@@ -16,7 +40,8 @@ class DataConfig:
     `packing` is "bestfit" (a document is cut only when it is longer than a row) or "concat"
     (documents laid end to end and cut at every row). Documents are packed in windows of `window`; a
     larger window pads less, a smaller one touches fewer shards at a time. `allow_change` accepts a
-    resume with other data than the checkpoint was trained on.
+    resume with other data than the checkpoint was trained on. gs://… and s3://… folders are read as
+    `remote` says.
     """
 
     path: str = "builtin"
@@ -27,6 +52,7 @@ class DataConfig:
     seed: int = 0
     prefetch: int = 2  # batches held ready by the background thread; 0 reads in the caller
     allow_change: bool = False
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
 
     def validate(self) -> None:
         """Raises UsageError for values that no dataset could make right."""
@@ -35,6 +61,7 @@ class DataConfig:
                 f"config.data.packing = {self.packing!r}: choose {' or '.join(PACKINGS)}"
                 f"{nearest(self.packing, PACKINGS)}"
             )
+        self.remote.validate()
         for name, least in (("seq_len", 1), ("window", 1), ("seed", 0), ("prefetch", 0)):
             if (value := getattr(self, name)) < least:
                 raise UsageError(f"config.data.{name} = {value}: must be at least {least}")

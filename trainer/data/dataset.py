@@ -5,12 +5,14 @@ run. Loader.py turns it into batches on devices. Anything else that offers `Rows
 transformed dataset) loads the same way. Does not import JAX.
 """
 
+import logging
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from checkpoint.steps import is_remote
 from sharding.errors import UsageError
 from trainer.data.config import DataConfig
 from trainer.data.corpus import BUILTIN, TRAIN, dataset_folder
@@ -20,6 +22,8 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import grain
+
+_logger = logging.getLogger(__name__)
 
 FIELDS = ("tokens", "targets", "positions", "segment_ids")
 
@@ -36,6 +40,12 @@ class Rows(Protocol):
     def identity(self) -> dict[str, int | str | bool]:
         """Returns what decides the rows, by name; equal identities mean equal rows."""
 
+    def adopt(self, state: Mapping[str, object]) -> None:
+        """Takes over what a checkpoint's state tells of shards that could not be read."""
+
+    def cancel(self) -> None:
+        """Ends a `rows` that waits for its data in another thread."""
+
 
 class Dataset:
     """One split of a dataset, packed as a DataConfig says.
@@ -48,6 +58,7 @@ class Dataset:
 
     def __init__(self, shards: TokenShards, config: DataConfig) -> None:
         self.shards = shards
+        self._announced = 0  # rows from here on have not been announced to the shards
         self.seq_len = config.seq_len
         self._identity = {
             "fingerprint": shards.manifest.fingerprint(),
@@ -68,7 +79,7 @@ class Dataset:
                 seed=config.seed,
             )
         except UsageError as error:
-            raise UsageError(f"dataset {shards.folder}, split {shards.split}: {error}") from None
+            raise UsageError(f"dataset {shards.name}, split {shards.split}: {error}") from None
         self.rows_per_epoch = self.plan.rows_per_epoch
 
     def rows(self, ids: np.ndarray, columns: slice = slice(None)) -> dict[str, np.ndarray]:
@@ -80,6 +91,8 @@ class Dataset:
           padding, and there the others are 0 too).
         """
         begin, end, _ = columns.indices(self.seq_len)
+        if self.shards.ahead and len(ids):
+            self._announce(int(ids.max()) + 1)
         pieces = self.plan.rows(ids)
         segments = np.arange(1, len(pieces) + 1) - np.searchsorted(pieces.rows, pieces.rows)
         skipped = np.maximum(begin - pieces.columns, 0)
@@ -109,13 +122,31 @@ class Dataset:
             segment_ids[to : to + count] = segment
         return out
 
+    def _announce(self, first: int) -> None:
+        """Tells the shards what the rows from `first` on will read, each row once."""
+        end = first + self.shards.ahead
+        begin = self._announced if first <= self._announced <= end else first
+        self._announced = end
+        self.shards.expect(self.plan.rows(np.arange(begin, end)).documents)
+
     def row(self, number: int) -> dict[str, np.ndarray]:
         """Returns one global row: int32 (seq_len,) arrays."""
         return {name: array[0] for name, array in self.rows(np.asarray([number])).items()}
 
     def identity(self) -> dict[str, int | str | bool]:
-        """Returns what decides the rows: the dataset's fingerprint and the plan's arguments."""
-        return dict(self._identity)
+        """Returns what decides the rows: the dataset's fingerprint, the plan's arguments and, once
+        there are any, the shards that were skipped."""
+        skipped = ",".join(sorted(self.shards.skipped))
+        return self._identity | ({"skipped": skipped} if skipped else {})
+
+    def adopt(self, state: Mapping[str, object]) -> None:
+        """Skips the shards that a run had skipped, so that its rows stay the same."""
+        for file in filter(None, str(state.get("skipped", "")).split(",")):
+            self.shards.skip(file)
+
+    def cancel(self) -> None:
+        """Ends a `rows` that waits for object storage in another thread."""
+        self.shards.cancel()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -130,7 +161,7 @@ class Dataset:
         """Raises UsageError when a model with `vocab_size` embeddings cannot read the dataset."""
         if self.shards.max_token >= vocab_size:
             raise UsageError(
-                f"dataset {self.shards.folder} holds token {self.shards.max_token}, the model's "
+                f"dataset {self.shards.name} holds token {self.shards.max_token}, the model's "
                 f"vocabulary has {vocab_size}: set --config.model.vocab={self.vocab_size}"
             )
 
@@ -164,16 +195,31 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Dataset:
       UsageError: a config no dataset could satisfy, or a dataset that is missing or damaged.
     """
     config.validate()
-    folder = dataset_folder(config.path)
+    shards = open_shards(config, split)
+    if split != TRAIN:
+        config = DataConfig(**{**vars(config), "shuffle": False, "seed": 0})
+    return Dataset(shards, config)
+
+
+def open_shards(config: DataConfig, split: str) -> TokenShards:
+    """Opens and checks the documents of one split, on the disk or in object storage."""
+    if is_remote(config.path):
+        from trainer.data.remote import RemoteShards
+
+        shards = RemoteShards(config.path, split, config.remote)
+        if config.shuffle and split == TRAIN and not shards.fits:
+            _logger.warning(
+                "%s: shuffled rows read all shards in turn, and config.data.remote.cache_gb = %g "
+                "does not hold them: they will be fetched again and again",
+                config.path, config.remote.cache_gb,
+            )  # fmt: skip
+        return shards
     try:
-        shards = TokenShards(folder, split)
+        return TokenShards(dataset_folder(config.path), split)
     except UsageError as error:
         if config.path.startswith(BUILTIN):
             raise UsageError(f"{error}; remove the folder and it is written anew") from None
         raise
-    if split != TRAIN:
-        config = DataConfig(**{**vars(config), "shuffle": False, "seed": 0})
-    return Dataset(shards, config)
 
 
 def resume_row(state: Mapping[str, object], dataset: Rows, *, allow_change: bool = False) -> int:
@@ -187,6 +233,7 @@ def resume_row(state: Mapping[str, object], dataset: Rows, *, allow_change: bool
     if state.get("version") != 1 or not isinstance(state.get("next_row"), int):
         raise UsageError(f"data state {dict(state)!r} is not one this version reads")
     if not allow_change:
+        dataset.adopt(state)
         for name, now in dataset.identity().items():
             if state.get(name) != now:
                 raise UsageError(

@@ -99,6 +99,7 @@ class Loader:
     def close(self) -> None:
         """Ends the background thread; batches it holds are dropped. Safe to call twice."""
         self._closed = True
+        self._dataset.cancel()
         self._thread.shutdown(cancel_futures=True)
         self._ahead.clear()
 

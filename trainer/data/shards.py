@@ -18,8 +18,8 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from sharding.errors import UsageError, nearest
-from trainer.data.manifest import Manifest, Shard, read_manifest
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.manifest import FILE, Manifest, Shard, read_manifest
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 HASH_AT_OPEN = 64 << 20  # bytes; about 60 ms of SHA-256, so small datasets are always checked whole
 _BLOCK = 1 << 22
@@ -38,6 +38,8 @@ class TokenShards:
     """One split of a dataset folder: documents 0..docs-1 over all its shards, in manifest order.
 
     Attributes:
+      folder: where manifest and tokenizer are.
+      name: what errors call the dataset.
       starts: int64 (docs + 1,), where each document begins when the shards are laid end to end.
       lengths: int64 (docs,), tokens of each document, BOS included.
       skipped: files of shards whose pieces are read as one token each, so that they predict
@@ -47,27 +49,28 @@ class TokenShards:
 
     ahead = 0
 
-    def __init__(self, folder: Path | str, split: str) -> None:
-        """Opens and checks the split.
+    def __init__(self, folder: Path, split: str, *, name: str = "") -> None:
+        """Opens and checks the split; `name` says whose local stand-in the folder is.
 
         Raises:
           UsageError: no such split, or a shard that is not what the manifest says.
         """
         self.folder = folder
+        self.name = name or str(folder)
         self.split = split
-        self.manifest = self._read_manifest()
+        self.manifest = read_manifest(folder)
         self.skipped: set[str] = set()
         self._shards = shards = self.manifest.split(split)
         if not shards:
             choices = self.manifest.splits
             raise UsageError(
-                f"dataset {folder}: no split {split!r}, there is {', '.join(choices) or 'none'}"
+                f"dataset {self.name}: no split {split!r}, there is {', '.join(choices) or 'none'}"
                 f"{nearest(split, choices)}"
             )
         try:
             indices = self._open()
         except ShardError as error:
-            raise UsageError(f"dataset {folder}: {error}") from None
+            raise UsageError(f"dataset {self.name}: {error}") from None
         self._ends = np.cumsum([shard.tokens for shard in shards])
         self._begins = self._ends - [shard.tokens for shard in shards]
         self.starts = np.concatenate(
@@ -77,12 +80,9 @@ class TokenShards:
         self.text_bytes = sum(shard.text_bytes for shard in shards)
         self.max_token = max(shard.max_token for shard in shards)
 
-    def _read_manifest(self) -> Manifest:
-        return read_manifest(Path(self.folder))
-
     def _open(self) -> list[np.ndarray]:
         """Checks the shards, maps them into memory and returns their indices."""
-        folder, dtype = Path(self.folder), self.manifest.dtype
+        folder, dtype = self.folder, self.manifest.dtype
         hashed = sum(shard.bytes for shard in self._shards) <= HASH_AT_OPEN
         indices, self._arrays = [], []
         for shard in self._shards:
@@ -126,7 +126,7 @@ class TokenShards:
         """
         files = [shard.file for shard in self._shards]
         if file not in files:
-            raise UsageError(f"dataset {self.folder}, split {self.split}: no shard {file!r}")
+            raise UsageError(f"dataset {self.name}, split {self.split}: no shard {file!r}")
         self.skipped.add(file)
         self._arrays[files.index(file)] = Unread()
 
@@ -175,6 +175,10 @@ def faults(
             except ShardError as error:
                 yield error
         advance(shard.bytes)
+    try:
+        load_tokenizer(manifest.tokenizer, folder)
+    except UsageError as error:
+        yield ShardError(FILE, f"names another tokenizer than the folder has: {error}")
 
 
 def _check_index(folder: Path, shard: Shard, dtype: np.dtype) -> None:
