@@ -45,6 +45,8 @@ _ANSWER = 30.0  # seconds that one request may take
 _DELAYS = 0.25, 20.0  # seconds between attempts, first and longest
 _ABANDONED = 3600.0  # seconds after which a half-written file belongs to nobody
 
+_NO_RETRIES = "ABORTED: All 0 retry attempts failed: "
+
 _logger = logging.getLogger(__name__)
 
 
@@ -66,7 +68,7 @@ class Bucket:
         driver, path = _DRIVERS[scheme], path and f"{path}/"
         self._spec = {
             **{"driver": driver, "bucket": bucket, "path": path},
-            "context": {f"{driver}_request_retries": {"max_retries": 1}},  # `_patiently` waits
+            "context": {f"{driver}_request_retries": {"max_retries": 0}},  # `_patiently` waits
             **(_s3_settings() if scheme == "s3" else {}),
         }
         self._store: tensorstore.KvStore | None = None
@@ -110,7 +112,7 @@ class Bucket:
             try:
                 return ask().result(timeout=_ANSWER)
             except ValueError as error:  # tensorstore's; its text begins with the status
-                reason = " ".join(str(error).split())[:200]
+                reason = " ".join(str(error).split())[:200].removeprefix(_NO_RETRIES)
             except TimeoutError:
                 reason = f"no answer within {_ANSWER:.0f} s"
             if reason.startswith("OUT_OF_RANGE"):
@@ -161,7 +163,7 @@ def _reserve(path: Path, size: int, root: Path, budget: int, keep: Set[Path]) ->
     budget, and a run that starts again finds what it had.
     """
     files = []
-    for file in (*root.rglob("*.bin"), *root.rglob("*.part")):
+    for file in (file for file in root.rglob("*") if file.suffix in (".bin", ".part")):
         try:
             files.append((file.stat().st_mtime, file.stat().st_size, file))
         except FileNotFoundError:  # another process made room
@@ -328,16 +330,18 @@ class RemoteShards(TokenShards):
         return self._running[owner]
 
     def _run(self, owner: int, part: Path, future: Future[None]) -> None:
+        shard, error = self._shards[owner], None
         try:
-            self._fetch(self._shards[owner], part)
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)  # raised by whoever waits for the shard
-        finally:
+            self._fetch(shard, part)
+            with self._lock:  # who looks for room must see one of the two names
+                part.replace(self.folder / shard.file)
+        except BaseException as caught:
+            error = caught  # raised by whoever waits for the shard
+        with self._lock:
             part.unlink(missing_ok=True)
-            with self._lock:
-                del self._running[owner]
-                self._fetch_announced()
+            del self._running[owner]
+            self._fetch_announced()
+        future.set_exception(error) if error else future.set_result(None)
 
     def _fetch(self, shard: Shard, part: Path) -> None:
         for last in (False, True):  # once more, in case it was damaged on the way
@@ -347,9 +351,7 @@ class RemoteShards(TokenShards):
                     stream.write(self._bucket.read(shard.file, block))
                 os.fsync(stream.fileno())
             try:
-                check_digest(part, shard.file, shard.sha256)
-                part.replace(self.folder / shard.file)
-                return
+                return check_digest(part, shard.file, shard.sha256)
             except ShardError:
                 if last:
                     raise
