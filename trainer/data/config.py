@@ -25,7 +25,7 @@ class RemoteConfig:
     def validate(self) -> None:
         """Raises UsageError for values that no dataset could make right."""
         for name, least in (
-            ("cache_gb", 0), ("workers", 1), ("ahead", 0), ("patience", 0), ("skip_shards", 0)
+            ("cache_gb", 0), ("workers", 1), ("ahead", 1), ("patience", 0), ("skip_shards", 0)
         ):  # fmt: skip
             if (value := getattr(self, name)) < least:
                 raise UsageError(f"config.data.remote.{name} = {value}: must be at least {least}")

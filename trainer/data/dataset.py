@@ -91,9 +91,11 @@ class Dataset:
           padding, and there the others are 0 too).
         """
         begin, end, _ = columns.indices(self.seq_len)
+        pieces = self.plan.rows(ids)
         if self.shards.ahead and len(ids):
             self._announce(int(ids.max()) + 1)
-        pieces = self.plan.rows(ids)
+        if self.shards.ahead or self.shards.skipped:
+            pieces = pieces.take(self.shards.readable(pieces.documents))
         segments = np.arange(1, len(pieces) + 1) - np.searchsorted(pieces.rows, pieces.rows)
         skipped = np.maximum(begin - pieces.columns, 0)
         counts = np.minimum(pieces.counts, end - pieces.columns) - skipped

@@ -32,6 +32,10 @@ class Pieces:
     rows: np.ndarray  # int64, never falls
     columns: np.ndarray  # int64, where the piece begins in its row
 
+    def take(self, chosen: np.ndarray) -> "Pieces":
+        """Returns the pieces that a mask or an array of places picks."""
+        return Pieces(*(array[chosen] for array in vars(self).values()))
+
     def __len__(self) -> int:
         return len(self.documents)
 

@@ -29,7 +29,6 @@ from trainer.data.manifest import FILE, Shard, parse_manifest
 from trainer.data.shards import (
     ShardError,
     TokenShards,
-    Unread,
     check_digest,
     map_tokens,
     open_index,
@@ -209,6 +208,7 @@ class RemoteShards(TokenShards):
         self._running: dict[int, Future[None]] = {}  # shards that are being fetched
         self._announced: dict[int, None] = {}  # shards in order of use, not being fetched yet
         self._unread: set[int] = set()  # shards that announced documents wait in
+        self._good: set[int] = set()  # shards that this process has read
         self._cancelled = threading.Event()
         super().__init__(self._bucket.mirror(), split, name=self._bucket.url)
         self._budget = int(config.cache_gb * 1e9)
@@ -222,7 +222,6 @@ class RemoteShards(TokenShards):
             )
 
     def _open(self) -> list[np.ndarray]:
-        self._arrays: dict[int, Unread] = {}
         with ThreadPoolExecutor(self._config.workers) as pool:
             return list(pool.map(self._index, self._shards))
 
@@ -237,15 +236,24 @@ class RemoteShards(TokenShards):
             raise
         return open_index(self.folder, shard)
 
+    def readable(self, documents: np.ndarray) -> np.ndarray:
+        """Returns which documents can be read, waiting for the shards that were never read."""
+        for owner in self._announce_first(self._owners(documents)):
+            shard = self._shards[owner]
+            if owner not in self._good and shard.file not in self.skipped:
+                try:
+                    self._tokens(owner)
+                except ShardError as error:
+                    self._skip_or_raise(shard, error)
+        return super().readable(documents)
+
     def _cut(self, owners: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
-        self._cancelled.clear()
-        needed = dict.fromkeys(owners.tolist())
-        with self._lock:
-            self._announced = needed | self._announced
-            self._fetch_announced()
         out = [np.zeros(0)] * len(owners)
-        for owner in needed:
-            tokens = self._tokens(owner)
+        for owner in self._announce_first(owners):
+            try:
+                tokens = self._tokens(owner)
+            except ShardError as error:  # it was good before
+                raise UsageError(f"dataset {self.name}: {error}") from None
             for k in np.flatnonzero(owners == owner).tolist():
                 # A copy: a view would hold the disk space of a shard that made room.
                 out[k] = np.array(tokens[begins[k] : begins[k] + counts[k]])
@@ -254,34 +262,40 @@ class RemoteShards(TokenShards):
                 self._fetch_announced()
         return out
 
+    def _announce_first(self, owners: np.ndarray) -> list[int]:
+        """Puts shards before all that were announced; returns each of them once, in order."""
+        self._cancelled.clear()
+        needed = dict.fromkeys(owners.tolist())
+        with self._lock:
+            self._announced = needed | self._announced
+            self._fetch_announced()
+        return list(needed)
+
     def expect(self, documents: np.ndarray) -> None:
         """Fetches in the background, in their order, the shards that hold `documents`."""
-        owners = np.searchsorted(self._ends, self.starts[documents], side="right")
         with self._lock:
-            self._announced |= dict.fromkeys(owners.tolist())
+            self._announced |= dict.fromkeys(self._owners(documents).tolist())
             self._fetch_announced()
 
     def cancel(self) -> None:
         """Ends a `pieces` that waits in another thread: it raises CancelledError."""
         self._cancelled.set()
 
-    def _tokens(self, owner: int) -> np.ndarray | Unread:
+    def _tokens(self, owner: int) -> np.ndarray:
         """Returns the tokens of a shard as soon as they are on the disk."""
         shard = self._shards[owner]
         path = self.folder / shard.file
-        while owner not in self._arrays:
+        while True:
             with self._lock:
                 future = None if path.exists() else self._start(owner, frozenset())
             try:
                 if path.exists():
                     os.utime(path)
+                    self._good.add(owner)
                     return map_tokens(self.folder, shard, self.manifest.dtype)
                 self._wait(future)
             except FileNotFoundError:
                 continue  # another process made room
-            except ShardError as error:
-                self._skip_or_raise(shard, error)
-        return self._arrays[owner]
 
     def _wait(self, future: "Future[None] | None") -> None:
         """Waits for a shard or, without one, a moment: what is arriving takes all the room."""
@@ -310,7 +324,8 @@ class RemoteShards(TokenShards):
         while self._announced and len(self._running) < self._config.workers:
             owner = next(iter(self._announced))
             path = self.folder / self._shards[owner].file
-            if owner not in self._arrays and not path.exists():
+            skipped = self._shards[owner].file in self.skipped
+            if not skipped and not path.exists():
                 keep = {self.folder / self._shards[number].file for number in self._unread}
                 if self._start(owner, keep) is None:
                     return

@@ -42,8 +42,7 @@ class TokenShards:
       name: what errors call the dataset.
       starts: int64 (docs + 1,), where each document begins when the shards are laid end to end.
       lengths: int64 (docs,), tokens of each document, BOS included.
-      skipped: files of shards whose pieces are read as one token each, so that they predict
-        nothing and their places in a row are padding.
+      skipped: files of shards that are not read: the places of their documents become padding.
       ahead: rows that a reader should announce to `expect` before it reads them.
     """
 
@@ -128,7 +127,15 @@ class TokenShards:
         if file not in files:
             raise UsageError(f"dataset {self.name}, split {self.split}: no shard {file!r}")
         self.skipped.add(file)
-        self._arrays[files.index(file)] = Unread()
+
+    def readable(self, documents: np.ndarray) -> np.ndarray:
+        """Returns for each document whether it can be read: bool, false in skipped shards."""
+        bad = [k for k, shard in enumerate(self._shards) if shard.file in self.skipped]
+        return np.isin(self._owners(documents), bad, invert=True)
+
+    def _owners(self, documents: np.ndarray) -> np.ndarray:
+        """Returns the number of the shard that holds each document."""
+        return np.searchsorted(self._ends, self.starts[documents], side="right")
 
     def expect(self, documents: np.ndarray) -> None:
         """Says which documents will be read next; what is on the disk needs no preparing."""
@@ -138,13 +145,6 @@ class TokenShards:
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-
-class Unread:
-    """Stands for the tokens of a skipped shard: any slice is a piece with nothing to predict."""
-
-    def __getitem__(self, where: slice) -> np.ndarray:
-        return np.zeros(1, np.uint16)
 
 
 def verify(folder: Path) -> Manifest:
