@@ -1,7 +1,7 @@
 """Token files of other stacks: Megatron-LM, nanoGPT and ArrayRecord in, ArrayRecord out.
 
-A source yields documents as they are stored; `import_documents` puts BOS in front of those that do
-not begin with it and counts the bytes of their text by decoding. Files are checked before anything
+A source yields documents as they are stored; `import_documents` puts BOS in front of those that
+begin with another token and counts the bytes of their text by decoding. Files are checked before anything
 is written, read piece by piece, and named in every refusal.
 """
 
@@ -164,9 +164,9 @@ def import_documents(
     with DatasetWriter(folder, tokenizer, source=names) as writer:
         for split, source in sources:
             for number, tokens in enumerate(source.read()):
-                if not len(tokens) or tokens[0] != bos:
+                if len(tokens) and tokens[0] != bos:
                     tokens = np.concatenate([[bos], tokens.astype(np.int64)])
-                least, largest = int(tokens.min()), int(tokens.max())
+                least, largest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
                 if least < 0 or largest >= vocab:
                     wrong = least if least < 0 else largest
                     raise UsageError(

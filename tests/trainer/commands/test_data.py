@@ -121,7 +121,7 @@ def test_import_and_export_through_the_command_line(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["shwo", "x"], r"choose show, stats, verify, import, export, not 'shwo'; did you mean `sh"),
+        (["shwo", "x"], r"choose show, stats, verify, import, export, not 'shwo'; did you "),
         ([], "choose show, stats"),
         (["export", "x", "--to", "parquet", "--out", "y"], "--to parquet: choose arrayrecord"),
         (["import", "x", "--from", "nanogtp", "--tokenizer", "bytes", "--out", "y"],
