@@ -1,8 +1,8 @@
 """Token files of other stacks: Megatron-LM, nanoGPT and ArrayRecord in, ArrayRecord out.
 
 A source yields documents as they are stored; `import_documents` puts BOS in front of those that
-begin with another token and counts the bytes of their text by decoding. Files are checked before anything
-is written, read piece by piece, and named in every refusal.
+begin with another token and counts the bytes of their text by decoding. Files are checked before
+anything is written, read piece by piece, and named in every refusal.
 """
 
 import itertools
@@ -12,9 +12,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
@@ -118,7 +116,9 @@ def open_arrayrecord(path: Path, dtype: str) -> Source:
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
-    reader = _array_record().ArrayRecordReader(str(path))
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(path))
     if not reader.ok():
         raise UsageError(f"{path}: not an ArrayRecord file")
     options = reader.writer_options_string()
@@ -183,7 +183,9 @@ def export_arrayrecord(folder: Path, out: Path, advance: Callable[[int], None]) 
     Raises:
       UsageError: no dataset, a damaged one, or `out` exists.
     """
-    module, manifest = _array_record(), read_manifest(folder)
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    manifest = read_manifest(folder)
     if out.exists():
         raise UsageError(f"{out} exists; choose another folder")
     temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
@@ -196,7 +198,7 @@ def export_arrayrecord(folder: Path, out: Path, advance: Callable[[int], None]) 
             numbers = iter(range(len(shards)))
             for shard in manifest.split(split):
                 path = temporary / f"{shard.file.removesuffix('.bin')}.array_record"
-                writer = module.ArrayRecordWriter(str(path), "group_size:1")
+                writer = ArrayRecordWriter(str(path), "group_size:1")
                 for number in itertools.islice(numbers, shard.docs):
                     writer.write(shards.document(number).tobytes())
                     advance(1)
@@ -215,12 +217,3 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
     if size % dtype.itemsize:
         raise UsageError(f"{path}: {size:,} bytes are no whole number of {dtype} tokens")
     return np.asarray(np.memmap(path, dtype, "r")) if size else np.zeros(0, dtype)
-
-
-def _array_record() -> ModuleType:
-    try:
-        return import_module("array_record.python.array_record_module")
-    except ModuleNotFoundError:
-        raise UsageError(
-            "ArrayRecord needs array_record: pip install 'torus-train[data]'"
-        ) from None

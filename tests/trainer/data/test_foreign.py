@@ -206,10 +206,3 @@ def test_bad_arrayrecords_are_refused(tmp_path):
         open_arrayrecord(tmp_path / "c", "uint16")
     with pytest.raises(UsageError, match=r"d: no such file"):
         open_arrayrecord(tmp_path / "d", "uint16")
-
-
-def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
-    (tmp_path / "a").write_bytes(b"")
-    monkeypatch.setitem(__import__("sys").modules, "array_record.python.array_record_module", None)
-    with pytest.raises(UsageError, match=r"need array_record: pip install 'torus-train\[data\]'"):
-        open_arrayrecord(tmp_path / "a", "uint16")
