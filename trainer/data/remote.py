@@ -141,9 +141,11 @@ def _s3_settings() -> dict[str, Any]:
 def _pause(seconds: float) -> None:
     """Sleeps, in a background thread not beyond the end of the program."""
     until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
+    while True:
         if not threading.main_thread().is_alive():
             raise CancelledError("the program ended")
+        if (left := until - time.monotonic()) <= 0:
+            return
         time.sleep(min(left, 0.2))
 
 
@@ -280,6 +282,8 @@ class RemoteShards(TokenShards):
     def cancel(self) -> None:
         """Ends a `pieces` that waits in another thread: it raises CancelledError."""
         self._cancelled.set()
+        with self._lock:
+            self._announced.clear()
 
     def _tokens(self, owner: int) -> np.ndarray:
         """Returns the tokens of a shard as soon as they are on the disk."""
@@ -322,6 +326,8 @@ class RemoteShards(TokenShards):
     def _fetch_announced(self) -> None:
         """Starts what was announced, as far as workers and room go. Called with the lock held."""
         while self._announced and len(self._running) < self._config.workers:
+            if not threading.main_thread().is_alive():
+                return
             owner = next(iter(self._announced))
             path = self.folder / self._shards[owner].file
             skipped = self._shards[owner].file in self.skipped
@@ -362,6 +368,7 @@ class RemoteShards(TokenShards):
         for last in (False, True):  # once more, in case it was damaged on the way
             with open(part, "r+b") as stream:
                 for begin in range(0, shard.bytes, _BLOCK):
+                    _pause(0)
                     block = slice(begin, min(begin + _BLOCK, shard.bytes))
                     stream.write(self._bucket.read(shard.file, block))
                 os.fsync(stream.fileno())

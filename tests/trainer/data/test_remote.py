@@ -3,6 +3,8 @@
 import http.server
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 from sharding.errors import UsageError
+from tests.processes import ROOT
 from tests.tiny import get_config
 from tests.trainer.data.emulator import Emulator
 from trainer.data import remote as remote_module
@@ -199,6 +202,30 @@ def test_a_reader_that_waits_can_be_closed(storage, monkeypatch, tmp_path):
         remote.rows(np.arange(8))
     outage._thread.join()
     remote.rows(np.arange(8))
+
+
+def test_an_outage_does_not_hold_up_the_end_of_the_program(storage, monkeypatch, tmp_path):
+    """Though shards are being fetched in the background, patiently."""
+    code = (
+        "from tests.trainer.data.test_remote import *\n"
+        "shards = open_dataset(config(URL, patience=600.0)).shards\n"
+        "print('opened', flush=True)\n"
+        "input()\n"
+        "shards.expect(np.arange(len(shards)))\n"
+        "time.sleep(1)\n"
+        "print('threads', threading.active_count(), flush=True)\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:
+        try:
+            assert process.stdout.readline() == "opened\n"
+            storage.kill()
+            out, err = process.communicate("\n", timeout=15)
+        finally:
+            process.kill()
+            storage.start()
+    assert out == "threads 3\n" and process.returncode == 0
+    assert "again in" in err and "Traceback" not in err
 
 
 @pytest.fixture
