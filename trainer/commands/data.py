@@ -110,10 +110,16 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from checkpoint.steps import is_remote
+    from trainer.data.corpus import dataset_folder
     from trainer.data.manifest import read_manifest
     from trainer.data.shards import faults
 
-    folder = Path(args.dataset)
+    if is_remote(args.dataset):
+        raise UsageError(
+            f"{args.dataset}: verify a local copy; what is read there is checked anyway"
+        )
+    folder = dataset_folder(args.dataset)
     manifest = read_manifest(folder)
     total = sum(shard.bytes for shard in manifest.shards)
     with _progress("verifying", total) as advance:

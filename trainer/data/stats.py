@@ -36,8 +36,8 @@ def describe(
             digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
             digests[number] = int.from_bytes(digest, "little")
         advance(int(lengths[begin:end].sum()))
-    bins = 1 << np.arange(int(lengths.max()).bit_length() + 1)
-    bins[0] = 0  # powers of two, and empty documents with those of one token
+    shortest, longest = (int(end).bit_length() for end in (lengths.min(), lengths.max()))
+    bins = (1 << np.arange(shortest, longest + 2)) >> 1  # powers of two, and 0 for empty documents
     order = np.argsort(-counts, kind="stable")[:10]
     plan = Plan(lengths, seq_len=seq_len, shuffle=False)
     tokens, text_bytes = int(lengths.sum()), shards.text_bytes

@@ -57,7 +57,7 @@ def test_stats_count_what_is_there(folder, capsys):
     assert found["ids_used"] == 1 + len(set(b"".join(t.encode() for t in TEXTS)))
     assert found["most_frequent"][0] == {"id": 120, "count": 40, "text": "x"}
     assert sum(count for *_, count in found["histogram"]) == 5
-    assert found["histogram"][0] == [0, 2, 1]
+    assert found["histogram"][0] == [1, 2, 1]
     assert found["rows_per_epoch"] == 2
     assert found["padding"] == pytest.approx(1 - (sum(lengths) - 5) / 120)
     assert main(arguments) == 0
@@ -128,6 +128,7 @@ def test_import_and_export_through_the_command_line(folder, tmp_path, capsys):
          "--from nanogtp: choose megatron, nanogpt, arrayrecord; did you mean `nanogpt`"),
         (["import", "x", "--from", "nanogpt", "--tokenizer", "bytes", "--out", "y"],
          "x: No such file"),
+        (["verify", "s3://bucket/set"], "s3://bucket/set: verify a local copy"),
         (["show", "x", "--rwo", "1"], "does not take `--rwo`; did you mean `--row`"),
     ],
 )  # fmt: skip
