@@ -40,8 +40,11 @@ class Rows(Protocol):
     def identity(self) -> dict[str, int | str | bool]:
         """Returns what decides the rows, by name; equal identities mean equal rows."""
 
-    def adopt(self, state: Mapping[str, object]) -> None:
-        """Takes over what a checkpoint's state tells of shards that could not be read."""
+    def skipped(self) -> dict[str, list[str]]:
+        """Returns the shards that were found damaged and are padding, by dataset fingerprint."""
+
+    def adopt(self, skipped: Mapping[str, list[str]]) -> None:
+        """Skips the shards that a run had skipped, so that its rows stay the same."""
 
     def cancel(self) -> None:
         """Ends a `rows` that waits for its data in another thread."""
@@ -136,14 +139,17 @@ class Dataset:
         return {name: array[0] for name, array in self.rows(np.asarray([number])).items()}
 
     def identity(self) -> dict[str, int | str | bool]:
-        """Returns what decides the rows: the dataset's fingerprint, the plan's arguments and, once
-        there are any, the shards that were skipped."""
-        skipped = ",".join(sorted(self.shards.skipped))
-        return self._identity | ({"skipped": skipped} if skipped else {})
+        """Returns what decides the rows: the dataset's fingerprint and the plan's arguments."""
+        return dict(self._identity)
 
-    def adopt(self, state: Mapping[str, object]) -> None:
+    def skipped(self) -> dict[str, list[str]]:
+        """Returns the shards that were found damaged and are padding, by dataset fingerprint."""
+        files = sorted(self.shards.skipped)
+        return {str(self._identity["fingerprint"]): files} if files else {}
+
+    def adopt(self, skipped: Mapping[str, list[str]]) -> None:
         """Skips the shards that a run had skipped, so that its rows stay the same."""
-        for file in filter(None, str(state.get("skipped", "")).split(",")):
+        for file in skipped.get(str(self._identity["fingerprint"]), []):
             self.shards.skip(file)
 
     def cancel(self) -> None:
@@ -234,8 +240,8 @@ def resume_row(state: Mapping[str, object], dataset: Rows, *, allow_change: bool
     """
     if state.get("version") != 1 or not isinstance(state.get("next_row"), int):
         raise UsageError(f"data state {dict(state)!r} is not one this version reads")
+    dataset.adopt(state.get("skipped", {}))
     if not allow_change:
-        dataset.adopt(state)
         for name, now in dataset.identity().items():
             if state.get(name) != now:
                 raise UsageError(

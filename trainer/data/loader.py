@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -91,10 +91,12 @@ class Loader:
         self._taken += 1
         return batch
 
-    def state(self) -> dict[str, int | str | bool]:
+    def state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps: the next row to take, and what decides the rows."""
         next_row = self._start_row + self._taken * self._batch_size
-        return {"version": 1, "next_row": next_row, **self._dataset.identity()}
+        skipped = self._dataset.skipped()
+        found = {"skipped": skipped} if skipped else {}
+        return {"version": 1, "next_row": next_row, **self._dataset.identity(), **found}
 
     def close(self) -> None:
         """Ends the background thread; batches it holds are dropped. Safe to call twice."""

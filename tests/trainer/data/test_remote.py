@@ -268,7 +268,7 @@ def test_a_bad_shard_is_an_error_or_padding(storage, bucket, damage, content, re
     remote = open_dataset(config(URL))
     with pytest.raises(UsageError, match=rf"{reason}.* \S*skip_shards = 0 does not allow it"):
         remote.rows(ids)
-    assert "skipped" not in remote.identity()
+    assert remote.skipped() == {}
 
     remote = open_dataset(config(URL, skip_shards=1))
     rows = remote.rows(ids)
@@ -286,23 +286,24 @@ def test_a_bad_shard_is_an_error_or_padding(storage, bucket, damage, content, re
     np.testing.assert_array_equal(
         rows["segment_ids"] > 0, (wanted["segment_ids"] > 0) & (lost == 0)
     )
-    assert remote.identity()["skipped"] == "train-00005.bin"
+    assert remote.skipped() == {remote.identity()["fingerprint"]: ["train-00005.bin"]}
 
 
 def test_a_resumed_run_skips_what_it_had_skipped(storage, bucket, tmp_path):
     """Even if the shard can be read again by then, and from a local copy too."""
-    state = {"version": 1, "next_row": 8, "skipped": "train-00005.bin"}
     rows = []
     for path in (URL, bucket / "set"):
         dataset = open_dataset(config(path))
-        assert resume_row({**state, **dataset.identity()}, dataset) == 8
-        assert dataset.identity()["skipped"] == "train-00005.bin"
+        skipped = {dataset.identity()["fingerprint"]: ["train-00005.bin"]}
+        state = {"version": 1, "next_row": 8, **dataset.identity(), "skipped": skipped}
+        assert resume_row(state, dataset) == 8
+        assert dataset.skipped() == skipped
         rows.append(dataset.rows(np.arange(8, 40)))
         assert (rows[-1]["segment_ids"] == 0).sum() > 64
     for name, array in rows[0].items():
         np.testing.assert_array_equal(array, rows[1][name])
-    with pytest.raises(UsageError, match=r"no shard 'other\.bin'"):
-        resume_row(state | {"skipped": "other.bin"} | dataset._identity, dataset)
+    with pytest.raises(UsageError, match=r"set, split train: no shard 'other\.bin'"):
+        dataset.adopt({dataset.identity()["fingerprint"]: ["other.bin"]})
 
 
 def test_bad_indices_and_manifests_are_refused_at_open(storage, damage):
