@@ -343,7 +343,7 @@ def test_skipped_shards_are_in_the_state(dataset):
         dataset.shards.skip(file)
         state = loader.state()
     assert state["skipped"] == {dataset.identity()["fingerprint"]: [file]}
-    again = Dataset(TokenShards(dataset.shards.folder, "train"), DataConfig(seq_len=16))
+    again = open_dataset(config_for(dataset.shards.folder))
     resume_row(state | again.identity(), again)
     assert again.skipped() == state["skipped"]
     assert (again.rows(np.arange(8))["segment_ids"] == 0).any()
