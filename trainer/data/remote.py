@@ -43,7 +43,6 @@ _BLOCK = 16 << 20  # bytes asked for at a time: what one fetch holds in memory
 _ANSWER = 30.0  # seconds that one request may take
 _DELAYS = 0.25, 20.0  # seconds between attempts, first and longest
 _ABANDONED = 3600.0  # seconds after which a half-written file belongs to nobody
-
 _NO_RETRIES = "ABORTED: All 0 retry attempts failed: "
 
 _logger = logging.getLogger(__name__)
@@ -118,7 +117,7 @@ class Bucket:
                 raise ShardError(name, "is shorter than its manifest says (truncated copy?)")
             if reason.startswith("PERMISSION_DENIED"):
                 raise UsageError(f"dataset {self.url}: {name}: access refused: {reason}")
-            delay = min(_DELAYS[1], _DELAYS[0] * 2**attempt) * random.uniform(0.5, 1.0)
+            delay = min(_DELAYS[1], _DELAYS[0] * 2 ** min(attempt, 20)) * random.uniform(0.5, 1.0)
             if time.monotonic() + delay > give_up:
                 raise ConnectionError(
                     f"dataset {self.url}: {name} could not be read for "

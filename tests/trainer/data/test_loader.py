@@ -347,3 +347,12 @@ def test_skipped_shards_are_in_the_state(dataset):
     resume_row(state | again.identity(), again)
     assert again.skipped() == state["skipped"]
     assert (again.rows(np.arange(8))["segment_ids"] == 0).any()
+
+
+def test_closing_ends_a_read_that_waits(dataset, monkeypatch):
+    cancelled = threading.Event()
+    monkeypatch.setattr(dataset.shards, "cancel", cancelled.set)
+    monkeypatch.setattr(dataset, "rows", lambda ids, columns=None: cancelled.wait(30) and {})
+    begin = time.monotonic()
+    Loader(dataset, BATCH, batch_sharding()).close()
+    assert cancelled.is_set() and time.monotonic() - begin < 10
