@@ -77,13 +77,12 @@ def open_megatron(path: Path) -> Source:
     rising = bounds and documents[0] == 0 and (documents[1:] >= documents[:-1]).all()
     if not rising or documents[-1] != sequences:
         raise UsageError(f"{path}: its documents are not monotone from 0 to {sequences}")
-    bounds = offsets[documents].tolist()
-    return Source(
-        data,
-        tokens.dtype,
-        len(bounds) - 1,
-        lambda: (tokens[begin:end] for begin, end in itertools.pairwise(bounds)),
-    )
+    cuts = offsets[documents]
+
+    def read() -> Iterator[np.ndarray]:
+        return (tokens[begin:end] for begin, end in itertools.pairwise(cuts))
+
+    return Source(data, tokens.dtype, len(cuts) - 1, read)
 
 
 def open_nanogpt(path: Path, dtype: str, eot: int) -> Source:
