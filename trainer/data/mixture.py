@@ -22,8 +22,8 @@ class Interleave:
     """Which source row i comes from, and its number there, for weights that change at given rows.
 
     Of l rows the first source has floor(l·share), the next ones divide what remains in the same
-    way. So of any rows in succession each source has its share to within a row or two, and how many
-    rows it had before row i takes no looking at them.
+    way. So of the rows since a change of weights each source has its share, give or take as many
+    rows as there are other sources, and how many it had before row i takes no looking at them.
     """
 
     def __init__(self, schedule: Sequence[tuple[int, Sequence[int]]]) -> None:
