@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -61,6 +61,10 @@ class Settings:
     unit_bytes: int = 4 << 20
     workers: int = 1
 
+    def decisive(self) -> dict:
+        """Returns the settings that decide the bytes, to be written as JSON."""
+        return {k: v for k, v in asdict(self).items() if k not in ("out", "workers", "max_bad")}
+
 
 @dataclass
 class Progress:
@@ -98,10 +102,8 @@ def prepare(settings: Settings, report: Callable[[Progress], None] = lambda _: N
     if settings.train_bpe and any(source.path == STDIN for source in inputs):
         raise UsageError("--train-bpe reads the inputs twice, standard input comes only once")
     spec = None if settings.train_bpe else open_tokenizer(settings.tokenizer).spec
-    decisive = asdict(replace(settings, out=Path(), workers=0, max_bad=0))
-    decisive |= {"out": "", "sources": [asdict(source) for source in inputs], "format": _FORMAT}
-    decisive |= {"tokenizer": spec and asdict(spec)}
-    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+    facts = [_FORMAT, settings.decisive(), list(map(asdict, inputs)), spec and asdict(spec)]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     work = out.parent / f".{out.name}.{key}.preparing"
     if out.exists() and any(out.iterdir()):
         manifest = read_manifest(out) if work.exists() else None
@@ -194,7 +196,7 @@ class _Assembly:
             raise UsageError(f"none of {self._read:,} documents is left: {reasons or 'all empty'}")
         counted = zip(self._inputs, self._docs, strict=True)
         return {
-            "settings": {**asdict(self._settings), "out": str(self._settings.out)},
+            "settings": self._settings.decisive(),
             "inputs": [{**asdict(source), "docs": docs} for source, docs in counted],
             "read": self._read,
             "docs": self.progress.documents,

@@ -140,7 +140,7 @@ def test_a_prepared_folder_trains(tmp_path):
 def test_a_learned_tokenizer_is_the_same_every_time(tmp_path):
     text = Path(json.__file__).parent
     first = run(f"{text}/*.py", tmp_path / "a", train_bpe=600)
-    second = run(f"{text}/*.py", tmp_path / "b", train_bpe=600, unit_bytes=5000)
+    second = run(f"{text}/*.py", tmp_path / "b", train_bpe=600, max_bad=0.5)
     assert first.tokenizer.vocab_size == 600
     assert first.fingerprint() == second.fingerprint()
     sources = [path.read_text() for path in sorted(text.glob("*.py"))]
