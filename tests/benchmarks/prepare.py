@@ -72,7 +72,7 @@ def make_text(folder: Path, size: int) -> int:
     documents = [path.read_text(errors="replace").split("\n") for path in paths]
     draw = random.Random(0)
     folder.mkdir(parents=True)
-    streams = [open(folder / f"{number}.jsonl", "w") for number in range(FILES)]
+    streams = [open(folder / f"{n}.jsonl", "w") for n in range(FILES)]  # noqa: SIM115
     written = number = 0
     while written < size:
         for own in documents:

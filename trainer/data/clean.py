@@ -1,8 +1,7 @@
-"""Which documents enter a dataset: cleaning, and telling duplicates.
+"""Which documents enter a dataset: cleaning one, and telling it from those before.
 
-`clean` is a pure function of one document. `Duplicates` is the memory over all documents, in the
-order they are given: the first of a kind stays. It holds 8 bytes per key (twice that for a moment
-when it grows): 1 key a document for exact duplicates, 14 for near ones.
+`Duplicates` remembers 8 bytes per key, up to three times that while it grows: 1 key a document for
+exact duplicates, 14 for near ones.
 """
 
 import hashlib
@@ -18,12 +17,13 @@ from sharding.errors import UsageError
 if TYPE_CHECKING:
     from datasketch import MinHash
 
-BANDS, _ROWS, _SHINGLE = 14, 8, 5  # two documents with Jaccard similarity s share a band with
-# probability 1 - (1 - s^8)^14: 5% at 0.5, 57% at 0.7, 92% at 0.8, 99.96% at 0.9
+# Documents of Jaccard similarity s share a band with probability 1 - (1 - s^8)^14: 5% at 0.5, 56%
+# at 0.7, 92% at 0.8, 99.96% at 0.9.
+BANDS, _ROWS, _SHINGLE = 14, 8, 5
 _CONTROL = bytes({*range(32), 127} - {9, 10})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rules:
     """What a document must be like; the reasons for a rejection are the names used in `clean`."""
 
@@ -34,9 +34,9 @@ class Rules:
 
 
 class Rejected(Exception):
-    """A document that a rule keeps out."""
+    """A document that stays out."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason)
         self.reason, self.detail = reason, detail
 
@@ -86,12 +86,12 @@ def band_keys(text: str) -> np.ndarray:
     words = text.lower().split()
     if len(text) > 20 * len(words):
         words = list("".join(words))
-    shingles = {" ".join(words[i : i + _SHINGLE]) for i in range(max(1, len(words) - _SHINGLE + 1))}
+    starts = range(max(1, len(words) - _SHINGLE + 1))
+    shingles = [key.encode() for key in {" ".join(words[i : i + _SHINGLE]) for i in starts}]
     sketch = _sketch().copy()
-    encoded = [shingle.encode() for shingle in shingles]
-    for begin in range(0, len(encoded), 4096):  # 112 hashes each are held at once
-        sketch.update_batch(encoded[begin : begin + 4096])
-    bands = np.ascontiguousarray(sketch.hashvalues).reshape(BANDS, _ROWS)
+    for begin in range(0, len(shingles), 4096):  # 112 hashes each are held at once
+        sketch.update_batch(shingles[begin : begin + 4096])
+    bands = sketch.hashvalues.reshape(BANDS, _ROWS)
     keys = [digest(bytes([number]) + band.tobytes()) for number, band in enumerate(bands)]
     return np.asarray(keys, np.uint64)
 
@@ -101,46 +101,44 @@ def _sketch() -> "MinHash":
     try:
         from datasketch import MinHash
     except ImportError:
-        raise UsageError("--dedup near needs datasketch: pip install 'torus-train[data]'") from None
+        raise UsageError("datasketch is not installed: pip install 'torus-train[data]'") from None
     return MinHash(BANDS * _ROWS, seed=1, hashfunc=zlib.crc32, scheme="affine32")
 
 
 class Duplicates:
     """Tells first documents from later ones by their keys.
 
-    Past `capacity` keys the older half is forgotten, so that memory stays bounded: a document is
-    compared with those of at least the last capacity / 2 keys.
+    Past `capacity` keys the older half is forgotten: a document is compared with those of at least
+    the last capacity / 2 keys.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._old: list[np.ndarray] = []
-        self._new: list[np.ndarray] = []  # sorted, each less than half as long as the one before
+        self._new: list[np.ndarray] = []  # sorted, each at most half as long as the one before
 
     def first(self, keys_DK: np.ndarray) -> np.ndarray:
-        """Returns bool (docs,): which of the documents share no key with a first one before them.
+        """Returns bool (docs,): which documents share no key with a first one before them.
 
         Args:
           keys_DK: uint64 (docs, keys of each document).
         """
-        flat = keys_DK.reshape(-1)
-        known = np.zeros(len(flat), bool)
+        known_DK = np.zeros(keys_DK.shape, bool)
         for run in (*self._old, *self._new):
-            at = np.minimum(np.searchsorted(run, flat), len(run) - 1)
-            known |= run[at] == flat
-        first = ~known.reshape(keys_DK.shape).any(axis=1)
+            at = np.minimum(np.searchsorted(run, keys_DK), len(run) - 1)
+            known_DK |= run[at] == keys_DK
+        first = ~known_DK.any(axis=1)
         here: set[int] = set()
         for number in np.flatnonzero(first):
             keys = keys_DK[number].tolist()
             first[number] = here.isdisjoint(keys)
             if first[number]:
                 here.update(keys)
-        self._remember(np.fromiter(here, np.uint64, len(here)))
+        if here:
+            self._remember(np.fromiter(here, np.uint64, len(here)))
         return first
 
     def _remember(self, run: np.ndarray) -> None:
-        if not len(run):
-            return
         if sum(map(len, self._new)) + len(run) > self._capacity // 2:
             self._old, self._new = self._new, []
         run.sort()

@@ -16,9 +16,9 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -44,21 +44,20 @@ _FORMAT = 1  # of the parts: raise it when the same settings give other ones
 _DEDUP_KEYS = 1 << 27  # 1 GiB
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What decides a dataset; `workers`, `max_bad` and `out` do not decide its bytes."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(Rules):
+    """What decides a dataset, and three things that do not decide its bytes."""
 
-    inputs: tuple[str, ...]
-    out: Path
+    input: tuple[str, ...]
     tokenizer: str = "bytes"
-    train_bpe: int = 0  # vocabulary of a tokenizer learned from the inputs; 0 = use `tokenizer`
+    train_bpe: int = 0  # vocabulary of a tokenizer learned from the input; 0 = use `tokenizer`
     held_out: float = 0.01
     dedup: str = "exact"  # or none, near
-    rules: Rules = field(default_factory=Rules)
     on_error: str = "skip"  # or fail
-    max_bad: float = 0.01  # of the documents
     shard_tokens: int = 1 << 28
     unit_bytes: int = 4 << 20
+    out: Path
+    max_bad: float = 0.01  # of the documents
     workers: int = 1
 
     def decisive(self) -> dict:
@@ -66,14 +65,13 @@ class Settings:
         return {k: v for k, v in asdict(self).items() if k not in ("out", "workers", "max_bad")}
 
 
-@dataclass
-class Progress:
+class Progress(NamedTuple):
     """How far a preparation is; bytes are those of the input files."""
 
+    bytes: int
     total_bytes: int
-    bytes: int = 0
-    documents: int = 0
-    tokens: int = 0
+    documents: int
+    tokens: int
 
 
 class _Part(NamedTuple):
@@ -88,9 +86,6 @@ class _Part(NamedTuple):
     facts: dict  # records of each piece; rejected by reason; samples [reason, piece, record, why]
 
 
-_Parts = Iterator[tuple[list[Piece], _Part]]
-
-
 def prepare(settings: Settings, report: Callable[[Progress], None] = lambda _: None) -> Manifest:
     """Writes the dataset and returns its manifest; calls `report` after every unit.
 
@@ -98,9 +93,9 @@ def prepare(settings: Settings, report: Callable[[Progress], None] = lambda _: N
       UsageError: settings or inputs that cannot be used, more bad documents than tolerated.
     """
     out = settings.out
-    inputs, skipped = find_inputs(settings.inputs)
+    inputs, skipped = find_inputs(settings.input)
     if settings.train_bpe and any(source.path == STDIN for source in inputs):
-        raise UsageError("--train-bpe reads the inputs twice, standard input comes only once")
+        raise UsageError("--train-bpe reads the input twice, standard input comes only once")
     spec = None if settings.train_bpe else open_tokenizer(settings.tokenizer).spec
     facts = [_FORMAT, settings.decisive(), list(map(asdict, inputs)), spec and asdict(spec)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -122,12 +117,11 @@ def prepare(settings: Settings, report: Callable[[Progress], None] = lambda _: N
         scratch = work / "dataset"
         shutil.rmtree(scratch, ignore_errors=True)
         with DatasetWriter(
-            out, assembly.tokenizer, source=" ".join(settings.inputs),
+            out, assembly.tokenizer, source=" ".join(settings.input),
             shard_tokens=settings.shard_tokens, scratch=scratch,
         ) as writer:  # fmt: skip
             for pieces, part in _parts(inputs, settings, reference, work):
-                assembly.add(pieces, part, writer)
-                report(assembly.progress)
+                report(assembly.add(pieces, part, writer))
             facts = assembly.finish()
             writer.preparation = {"key": key, **facts, "skipped": dict(sorted(skipped.items()))}
             with open(scratch / REJECTED, "w") as stream:
@@ -142,71 +136,67 @@ class _Assembly:
     def __init__(self, inputs: list[Input], settings: Settings, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.samples: list[dict[str, str]] = []
-        self.progress = Progress(sum(source.bytes for source in inputs))
         self._inputs, self._settings = inputs, settings
         self._duplicates = Duplicates(_DEDUP_KEYS)
         self._rejected: Counter[str] = Counter()
-        self._sampled: Counter[str] = Counter()
         self._docs = [0] * len(inputs)
         self._records = [0] * len(inputs)  # of each input so far: where a piece begins
-        self._read = 0
+        self._progress = Progress(0, sum(source.bytes for source in inputs), 0, 0)
 
-    def add(self, pieces: list[Piece], part: _Part, writer: DatasetWriter) -> None:
-        facts = part.facts
-        self._read += len(part.lengths) + sum(facts["rejected"].values())
-        self._rejected.update(facts["rejected"])
-        for reason, piece, record, detail in facts["samples"]:
+    def add(self, pieces: list[Piece], part: _Part, writer: DatasetWriter) -> Progress:
+        """Adds one part; raises UsageError for what --on-error and --max-bad do not tolerate."""
+        for reason, piece, record, detail in part.facts["samples"]:
             place = self._place(pieces[piece], record)
             if reason == _OVERFLOW or (reason in _BAD and self._settings.on_error == "fail"):
                 raise UsageError(f"input {place}: {reason}: {detail}")
             self._sample(reason, place, detail)
-        self._stop_if_bad(_FEW_BAD)
+        self._rejected.update(part.facts["rejected"])
         dedup = self._settings.dedup
         keep = np.ones(len(part.lengths), bool)
         if dedup != "none" and len(keep):
-            near = dedup == "near"
-            keep = self._duplicates.first(part.bands if near else part.digests[:, None])
+            keep = self._duplicates.first(part.bands if dedup == "near" else part.digests[:, None])
         held_out = part.digests < self._settings.held_out * 2.0**64
         ends = np.cumsum(part.lengths)
-        for number, (end, length, size) in enumerate(
-            zip(ends.tolist(), part.lengths.tolist(), part.text_bytes.tolist(), strict=True)
-        ):
-            piece, record = part.places[number].tolist()
-            tokens = part.tokens[end - length : end]
+        for number, (piece, record) in enumerate(part.places.tolist()):
+            tokens = part.tokens[ends[number] - part.lengths[number] : ends[number]]
             if keep[number]:
-                writer.add(HELD_OUT if held_out[number] else TRAIN, tokens, size)
+                split = HELD_OUT if held_out[number] else TRAIN
+                writer.add(split, tokens, int(part.text_bytes[number]))
                 self._docs[pieces[piece].input] += 1
-                self.progress.documents += 1
-                self.progress.tokens += length
-            else:
-                reason = f"{dedup}_duplicate"
-                self._rejected[reason] += 1
-                if self._sampled[reason] < SAMPLES:
-                    detail = self.tokenizer.decode(tokens[:50])
-                    self._sample(reason, self._place(pieces[piece], record), detail)
-        for piece, count in zip(pieces, facts["records"], strict=True):
+                continue
+            reason = f"{dedup}_duplicate"
+            if self._rejected[reason] < SAMPLES:
+                place = self._place(pieces[piece], record)
+                self._sample(reason, place, self.tokenizer.decode(tokens[:50]))
+            self._rejected[reason] += 1
+        for piece, count in zip(pieces, part.facts["records"], strict=True):
             self._records[piece.input] += count
-            self.progress.bytes += piece.size
+        self._stop_if_bad(_FEW_BAD)
+        self._progress = Progress(
+            self._progress.bytes + sum(piece.size for piece in pieces),
+            self._progress.total_bytes,
+            self._progress.documents + int(keep.sum()),
+            self._progress.tokens + int(part.lengths[keep].sum()),
+        )
+        return self._progress
 
     def finish(self) -> dict:
-        """Returns what the manifest says of the preparation, when there is something to keep."""
+        """Returns what the manifest says of the preparation; UsageError if nothing is left."""
         self._stop_if_bad(0)
-        if not self.progress.documents:
+        if not self._progress.documents:
             reasons = ", ".join(f"{n:,} {name}" for name, n in self._rejected.most_common())
-            raise UsageError(f"none of {self._read:,} documents is left: {reasons or 'all empty'}")
+            raise UsageError(f"no document is left: {reasons or 'all are empty'}")
         counted = zip(self._inputs, self._docs, strict=True)
         return {
             "settings": self._settings.decisive(),
             "inputs": [{**asdict(source), "docs": docs} for source, docs in counted],
-            "read": self._read,
-            "docs": self.progress.documents,
-            "tokens": self.progress.tokens,
+            "docs": self._progress.documents,
+            "tokens": self._progress.tokens,
             "rejected": dict(sorted(self._rejected.items())),
         }
 
     def _sample(self, reason: str, place: str, detail: str) -> None:
-        self._sampled[reason] += 1
-        if self._sampled[reason] <= SAMPLES:
+        if sum(sample["reason"] == reason for sample in self.samples) < SAMPLES:
             self.samples.append({"reason": reason, "place": place, "detail": detail})
 
     def _place(self, piece: Piece, record: int) -> str:
@@ -218,37 +208,49 @@ class _Assembly:
 
     def _stop_if_bad(self, few: int) -> None:
         bad, limit = sum(self._rejected[reason] for reason in _BAD), self._settings.max_bad
-        if bad > max(few, limit * self._read):
+        read = sum(self._docs) + self._rejected.total()
+        if bad > max(few, limit * read):
             shown = [sample for sample in self.samples if sample["reason"] in _BAD][:3]
             raise UsageError(
-                f"{bad:,} of {self._read:,} documents are bad, --max-bad allows {limit:.2%}: "
+                f"{bad:,} of {read:,} documents are bad, --max-bad allows {limit:.2%}: "
                 + "; ".join("{place}: {reason}: {detail}".format(**sample) for sample in shown)
             )
 
 
-def _parts(inputs: list[Input], settings: Settings, tokenizer: str, work: Path) -> _Parts:
+def _parts(
+    inputs: list[Input], settings: Settings, tokenizer: str, work: Path
+) -> Iterator[tuple[list[Piece], _Part]]:
     """Yields every unit with its part, in order; makes those that are not there yet."""
-    done: Future[None] = Future()
-    done.set_result(None)
-    waiting: deque[tuple[list[Piece], Path, Future[None]]] = deque()
-    # Spawned, because threads run here. One worker needs no process.
-    context = multiprocessing.get_context("spawn")
+    waiting: deque[tuple[list[Piece], Path, Future[None] | None]] = deque()
     workers = settings.workers
-    pool = _Here() if workers == 1 else ProcessPoolExecutor(workers, context, _start_worker)
+    # One worker needs no process. More are spawned, not forked, because threads run here.
+    context = multiprocessing.get_context("spawn")
+    pool: Executor = ThreadPoolExecutor(1)
+    if workers > 1:
+        pool = ProcessPoolExecutor(workers, context, _start_worker)
+
+    def first() -> tuple[list[Piece], _Part]:
+        pieces, path, job = waiting.popleft()
+        if job:
+            job.result()
+        with np.load(path) as arrays:
+            content = {name: arrays[name] for name in arrays.files}
+        return pieces, _Part(**{**content, "facts": json.loads(content["facts"].tobytes())})
+
     try:
         for number, pieces in enumerate(plan_units(inputs, settings.unit_bytes)):
-            # Standard input has no size and date by which the folder's name would tell it apart.
-            content = digest(b"".join(piece.data for piece in pieces))
-            path = work / f"{number:08d}-{content:016x}.npz"
-            job = done
+            # No size and date tell one standard input from another: its content does.
+            lines = [piece.data for piece in pieces if inputs[piece.input].path == STDIN]
+            path = work / f"{number:08d}-{digest(b''.join(lines)):016x}.npz"
+            owners = {piece.input: inputs[piece.input] for piece in pieces}
+            job = None
             if not path.exists():
-                owners = {piece.input: inputs[piece.input] for piece in pieces}
                 job = pool.submit(_make_part, pieces, owners, settings, tokenizer, path)
             waiting.append(([piece._replace(data=b"") for piece in pieces], path, job))
             if len(waiting) > 2 * workers:
-                yield _take(*waiting.popleft())
+                yield first()
         while waiting:
-            yield _take(*waiting.popleft())
+            yield first()
     except BrokenProcessPool:
         raise UsageError(
             "a worker was killed, for want of memory perhaps: try fewer --workers or a smaller "
@@ -256,13 +258,6 @@ def _parts(inputs: list[Input], settings: Settings, tokenizer: str, work: Path) 
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _take(pieces: list[Piece], path: Path, job: "Future[None]") -> tuple[list[Piece], _Part]:
-    job.result()
-    with np.load(path) as arrays:
-        content = {name: arrays[name] for name in arrays.files}
-    return pieces, _Part(**{**content, "facts": json.loads(content["facts"].tobytes())})
 
 
 def _start_worker() -> None:
@@ -277,15 +272,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-class _Here(Executor):
-    """Runs what is submitted at once, in this process."""
-
-    def submit(self, function: Callable, /, *args: object) -> Future:
-        future: Future = Future()
-        future.set_result(function(*args))
-        return future
-
-
 @cache
 def _tokenizer(reference: str) -> Tokenizer:
     return open_tokenizer(reference)
@@ -297,30 +283,29 @@ def _make_part(
     """Cleans, hashes and tokenises a unit, and writes its part."""
     encode, spec = _tokenizer(tokenizer).encode, _tokenizer(tokenizer).spec
     dtype = Manifest(spec, ()).dtype
-    bos = np.asarray([spec.bos], dtype)
     tokens, lengths, sizes, digests, bands, places = [np.zeros(0, dtype)], [], [], [], [], []
     counts = [0] * len(pieces)
     rejected: Counter[str] = Counter()
     samples = []
-    for number, record, data in _documents(pieces, inputs):
-        counts[number] = record + 1
+    for piece, record, data in records(pieces, inputs):
+        counts[piece] = record + 1
+        if data is None:
+            continue
         try:
-            if data is None:
-                continue
-            text, kept = clean(data, settings.rules)
+            text, kept = clean(data, settings)
             ids = encode(text)
             if (largest := int(ids.max(initial=0))) >= spec.vocab_size:
                 raise Rejected(_OVERFLOW, f"id {largest:,}, the vocabulary has {spec.vocab_size:,}")
         except Rejected as why:
             rejected[why.reason] += 1
             if rejected[why.reason] <= SAMPLES:
-                samples.append([why.reason, number, record, why.detail])
+                samples.append([why.reason, piece, record, why.detail])
             continue
-        tokens += [bos, ids.astype(dtype)]
+        tokens += [np.asarray([spec.bos], dtype), ids.astype(dtype)]
         lengths.append(1 + len(ids))
         sizes.append(len(kept))
         digests.append(digest(kept))
-        places.append((number, record))
+        places.append((piece, record))
         if settings.dedup == "near":
             bands.append(band_keys(text))
     facts = {"records": counts, "rejected": rejected, "samples": samples}
@@ -338,15 +323,6 @@ def _make_part(
     temporary.replace(path)
 
 
-def _documents(
-    pieces: list[Piece], inputs: dict[int, Input]
-) -> Iterator[tuple[int, int, bytes | Rejected | None]]:
-    """Yields (piece, record, what is there)."""
-    for number, piece in enumerate(pieces):
-        for record, data in enumerate(records(inputs[piece.input], piece)):
-            yield number, record, data
-
-
 def _train(inputs: list[Input], settings: Settings, work: Path) -> str:
     """Returns the folder of a tokenizer learned from a sample of the training split."""
     folder, temporary = work / "tokenizer", work / "tokenizer.tmp"
@@ -361,17 +337,14 @@ def _train(inputs: list[Input], settings: Settings, work: Path) -> str:
 
 def _sample(inputs: list[Input], settings: Settings) -> Iterator[str]:
     """Yields the training documents of every n-th unit, together about BPE_SAMPLE bytes."""
-    owners = dict(enumerate(inputs))
     total = sum(source.bytes * (4 if source.compression else 1) for source in inputs)
     stride, left = -(-total // BPE_SAMPLE) or 1, BPE_SAMPLE
     for pieces in islice(plan_units(inputs, settings.unit_bytes), 0, None, stride):
-        for _, _, data in _documents(pieces, owners):
+        for _, _, data in records(pieces, dict(enumerate(inputs))):
             try:
-                text, kept = clean(data or b"", settings.rules)
+                text, kept = clean(data or b"", settings)
             except Rejected:
                 continue
-            if digest(kept) >= settings.held_out * 2.0**64:
+            if left > 0 and digest(kept) >= settings.held_out * 2.0**64:
                 left -= len(kept)
                 yield text
-        if left <= 0:
-            return

@@ -1,8 +1,8 @@
-"""What `torus prepare` reads: patterns become files, files become units of work, units records.
+"""What `torus prepare` reads: patterns become files, files units of work, units records.
 
-Units follow from the inputs and `unit_bytes` alone, never from the workers, so any of them can be
-done by anyone, again, or not at all. The lines of text files and JSONL, compressed or not, travel
-with their unit; of the formats with an index only the place does.
+Units follow from the inputs and `unit_bytes` alone and are read in order by one process, which does
+no more than the format's library must: JSONL is parsed, and all text cleaned, by whoever gets the
+unit. Libraries are imported when a file of their format is there.
 """
 
 import glob
@@ -13,12 +13,11 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import islice
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sharding.errors import UsageError, nearest
 from trainer.data.clean import Rejected
@@ -32,20 +31,18 @@ _TEXT = (
     "hpp hh cu cuh java kt scala js jsx ts tsx go rs rb php pl lua r jl m swift cs fs hs ml ex erl "
     "clj lisp el sh bash zsh ps1 sql proto cmake tf dart zig nim v sv vhd asm s"
 )
-_RECORDS = ("jsonl", "parquet", "arrow", "arrayrecord")
-_KINDS = {**{name: "text" for name in _TEXT.split()}, **{name: name for name in _RECORDS}}
 _KNOWN = (
     ".txt, .md, .py and other text and source code, .jsonl (each also .gz or .zst), .parquet, "
     ".arrow, .arrayrecord"
 )
 _LONGEST_LINE = 1 << 16  # a text without line ends is cut this far beyond a unit's end
-_PIECE = 1 << 10  # what a file weighs besides its bytes, so that units hold a bounded number
-_ROWS = 256  # of a column held as Python objects at once
+_PIECE = 1 << 10  # what a piece weighs besides its bytes, so that units hold a bounded number
+_ROWS = 64  # of a column held at once
 
 
 @dataclass(frozen=True)
 class Input:
-    """One file to read; `path` "-" is standard input."""
+    """One file to read; `path` "-" is standard input, whose size is unknown."""
 
     path: str
     kind: str
@@ -56,13 +53,12 @@ class Input:
 
 
 class Piece(NamedTuple):
-    """Part of an input: bytes (then with `data`), row group, batch or records `begin` to `end`."""
+    """Part of an input: whole lines of text or JSONL, or some rows of a column."""
 
     input: int
-    begin: int
-    end: int
+    begin: int  # byte of the text at which `data` begins
     size: int  # bytes of the file: what progress counts
-    data: bytes = b""
+    data: bytes | list[bytes | None]
 
 
 def find_inputs(patterns: Sequence[str]) -> tuple[list[Input], Counter[str]]:
@@ -89,12 +85,11 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[Input], Counter[str]]:
             siblings = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
             raise UsageError(f"input {name}: nothing matches{nearest(last, siblings)}")
         for path in (file for match in matches for file in _files(match)):
-            found = _describe(path, field)
             extension = os.path.splitext(path)[1]
-            if found:
+            if found := _describe(path, field):
                 inputs.setdefault(path, found)
             elif path == name:
-                hint = nearest(extension[1:], _KINDS)
+                hint = nearest(extension[1:], _READERS)
                 raise UsageError(f"input {path}: `{extension}` is unknown{hint}; known: {_KNOWN}")
             else:
                 skipped[extension or "no extension"] += 1
@@ -105,7 +100,7 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[Input], Counter[str]]:
 
 
 def plan_units(inputs: Sequence[Input], unit_bytes: int) -> Iterator[list[Piece]]:
-    """Yields the units of work in order, each of about `unit_bytes` or one row group.
+    """Yields the units of work in order, each of about `unit_bytes`.
 
     Raises:
       UsageError: an input that cannot be opened, is damaged, or has no such column.
@@ -114,9 +109,12 @@ def plan_units(inputs: Sequence[Input], unit_bytes: int) -> Iterator[list[Piece]
     weight = 0
     for number, source in enumerate(inputs):
         with _reading(source):
-            for piece in _CUT[source.kind](source, unit_bytes):
-                unit.append(piece._replace(input=number))
-                weight += len(piece.data) + _PIECE if piece.data else unit_bytes
+            begin = 0
+            for size, data in _READERS[source.kind](source, unit_bytes):
+                unit.append(Piece(number, begin, size, data))
+                length = len(data) if isinstance(data, bytes) else sum(len(x or b"") for x in data)
+                begin += length
+                weight += length + _PIECE
                 if weight >= unit_bytes:
                     yield unit
                     unit, weight = [], 0
@@ -124,21 +122,24 @@ def plan_units(inputs: Sequence[Input], unit_bytes: int) -> Iterator[list[Piece]
         yield unit
 
 
-def records(source: Input, piece: Piece) -> Iterator[bytes | Rejected | None]:
-    """Yields the texts of one piece, `Rejected` for what is no text, None for an empty line.
-
-    Raises:
-      UsageError: the file cannot be read.
-    """
-    with _reading(source):
-        yield from _READ[source.kind](source, piece)
+def records(
+    pieces: Sequence[Piece], inputs: Mapping[int, Input]
+) -> Iterator[tuple[int, int, bytes | Rejected | None]]:
+    """Yields (piece, record of the piece, its text); None where a line is empty."""
+    for number, piece in enumerate(pieces):
+        found: Any = [piece.data] if isinstance(piece.data, bytes) else piece.data
+        if inputs[piece.input].kind == "jsonl":
+            found = _parse(piece, inputs[piece.input].field)
+        elif found is piece.data:
+            found = (Rejected("not_text", "null") if row is None else row for row in found)
+        yield from ((number, record, data) for record, data in enumerate(found))
 
 
 def _describe(path: str, field: str) -> Input | None:
     names = os.path.basename(path).lower().split(".")[1:]
     compression = names.pop() if names and names[-1] in ("gz", "zst") else ""
-    kind = _KINDS.get(names[-1]) if names else None
-    if kind is None or (compression and kind not in ("text", "jsonl")):
+    kind = "text" if names and names[-1] in _TEXT.split() else "".join(names[-1:])
+    if kind not in _READERS or (compression and kind not in ("text", "jsonl")):
         return None
     field = "" if kind in ("text", "arrayrecord") else field or "text"
     facts = os.stat(path)
@@ -183,7 +184,7 @@ def _reading(source: Input) -> Iterator[None]:
 
 
 @contextmanager
-def _open(source: Input) -> Iterator[tuple[BinaryIO, Any]]:
+def _open(source: Input) -> Iterator[tuple[Any, Any]]:
     """Yields the file, and the buffered stream of what it holds."""
     if source.path == STDIN:
         yield sys.stdin.buffer, sys.stdin.buffer
@@ -198,34 +199,25 @@ def _open(source: Input) -> Iterator[tuple[BinaryIO, Any]]:
             yield raw, raw
 
 
-def _cut_lines(source: Input, unit_bytes: int) -> Iterator[Piece]:
-    begin = done = 0
+def _lines(source: Input, unit_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Yields a file in blocks that end with a line; texts of endless lines between characters."""
+    longest = -1 if source.kind == "jsonl" else _LONGEST_LINE
+    done = 0
     with _open(source) as (raw, stream):
         while data := stream.read(unit_bytes):
-            if source.kind == "jsonl":
-                data += stream.readline()
-            else:
-                data += stream.readline(_LONGEST_LINE)
-                # A text of endless lines is cut between two characters.
-                while data[-1] != 10 and (stream.peek(1)[:1] or b"\0")[0] & 0xC0 == 0x80:
-                    data += stream.read(1)
+            data += stream.readline(longest)
+            while data[-1] != 10 and (stream.peek(1)[:1] or b"\0")[0] & 0xC0 == 0x80:
+                data += stream.read(1)
             at = raw.tell() if source.bytes else 0
-            yield Piece(0, begin, begin + len(data), at - done, data)
-            begin, done = begin + len(data), at
+            yield at - done, data
+            done = at
 
 
-def _read_text(source: Input, piece: Piece) -> Iterator[bytes]:
-    yield piece.data
-
-
-def _read_jsonl(source: Input, piece: Piece) -> Iterator[bytes | Rejected | None]:
+def _parse(piece: Piece, field: str) -> Iterator[bytes | Rejected | None]:
     data = piece.data if piece.begin else piece.data.removeprefix(b"\xef\xbb\xbf")
     for line in io.BytesIO(data):
-        if not line.strip():
-            yield None
-            continue
         try:
-            yield _field_text(json.loads(line), source.field)
+            yield _field_text(json.loads(line), field) if line.strip() else None
         except UnicodeError:
             yield Rejected("invalid_utf8", repr(line[:80]))
         except (ValueError, RecursionError) as error:
@@ -244,79 +236,43 @@ def _field_text(record: object, field: str) -> bytes | Rejected:
 
 
 def _check_column(source: Input, schema: "pyarrow.Schema") -> None:
-    """Raises UsageError when the schema has no such column of text."""
     field, names = source.field, schema.names
     if field not in names:
-        raise UsageError(
-            f"input {source.path}: no column `{field}`, there is {', '.join(names)}"
-            f"{nearest(field, names)}"
-        )
+        there = f"{', '.join(names)}{nearest(field, names)}"
+        raise UsageError(f"input {source.path}: no column `{field}`, there is {there}")
     kind = schema.field(field).type
     if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "binary"):
         raise UsageError(f"input {source.path}: column `{field}` is {kind}, not text")
 
 
-def _texts(column: "pyarrow.Array", field: str) -> Iterator[bytes | Rejected]:
-    for begin in range(0, len(column), _ROWS):
-        for value in column.slice(begin, _ROWS).cast("large_binary").to_pylist():
-            yield Rejected("not_text", f"`{field}` is null") if value is None else value
-
-
-def _cut_parquet(source: Input, unit_bytes: int) -> Iterator[Piece]:
+def _parquet(source: Input, _: int) -> Iterator[tuple[int, list[bytes | None]]]:
     with _library("pyarrow.parquet").ParquetFile(source.path) as file:
         _check_column(source, file.schema_arrow)
-        facts = file.metadata
-        for group in range(facts.num_row_groups):
-            share = facts.row_group(group).num_rows / max(facts.num_rows, 1)
-            yield Piece(0, group, group + 1, int(source.bytes * share))
+        for batch in file.iter_batches(_ROWS, columns=[source.field], use_threads=False):
+            size = source.bytes * len(batch) // file.metadata.num_rows
+            yield size, batch.column(0).cast("large_binary").to_pylist()
 
 
-def _read_parquet(source: Input, piece: Piece) -> Iterator[bytes | Rejected]:
-    with _library("pyarrow.parquet").ParquetFile(source.path) as file:
-        for batch in file.iter_batches(_ROWS, [piece.begin], [source.field], use_threads=False):
-            yield from _texts(batch.column(0), source.field)
-
-
-def _arrow_batches(source: Input) -> Iterator["pyarrow.RecordBatch"]:
+def _arrow(source: Input, _: int) -> Iterator[tuple[int, list[bytes | None]]]:
     arrow = _library("pyarrow")
     with arrow.memory_map(source.path) as file, arrow.ipc.open_stream(file) as stream:
         _check_column(source, stream.schema)
-        yield from stream
+        for batch in stream:
+            for begin in range(0, len(batch), _ROWS):
+                part = batch.slice(begin, _ROWS)
+                yield part.nbytes, part.column(source.field).cast("large_binary").to_pylist()
 
 
-def _cut_arrow(source: Input, unit_bytes: int) -> Iterator[Piece]:
-    for number, batch in enumerate(_arrow_batches(source)):
-        yield Piece(0, number, number + 1, batch.nbytes)
+def _array_record(source: Input, _: int) -> Iterator[tuple[int, list[bytes | None]]]:
+    module = _library("array_record.python.array_record_module")
+    reader = module.ArrayRecordReader(source.path)
+    count = reader.num_records()
+    for begin in range(0, count, _ROWS):
+        rows = reader.read(list(range(begin, min(begin + _ROWS, count))))
+        yield source.bytes * len(rows) // count, rows
 
 
-def _read_arrow(source: Input, piece: Piece) -> Iterator[bytes | Rejected]:
-    for batch in islice(_arrow_batches(source), piece.begin, piece.end):
-        yield from _texts(batch.column(source.field), source.field)
-
-
-def _array_record(source: Input) -> Any:
-    return _library("array_record.python.array_record_module").ArrayRecordReader(source.path)
-
-
-def _cut_array_record(source: Input, unit_bytes: int) -> Iterator[Piece]:
-    count = _array_record(source).num_records()
-    step = max(1, count * unit_bytes // source.bytes)
-    for begin in range(0, count, step):
-        end = min(begin + step, count)
-        yield Piece(0, begin, end, source.bytes * (end - begin) // count)
-
-
-def _read_array_record(source: Input, piece: Piece) -> Iterator[bytes]:
-    reader = _array_record(source)
-    for begin in range(piece.begin, piece.end, _ROWS):
-        yield from reader.read(list(range(begin, min(begin + _ROWS, piece.end))))
-
-
-_CUT = {
-    "text": _cut_lines, "jsonl": _cut_lines, "parquet": _cut_parquet, "arrow": _cut_arrow,
-    "arrayrecord": _cut_array_record,
-}  # fmt: skip
-_READ = {
-    "text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "arrow": _read_arrow,
-    "arrayrecord": _read_array_record,
+_READERS = {
+    "text": _lines, "jsonl": _lines, "parquet": _parquet, "arrow": _arrow,
+    "arrayrecord": _array_record,
 }  # fmt: skip

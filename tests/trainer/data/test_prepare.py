@@ -37,7 +37,7 @@ def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
 
 
 def run(source: Path | str, out: Path, **changes: object) -> Manifest:
-    return prepare(Settings(inputs=(str(source),), out=out, **{"held_out": 0.0, **changes}))
+    return prepare(Settings(input=(str(source),), out=out, **{"held_out": 0.0, **changes}))
 
 
 def documents(folder: Path, split: str = "train") -> list[str]:
@@ -66,9 +66,8 @@ def samples(folder: Path) -> list[dict[str, str]]:
 def test_documents_come_back(tmp_path_factory, texts, unit_bytes, shard_tokens):
     folder = tmp_path_factory.mktemp("round")
     source = write_jsonl(folder / "in.jsonl", texts)
-    rules = Rules(min_chars=0, max_repeated=1)
     run(
-        source, folder / "out", rules=rules, dedup="none", unit_bytes=unit_bytes,
+        source, folder / "out", min_chars=0, max_repeated=1, dedup="none", unit_bytes=unit_bytes,
         shard_tokens=shard_tokens,
     )  # fmt: skip
     # A mark at the beginning of a text is not part of it.
@@ -152,8 +151,8 @@ def test_a_learned_tokenizer_is_the_same_every_time(tmp_path):
 def test_the_sample_for_a_tokenizer_is_bounded(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "in.jsonl", [f"{n} " * 50 for n in range(1000)])
     monkeypatch.setattr(prepare_module, "BPE_SAMPLE", 20_000)
-    settings = Settings(inputs=(str(source),), out=tmp_path / "out", unit_bytes=1000, held_out=0.5)
-    inputs, _ = prepare_module.find_inputs(settings.inputs)
+    settings = Settings(input=(str(source),), out=tmp_path / "out", unit_bytes=1000, held_out=0.5)
+    inputs, _ = prepare_module.find_inputs(settings.input)
     texts = list(prepare_module._sample(inputs, settings))
     assert 5_000 < sum(map(len, texts)) < 22_000
     assert int(texts[-1].split()[0]) > 700, "the sample does not reach the end of the input"
@@ -196,16 +195,14 @@ def test_rejections_are_counted_by_reason_with_samples(tmp_path):
     lines[29] = json.dumps({"text": "long " * 300}).encode()
     lines[31] = b""
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
-    rules = Rules(max_chars=1000)
     for unit_bytes in (1 << 20, 500):
         out = tmp_path / f"out{unit_bytes}"
-        manifest = run(tmp_path / "in.jsonl", out, rules=rules, unit_bytes=unit_bytes)
+        manifest = run(tmp_path / "in.jsonl", out, max_chars=1000, unit_bytes=unit_bytes)
         assert rejected(out) == {
             "control_characters": 1, "exact_duplicate": 1889, "invalid_json": 1, "invalid_utf8": 2,
             "no_field": 1, "not_an_object": 1, "not_text": 1, "repeated_lines": 1, "too_long": 1,
             "too_short": 1,
         }  # fmt: skip
-        assert manifest.preparation["read"] == 1999
         assert manifest.preparation["docs"] == 100
         places = {s["reason"]: s["place"] for s in reversed(samples(out))}
         assert places["invalid_json"] == f"{tmp_path}/in.jsonl:4"
@@ -323,9 +320,10 @@ def refused(tmp_path: Path, argv: list[str], match: str) -> None:
         (["in.jsonl", "--out", "{}/taken"], r"taken: the folder is not empty"),
         (["in.jsonl:body", "--on-error", "fail"],
          r"input \S+in\.jsonl:1: no_field: no field `body`, there is id, text"),
-        (["in.jsonl:txt"], r"100 of 100 documents are bad, --max-bad allows 1\.00%: \S+in\.jsonl:1: "
-         r"no_field: no field `txt`, there is id, text; did you mean `text`\?; \S+:2:"),
-        (["in.jsonl", "--min-chars", "1k"], r"none of 100 documents is left: 100 too_short"),
+        (["in.jsonl:txt"],
+         r"100 of 100 documents are bad, --max-bad allows 1\.00%: \S+in\.jsonl:1: no_field: "
+         r"no field `txt`, there is id, text; did you mean `text`\?; \S+:2:"),
+        (["in.jsonl", "--min-chars", "1k"], r"no document is left: 100 too_short"),
         (["late.jsonl", "--on-error", "fail", "--unit-bytes", "99"],
          r"late\.jsonl:42: invalid_json"),
     ],
@@ -378,7 +376,7 @@ def test_two_processes_do_not_prepare_one_folder(tmp_path, monkeypatch):
         with pytest.raises(UsageError, match="another process is preparing it"):
             run(source, tmp_path / "out")
 
-    prepare(Settings(inputs=(str(source),), out=tmp_path / "out", held_out=0.0), meet)
+    prepare(Settings(input=(str(source),), out=tmp_path / "out", held_out=0.0), meet)
 
 
 def test_prepare_does_not_import_jax(tmp_path):
