@@ -7,6 +7,7 @@ a SIGKILL the same call finds them beside the folder, reads them again and goes 
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import multiprocessing
@@ -112,22 +113,36 @@ def prepare(settings: Settings, report: Callable[[Progress], None] = lambda _: N
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"dataset {out}: another process is preparing it") from None
-        reference = _train(inputs, settings, work) if settings.train_bpe else settings.tokenizer
-        assembly = _Assembly(inputs, settings, open_tokenizer(reference))
-        scratch = work / "dataset"
-        shutil.rmtree(scratch, ignore_errors=True)
-        with DatasetWriter(
-            out, assembly.tokenizer, source=" ".join(settings.input),
-            shard_tokens=settings.shard_tokens, scratch=scratch,
-        ) as writer:  # fmt: skip
-            for pieces, part in _parts(inputs, settings, reference, work):
-                report(assembly.add(pieces, part, writer))
-            facts = assembly.finish()
-            writer.preparation = {"key": key, **facts, "skipped": dict(sorted(skipped.items()))}
-            with open(scratch / REJECTED, "w") as stream:
-                stream.writelines(json.dumps(sample) + "\n" for sample in assembly.samples)
-    shutil.rmtree(work)
+        try:
+            known = {"key": key, "skipped": dict(sorted(skipped.items()))}
+            _write(inputs, settings, work, known, report)
+        except UsageError:
+            if not any(work.glob("*.npz")):  # nothing to go on with
+                shutil.rmtree(work)
+            raise
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.preparing"):
+        shutil.rmtree(folder)  # those of other settings cannot end there any more
     return read_manifest(out)
+
+
+def _write(
+    inputs: list[Input], settings: Settings, work: Path, preparation: dict,
+    report: Callable[[Progress], None],
+) -> None:  # fmt: skip
+    """Writes the dataset to `settings.out` by way of the folder `work`."""
+    reference = _train(inputs, settings, work) if settings.train_bpe else settings.tokenizer
+    assembly = _Assembly(inputs, settings, open_tokenizer(reference))
+    scratch = work / "dataset"
+    shutil.rmtree(scratch, ignore_errors=True)
+    with DatasetWriter(
+        settings.out, assembly.tokenizer, source=" ".join(settings.input),
+        shard_tokens=settings.shard_tokens, scratch=scratch,
+    ) as writer:  # fmt: skip
+        for pieces, part in _parts(inputs, settings, reference, work):
+            report(assembly.add(pieces, part, writer))
+        writer.preparation = preparation | assembly.finish()
+        with open(scratch / REJECTED, "w") as stream:
+            stream.writelines(json.dumps(sample) + "\n" for sample in assembly.samples)
 
 
 class _Assembly:

@@ -287,12 +287,32 @@ def test_a_manifest_of_before_is_read(tmp_path):
     assert read_manifest(tmp_path / "out").fingerprint() == fingerprint
 
 
+def test_preparations_given_up_are_removed_at_the_end(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    with pytest.raises(UsageError, match="no document is left"):
+        run(source, tmp_path / "out", min_chars=1000)
+    assert list(tmp_path.glob(".out.*.preparing/*.npz")), "nothing to go on with"
+    run(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
+
+
+def test_tolerating_more_bad_documents_does_not_start_again(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    source.write_text(source.read_text() + "{\n" * 50)
+    with pytest.raises(UsageError, match=r"50 of 150 documents are bad, --max-bad allows 1\.00%"):
+        run(source, tmp_path / "out")
+    monkeypatch.setattr(prepare_module, "_make_part", None)
+    manifest = run(source, tmp_path / "out", max_bad=0.5)
+    assert manifest.preparation["rejected"] == {"invalid_json": 50}
+    assert samples(tmp_path / "out")[0]["place"] == f"{source}:101"
+
+
 def refused(tmp_path: Path, argv: list[str], match: str) -> None:
     """Checks that the command refuses and leaves nothing that was not there."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UsageError, match=match):
         command.main(argv)
-    after = [path for path in sorted(tmp_path.iterdir()) if not path.name.endswith(".preparing")]
+    after = [path for path in sorted(tmp_path.iterdir()) if not list(path.glob("*.npz"))]
     assert after == before
 
 
