@@ -235,9 +235,11 @@ class TiktokenTokenizer:
         return {"tokenizer.tiktoken": self._definition}
 
 
-def _pieces(word: str, digits: str, line_ends: str) -> str:
+def _pieces(word: str, line_ends: str, blank: str = "") -> str:
     """Spells the splitting rule that the newer public encodings share."""
-    return rf"{word}|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+{line_ends}|\s*[\r\n]+|\s+(?!\S)|\s+"
+    return (
+        rf"{word}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+{line_ends}|{blank}\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
 
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -255,9 +257,9 @@ _TIKTOKEN = {
         50_256,
         50_257,
     ),
-    100_256: ("cl100k", _pieces(_LETTERS, "{1,3}", r"[\r\n]*"), 100_257, 100_257, 100_277),
-    128_000: ("llama3", _pieces(_LETTERS, "{1,3}", r"[\r\n]*"), 128_000, 128_001, 128_256),
-    199_998: ("o200k", _pieces(_CASED, "{1,3}", r"[\r\n/]*"), 199_999, 199_999, 200_019),
+    100_256: ("cl100k", _pieces(_LETTERS, r"[\r\n]*", r"\s+$|"), 100_257, 100_257, 100_277),
+    128_000: ("llama3", _pieces(_LETTERS, r"[\r\n]*"), 128_000, 128_001, 128_256),
+    199_998: ("o200k", _pieces(_CASED, r"[\r\n/]*"), 199_999, 199_999, 200_019),
 }
 """Ranks in the file → name, split pattern, BOS, EOS, vocabulary with specials."""
 
