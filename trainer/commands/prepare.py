@@ -94,8 +94,7 @@ def main(argv: list[str]) -> int:
     facts = manifest.preparation
     print(f"{args.out}: {facts['docs']:,} documents, {facts['tokens']:,} tokens")
     for split in manifest.splits:
-        docs = sum(shard.docs for shard in manifest.split(split))
-        print(f"  {split}: {docs:,} documents in {len(manifest.split(split))} shards")
+        print(f"  {split}: {sum(shard.docs for shard in manifest.split(split)):,} documents")
     for title, counts in (("rejected", facts["rejected"]), ("other files", facts["skipped"])):
         if counts:
             print(f"  {title}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()))

@@ -1,6 +1,6 @@
 """Which documents enter a dataset: cleaning one, and telling it from those before.
 
-`Duplicates` remembers 8 bytes per key, up to three times that while it grows: 1 key a document for
+`Duplicates` remembers 8 bytes per key, half as much again while it grows: 1 key a document for
 exact duplicates, 14 for near ones.
 """
 

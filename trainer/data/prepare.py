@@ -120,7 +120,7 @@ def prepare(settings: Settings, report: Callable[[Progress], None] = lambda _: N
             if not any(work.glob("*.npz")):  # nothing to go on with
                 shutil.rmtree(work)
             raise
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.preparing"):
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 16}.preparing"):
         shutil.rmtree(folder)  # those of other settings cannot end there any more
     return read_manifest(out)
 

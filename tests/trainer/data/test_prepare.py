@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zstandard
 from array_record.python import array_record_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,6 +74,7 @@ def test_documents_come_back(tmp_path_factory, texts, unit_bytes, shard_tokens):
 
 def saved_dataset(folder: Path, texts: list[str]) -> Path:
     """Writes what `datasets.Dataset.save_to_disk` writes, as far as it is read."""
+    pa = pytest.importorskip("pyarrow")
     folder.mkdir()
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     for name, part in zip(names, (texts[:70], texts[70:]), strict=True):
@@ -98,6 +96,8 @@ def array_record(path: Path, texts: list[str]) -> Path:
 
 
 def test_every_format_gives_the_same_documents(tmp_path, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    zstandard = pytest.importorskip("zstandard")
     lines = write_jsonl(tmp_path / "plain.jsonl", TEXTS).read_bytes()
     (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(lines))
     packed = zstandard.compress(lines[:1000]) + zstandard.compress(lines[1000:])  # two frames
@@ -222,7 +222,9 @@ def test_clean_changes_only_what_it_says():
         clean("naïve".encode("latin-1"), rules)
 
 
-def test_near_duplicates_are_found_and_others_are_not(tmp_path):
+@pytest.mark.parametrize("unit_bytes", [9000, 1 << 20])
+def test_near_duplicates_are_found_and_others_are_not(tmp_path, unit_bytes):
+    pytest.importorskip("datasketch")
     draw = np.random.default_rng(0)
     words = [f"word{number}" for number in range(5000)]
     texts = []
@@ -233,15 +235,16 @@ def test_near_duplicates_are_found_and_others_are_not(tmp_path):
         texts.append(" ".join(own).upper())
         texts.append(" ".join(own[:200] + draw.choice(words, 200).tolist()))  # 0.33
     source = write_jsonl(tmp_path / "in.jsonl", texts)
-    run(source, tmp_path / "out", dedup="near", unit_bytes=9000)
+    run(source, tmp_path / "out", dedup="near", unit_bytes=unit_bytes)
     kept = documents(tmp_path / "out")
     assert not [text for text in kept if text.isupper()]
     assert all(text in kept for text in texts[::3]), "a first occurrence was dropped"
-    assert rejected(tmp_path / "out")["near_duplicate"] <= 62
+    assert 60 <= rejected(tmp_path / "out")["near_duplicate"] <= 62
     assert samples(tmp_path / "out")[0]["place"] == f"{source}:2"
 
 
 def test_band_keys_of_text_without_spaces():
+    pytest.importorskip("datasketch")
     text = "".join(chr(0x4E00 + number * 37 % 5000) for number in range(600))
     near = band_keys(text) == band_keys(text[:300] + "一" + text[300:])
     assert near.any()
@@ -349,6 +352,8 @@ def refused(tmp_path: Path, argv: list[str], match: str) -> None:
     ],
 )  # fmt: skip
 def test_refusals(tmp_path, argv, match):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("zstandard")
     write_jsonl(tmp_path / "in.jsonl", TEXTS)
     lines = (tmp_path / "in.jsonl").read_text().splitlines()
     (tmp_path / "late.jsonl").write_text("\n".join([*lines[:41], "{", *lines[41:]]))

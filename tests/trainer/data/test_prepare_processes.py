@@ -37,7 +37,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(text: Path, out: Path, workers: int) -> list[str]:
     return [
         sys.executable, "-m", "trainer.commands.main", "prepare", "--input", str(text), "--out",
-        str(out), "--dedup", "near", "--train-bpe", "500", "--unit-bytes", "40k", "--workers",
+        str(out), "--train-bpe", "500", "--unit-bytes", "40k", "--workers",
         str(workers),
     ]  # fmt: skip
 
