@@ -132,3 +132,22 @@ def test_interrupted_it_says_so_and_goes_on(text, unbroken, tmp_path):
     assert not (tmp_path / "out").exists()
     finish(argv)
     assert digests(tmp_path / "out") == unbroken[0]
+
+
+@pytest.mark.multiprocess
+def test_a_killed_worker_is_told_and_the_same_command_goes_on(text, unbroken, tmp_path):
+    argv = command(text, tmp_path / "out", 2)
+    job = start(argv)
+    workers: list[int] = []
+    while not workers:
+        assert job.poll() is None
+        for number in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
+            if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes():
+                workers.append(int(number))
+        time.sleep(0.005)
+    os.kill(workers[0], signal.SIGKILL)
+    _, error = job.communicate(timeout=30)
+    assert job.returncode == 2
+    assert error.startswith("torus: error: a worker was killed, for want of memory perhaps")
+    finish(argv)
+    assert digests(tmp_path / "out") == unbroken[0]
