@@ -155,13 +155,17 @@ class _Assembly:
         self._duplicates = Duplicates(_DEDUP_KEYS)
         self._rejected: Counter[str] = Counter()
         self._docs = [0] * len(inputs)
-        self._records = [0] * len(inputs)  # of each input so far: where a piece begins
+        self._records = [0] * len(inputs)  # read of each input so far
         self._progress = Progress(0, sum(source.bytes for source in inputs), 0, 0)
 
     def add(self, pieces: list[Piece], part: _Part, writer: DatasetWriter) -> Progress:
         """Adds one part; raises UsageError for what --on-error and --max-bad do not tolerate."""
+        starts = []
+        for piece, count in zip(pieces, part.facts["records"], strict=True):
+            starts.append(self._records[piece.input])
+            self._records[piece.input] += count
         for reason, piece, record, detail in part.facts["samples"]:
-            place = self._place(pieces[piece], record)
+            place = self._place(pieces[piece], starts[piece] + record)
             if reason == _OVERFLOW or (reason in _BAD and self._settings.on_error == "fail"):
                 raise UsageError(f"input {place}: {reason}: {detail}")
             self._sample(reason, place, detail)
@@ -181,11 +185,9 @@ class _Assembly:
                 continue
             reason = f"{dedup}_duplicate"
             if self._rejected[reason] < SAMPLES:
-                place = self._place(pieces[piece], record)
+                place = self._place(pieces[piece], starts[piece] + record)
                 self._sample(reason, place, self.tokenizer.decode(tokens[:50]))
             self._rejected[reason] += 1
-        for piece, count in zip(pieces, part.facts["records"], strict=True):
-            self._records[piece.input] += count
         self._stop_if_bad(_FEW_BAD)
         self._progress = Progress(
             self._progress.bytes + sum(piece.size for piece in pieces),
@@ -215,11 +217,11 @@ class _Assembly:
             self.samples.append({"reason": reason, "place": place, "detail": detail})
 
     def _place(self, piece: Piece, record: int) -> str:
-        """Names a record: `file:line`, or the byte at which a part of a text file begins."""
+        """Names a record of an input: `file:line`, or where part of a text file begins."""
         source = self._inputs[piece.input]
         if source.kind == "text":
             return source.path + (f" from byte {piece.begin:,}" if piece.begin else "")
-        return f"{source.path}:{self._records[piece.input] + record + 1}"
+        return f"{source.path}:{record + 1}"
 
     def _stop_if_bad(self, few: int) -> None:
         bad, limit = sum(self._rejected[reason] for reason in _BAD), self._settings.max_bad

@@ -79,7 +79,7 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[Input], Counter[str]]:
         if name == STDIN:
             inputs[name] = Input(name, "jsonl" if field else "text", "", field, 0, 0)
             continue
-        matches = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         if not matches:
             folder, _, last = name.rstrip("/").rpartition("/")
             siblings = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
@@ -127,11 +127,13 @@ def records(
 ) -> Iterator[tuple[int, int, bytes | Rejected | None]]:
     """Yields (piece, record of the piece, its text); None where a line is empty."""
     for number, piece in enumerate(pieces):
-        found: Any = [piece.data] if isinstance(piece.data, bytes) else piece.data
-        if inputs[piece.input].kind == "jsonl":
-            found = _parse(piece, inputs[piece.input].field)
-        elif found is piece.data:
-            found = (Rejected("not_text", "null") if row is None else row for row in found)
+        source = inputs[piece.input]
+        if source.kind == "jsonl":
+            found = _parse(piece, source.field)
+        elif isinstance(piece.data, bytes):
+            found = iter([piece.data])
+        else:
+            found = (Rejected("not_text", "null") if row is None else row for row in piece.data)
         yield from ((number, record, data) for record, data in enumerate(found))
 
 
@@ -147,9 +149,10 @@ def _describe(path: str, field: str) -> Input | None:
 
 
 def _files(path: str) -> Iterator[str]:
-    """Yields the files below a folder in sorted order; those of a saved `datasets` in its own."""
+    """Yields a file, or those below a folder: sorted, of a saved `datasets` in its own order."""
     if not os.path.isdir(path):
-        yield path
+        if os.path.isfile(path):  # a pipe would wait, a broken link be missed
+            yield path
         return
     names = sorted(name for name in os.listdir(path) if not name.startswith("."))
     if "dataset_dict.json" in names:
@@ -158,8 +161,9 @@ def _files(path: str) -> Iterator[str]:
     if "dataset_info.json" in names and "state.json" in names:
         with open(f"{path}/state.json") as stream:
             names = [entry["filename"] for entry in json.load(stream)["_data_files"]]
-    for name in names:
-        yield from _files(os.path.join(path, name))
+    for child in (os.path.join(path, name) for name in names):
+        if not (os.path.islink(child) and os.path.isdir(child)):  # it may lead back here
+            yield from _files(child)
 
 
 def _library(module: str) -> Any:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -211,6 +212,29 @@ def test_rejections_are_counted_by_reason_with_samples(tmp_path):
         found = {s["reason"]: s["detail"] for s in samples(out)}
         assert found["no_field"] == "no field `text`, there is title"
         assert sum(s["reason"] == "exact_duplicate" for s in samples(out)) == 20
+
+
+def test_rows_without_text_are_named(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [*TEXTS[:90], None, *TEXTS[90:], TEXTS[0]]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "rows.parquet")
+    run(tmp_path / "rows.parquet", tmp_path / "out", max_bad=0.02)
+    assert [(s["reason"], s["place"]) for s in samples(tmp_path / "out")] == [
+        ("not_text", f"{tmp_path}/rows.parquet:91"),
+        ("exact_duplicate", f"{tmp_path}/rows.parquet:102"),
+    ]
+
+
+def test_links_and_pipes_in_a_folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a text")
+    (tmp_path / "in" / "back").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "missing.txt").symlink_to(tmp_path / "nowhere.txt")
+    (tmp_path / "in" / "b.txt").symlink_to(write_jsonl(tmp_path / "linked", ["x"]))
+    os.mkfifo(tmp_path / "in" / "pipe.txt")
+    manifest = run(tmp_path / "in", tmp_path / "out")
+    names = [Path(entry["path"]).name for entry in manifest.preparation["inputs"]]
+    assert names == ["a.txt", "b.txt"]
 
 
 def test_clean_changes_only_what_it_says():
