@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="*", default=["datatrove", "datasets"])
-    parser.add_argument("--torus", nargs="*", default=[], help="more arguments for torus prepare")
+    parser.add_argument("--torus", nargs=argparse.REMAINDER, default=[], help="more arguments")
     args = parser.parse_args()
     text, tokenizer = args.folder / f"text{args.megabytes}", args.folder / "tokenizer.json"
     if not text.exists():
