@@ -15,6 +15,9 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "prepare": Command(
+        "trainer.commands.prepare", "turn text, JSONL or Parquet into a dataset", "Data"
+    ),
     "train": Command(
         "trainer.commands.train", "train a model from a config, or resume its run", "Train"
     ),

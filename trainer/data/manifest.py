@@ -7,7 +7,7 @@ documents in tokens, docs + 1 of them). Reading and checking the shards is shard
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -48,6 +48,7 @@ class Manifest:
     python: str = ""  # version of the Python that wrote it
     complete: bool = False
     version: int = VERSION
+    preparation: dict = field(default_factory=dict)  # inputs, settings, rejections; for people
 
     @property
     def dtype(self) -> np.dtype:

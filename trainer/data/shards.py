@@ -266,8 +266,11 @@ class DatasetWriter:
         *,
         source: str = "",
         shard_tokens: int = 1 << 28,
+        scratch: Path | None = None,
     ) -> None:
-        """Prepares to write `folder`, which must not exist or be empty.
+        """Prepares to write `folder`, which must not exist or be empty, by way of `scratch`.
+
+        What is put into `preparation` or into `scratch` until the end is part of the dataset.
 
         Raises:
           UsageError: the folder holds something.
@@ -280,7 +283,9 @@ class DatasetWriter:
         self._source = source
         self._shard_tokens = shard_tokens
         self._dtype = Manifest(tokenizer.spec, ()).dtype
-        self._temporary = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+        beside = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+        self._temporary = scratch or beside
+        self.preparation: dict = {}
         self._open: dict[str, _OpenShard] = {}
         self._count: dict[str, int] = {}
         self._shards: list[Shard] = []
@@ -324,8 +329,9 @@ class DatasetWriter:
             if kind is None:
                 shards = sorted(self._shards, key=lambda shard: shard.file)
                 Manifest(
-                    self._tokenizer, tuple(shards), self._source, platform.python_version(), True
-                ).write(self._temporary)
+                    self._tokenizer, tuple(shards), self._source, platform.python_version(), True,
+                    preparation=self.preparation,
+                ).write(self._temporary)  # fmt: skip
                 os.rename(self._temporary, self._folder)
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
