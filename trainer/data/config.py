@@ -41,17 +41,15 @@ class CollateConfig:
             if not 0 <= (value := getattr(self, part)) <= 1:
                 raise UsageError(f"{name}.{part} = {value}: a share, from 0 to 1")
         ids = self.sentinels + self.begin + self.end
-        if bad := [token for token in ids if not isinstance(token, int) or token < 0]:
-            raise UsageError(f"{name}: {bad[0]!r} is not a token id")
+        if min(ids, default=0) < 0:
+            raise UsageError(f"{name}: {min(ids)} is not a token id")
         if self.kind == "fim" and len(set(self.sentinels)) != 4:
             raise UsageError(
                 f"{name}.sentinels = {self.sentinels}: give four different token ids, for prefix, "
                 "suffix, middle and end"
             )
         if self.kind == "instruction" and not (self.begin and self.end):
-            raise UsageError(
-                f"{name}: instruction needs begin and end, the token ids around an answer"
-            )
+            raise UsageError(f"{name}: instruction needs begin and end, token ids around an answer")
 
 
 @dataclass
@@ -101,7 +99,7 @@ class DataConfig:
     seq_len: int = 512
     buckets: tuple[int, ...] = ()
     packing: str = "bestfit"
-    window: int = 1 << 16
+    window: int = 1 << 15
     balance: int = 0
     shuffle: bool = True
     seed: int = 0
@@ -118,13 +116,8 @@ class DataConfig:
                 f"{nearest(self.packing, PACKINGS)}"
             )
         self.remote.validate()
-        for name, least in {
-            "seq_len": 1,
-            "window": 1,
-            "seed": 0,
-            "prefetch": 0,
-            "balance": 0,
-        }.items():
+        leasts = (("seq_len", 1), ("window", 1), ("seed", 0), ("prefetch", 0), ("balance", 0))
+        for name, least in leasts:
             if (value := getattr(self, name)) < least:
                 raise UsageError(f"config.data.{name} = {value}: must be at least {least}")
         if self.seed >= 1 << 63:
@@ -137,9 +130,8 @@ class DataConfig:
                 f"config.data.collate.kind = 'fim' needs packing bestfit and rows of 16 or more, "
                 f"got {self.packing} and {self.seq_len}"
             )
-        if any(not isinstance(length, int) or length < 1 for length in self.buckets) or list(
-            self.lengths
-        ) != sorted(set(self.lengths)):
+        lengths = [0, *self.lengths]
+        if lengths != sorted(set(lengths)):
             raise UsageError(
                 f"config.data.buckets = {self.buckets}: row lengths that rise and stay below "
                 f"seq_len = {self.seq_len}"

@@ -210,7 +210,7 @@ start_runtime()
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from sharding.errors import UsageError
-from trainer.data import plan
+from trainer.data import packing
 from trainer.config import from_dict
 from trainer.data.config import DataConfig
 from trainer.data.dataset import open_training
@@ -228,7 +228,7 @@ for name, config in configs.items():
     with Loader(data, 16, sharding, start_row=start) as loader:
         found[name] = [batch_digest(next(loader)) for _ in range(4)]
 if jax.process_index() == 1:
-    plan.best_fit, plan.count_best_fit = plan.concatenate, plan.count_concatenated
+    packing.best_fit, packing.count_best_fit = packing.concatenate, packing.count_concatenated
 try:
     Loader(open_training(configs["single"], 16), 16, sharding)
 except UsageError as error:
