@@ -41,6 +41,11 @@ class LossOptions:
         return cls(config.vocab, config.dtype, config.final_softcap, z_loss, config.loss_chunks)
 
 
+def loss_weights(targets_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Returns float32 weights: 0 on padding (segment 0) and negative targets, 1 elsewhere."""
+    return ((segment_ids_BT > 0) & (targets_BT >= 0)).astype(jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
     x_BTD: jax.Array,
@@ -56,7 +61,7 @@ def cross_entropy(
     Args:
       x_BTD: hidden states after the final norm.
       head_VD: output projection, float32, rows over `tensor`, columns over `fsdp` or whole.
-      targets_BT: int32 token ids.
+      targets_BT: int32 token ids; what they are does not matter where the weight is 0.
       weights_BT: float32 weight of each token; padding has 0.
     """
     objective, nll, _, _ = _sharded(x_BTD, head_VD, targets_BT, weights_BT, options, False)

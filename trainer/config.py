@@ -91,6 +91,7 @@ FREE = (
     "data.allow_change",
     "data.path",
     "data.remote",
+    "data.mixture",
     *(f"model.{f}" for f in COMPUTATION),
 )
 
@@ -168,8 +169,16 @@ def check_sizes(experiment: Experiment, sizes: dict[str, int]) -> None:
             f"= {sizes['data']} × {sizes['fsdp']} devices; the next multiple is "
             f"{-(-rows // shards) * shards * train.accumulation}"
         )
+    for length in experiment.data.buckets:
+        micro = experiment.data.rows_per_step(length, train.batch_size) / train.accumulation
+        if micro % shards:
+            raise UsageError(
+                f"config.data.buckets: {micro:g} rows of {length} in a microbatch do not divide "
+                f"over data × fsdp = {shards} devices"
+            )
     tensor = sizes["tensor"]
     for name, value, axis in (
+        *(("data.buckets", length, "seq") for length in experiment.data.buckets),
         ("data.seq_len", experiment.data.seq_len, "seq"),
         ("model.heads", model.heads, "tensor"),
         ("model.kv_heads", model.kv_heads if model.kv_heads > 1 else tensor, "tensor"),
@@ -215,9 +224,14 @@ def from_dict(data: dict, cls: type = Experiment) -> Any:
     def value(name: str, raw: Any) -> Any:
         if dataclasses.is_dataclass(hints[name]):
             return from_dict(raw, hints[name])
-        return tuple(raw) if isinstance(raw, list) else raw
+        return _tuples(raw)
 
     return cls(**{name: value(name, raw) for name, raw in data.items()})
+
+
+def _tuples(raw: Any) -> Any:
+    """Returns JSON lists as the tuples they were."""
+    return tuple(map(_tuples, raw)) if isinstance(raw, list) else raw
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:

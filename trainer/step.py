@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
 from models.decoder import forward, head_VD, param_specs
-from models.loss import LossOptions, cross_entropy
+from models.loss import LossOptions, cross_entropy, loss_weights
 from models.spec import Tree
 from sharding.rules import BATCH, SEQ
 from trainer.config import Experiment
@@ -30,14 +30,14 @@ def loss_sums(params: Tree, batch: Batch, experiment: Experiment) -> tuple[jax.A
     x_BTD, _ = forward(
         params, batch["tokens"], batch["positions"], batch["segment_ids"], experiment.model
     )
-    weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
+    weights_BT = loss_weights(batch["targets"], batch["segment_ids"])
     options = LossOptions.of(experiment.model, experiment.train.z_loss)
     return cross_entropy(x_BTD, head_VD(params), batch["targets"], weights_BT, options)
 
 
 def real_tokens(batch: Batch) -> jax.Array:
     """Returns the number of tokens that carry loss, over all devices."""
-    return jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+    return jnp.sum(loss_weights(batch["targets"], batch["segment_ids"]))
 
 
 def _gradients(params: Tree, batch: Batch, experiment: Experiment, layout: Layout):

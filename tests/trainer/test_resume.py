@@ -71,6 +71,23 @@ def test_losses_do_not_depend_on_the_number_of_processes(trained, tmp_path):
         np.testing.assert_allclose(two["losses"][step], one[step], rtol=TOLERANCE)
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path):
+    whole = job(tmp_path / "whole", {"fsdp": 2}, 2, **{"train.stop_at": 12})
+    job(tmp_path / "hurt", {"fsdp": 2}, 2, **{"train.stop_at": 8})
+    newest = tmp_path / "hurt/checkpoints/8"
+    data = max((newest / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    hurt = job(tmp_path / "hurt", {"fsdp": 2}, 2, **{"train.stop_at": 12})
+    assert hurt["after"] == whole["after"]
+    assert (tmp_path / "hurt/checkpoints/8.damaged").is_dir()
+    events = read_metrics(tmp_path / "hurt", "event")
+    passed_over = [e for e in events if e["event"] == "damaged checkpoint passed over"]
+    assert [event["step"] for event in passed_over] == [4]
+    assert "step 8" in passed_over[0]["reason"]
+
+
 def command(workdir: Path) -> list[str]:
     return [
         sys.executable, "-m", "trainer.commands.main", "train",

@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from sharding.errors import UsageError
 from tests.processes import run_processes
-from trainer.data.config import DataConfig
-from trainer.data.dataset import FIELDS, open_dataset, resume_row
+from trainer.data.config import FIELDS, DataConfig
+from trainer.data.dataset import open_dataset
 from trainer.data.loader import Loader, batch_digest, eval_batches
+from trainer.data.rows import Rows, resume_row
 
 LAYOUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 BATCH = 8
@@ -112,9 +113,9 @@ def test_replicated_axes_and_transfer_guard(dataset):
 def test_only_held_columns_are_read(dataset):
     asked = []
 
-    class Spy:
+    class Spy(Rows):
         seq_len, rows_per_epoch = dataset.seq_len, dataset.rows_per_epoch
-        identity = dataset.identity
+        fields, identity = FIELDS, dataset.identity
 
         def rows(self, ids, columns=slice(None)):
             asked.append((ids.tolist(), columns.start, columns.stop))
@@ -290,8 +291,9 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from sharding.errors import UsageError
 from trainer.data.config import DataConfig
-from trainer.data.dataset import open_dataset, resume_row
+from trainer.data.dataset import open_dataset
 from trainer.data.loader import Loader, batch_digest
+from trainer.data.rows import resume_row
 
 folder, state, steps = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 dataset = open_dataset(DataConfig(path=folder, seq_len=16))

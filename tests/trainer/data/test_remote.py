@@ -21,9 +21,10 @@ from tests.tiny import get_config
 from tests.trainer.data.emulator import Emulator
 from trainer.data import remote as remote_module
 from trainer.data.config import DataConfig, RemoteConfig
-from trainer.data.dataset import Dataset, open_dataset, resume_row
+from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.manifest import read_manifest
 from trainer.data.remote import Bucket
+from trainer.data.rows import resume_row
 from trainer.data.shards import DatasetWriter
 from trainer.data.tokenizer import ByteTokenizer
 
