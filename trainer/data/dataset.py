@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+from absl import logging
 
 from checkpoint.steps import is_remote
 from sharding.errors import UsageError

@@ -9,7 +9,6 @@ KvStore; nothing is ever written to the storage.
 
 import hashlib
 import itertools
-import logging
 import os
 import random
 import secrets
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from absl import logging
 
 from sharding.config import cache_folder
 from sharding.errors import UsageError
@@ -44,8 +44,6 @@ _ANSWER = 30.0  # seconds that one request may take
 _DELAYS = 0.25, 20.0  # seconds between attempts, first and longest
 _ABANDONED = 3600.0  # seconds after which a half-written file belongs to nobody
 _NO_RETRIES = "ABORTED: All 0 retry attempts failed: "
-
-_logger = logging.getLogger(__name__)
 
 
 class Bucket:
@@ -123,7 +121,7 @@ class Bucket:
                     f"dataset {self.url}: {name} could not be read for "
                     f"config.data.remote.patience = {self._patience:g} s: {reason}"
                 )
-            _logger.warning("%s: %s: %s; again in %.1f s", self.url, name, reason, delay)
+            logging.warning("%s: %s: %s; again in %.1f s", self.url, name, reason, delay)
             _pause(delay)
 
 
@@ -318,7 +316,7 @@ class RemoteShards(TokenShards):
             )
         self.skip(shard.file)
         found = len(self.skipped)
-        _logger.warning(
+        logging.warning(
             "%s: %s; %d of %d skipped: %s are padding", self.name, error, found, allowed, text
         )
 
