@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import logging
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -31,8 +30,6 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import grain
-
-_logger = logging.getLogger(__name__)
 
 
 class Dataset(Rows):
@@ -240,36 +237,11 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Rows:
         plain = CollateConfig() if config.collate.kind == "fim" else config.collate
         config = dataclasses.replace(config, shuffle=False, seed=0, collate=plain)
     if not config.mixture:
-        return Dataset(open_shards(config, split), config)
-    members = [
-        Dataset(open_shards(dataclasses.replace(config, path=path, mixture=()), split), config)
-        for path, _ in config.mixture
-    ]
+        return Dataset(open_shards(config.path, split, config), config)
+    members = [Dataset(open_shards(path, split, config), config) for path, _ in config.mixture]
     if split == TRAIN:
         return Mixture(members, [(row, in_units(weights)) for row, weights in config.weights()])
     return Mixture(members, [(0, [member.rows_per_epoch for member in members])])
-
-
-def open_shards(config: DataConfig, split: str) -> TokenShards:
-    """Opens and checks the documents of one split, on the disk or in object storage."""
-    if is_remote(config.path):
-        from trainer.data.remote import RemoteShards
-
-        shards = RemoteShards(config.path, split, config.remote)
-        if config.shuffle and split == TRAIN and not shards.fits:
-            _logger.warning(
-                "%s: shuffled rows read all shards in turn, and config.data.remote.cache_gb = %g "
-                "does not hold them: they will be fetched again and again",
-                config.path,
-                config.remote.cache_gb,
-            )
-        return shards
-    try:
-        return TokenShards(dataset_folder(config.path), split)
-    except UsageError as error:
-        if config.path.startswith(BUILTIN):
-            raise UsageError(f"{error}; remove the folder and it is written anew") from None
-        raise
 
 
 def open_training(config: DataConfig, batch_size: int) -> Steps:
@@ -284,7 +256,7 @@ def open_training(config: DataConfig, batch_size: int) -> Steps:
     """
     config.validate()
     if config.buckets:
-        shards = open_shards(config, TRAIN)
+        shards = open_shards(config.path, TRAIN, config)
         edges = (0, *config.buckets, 1 << 62)
         parts: list[Rows] = [
             Dataset(shards, dataclasses.replace(config, seq_len=length, buckets=()), only)
@@ -299,3 +271,25 @@ def open_training(config: DataConfig, batch_size: int) -> Steps:
             for part, count in zip(parts, counts, strict=True)
         ]
     return Buckets(parts, counts) if config.buckets else parts[0]
+
+
+def open_shards(path: str, split: str, config: DataConfig) -> TokenShards:
+    """Opens and checks the documents of one split, on the disk or in object storage."""
+    if is_remote(path):
+        from trainer.data.remote import RemoteShards
+
+        shards = RemoteShards(path, split, config.remote)
+        if config.shuffle and not shards.fits:
+            logging.warning(
+                "%s: shuffled rows read all shards in turn, and config.data.remote.cache_gb = %g "
+                "does not hold them: they will be fetched again and again",
+                path,
+                config.remote.cache_gb,
+            )
+        return shards
+    try:
+        return TokenShards(dataset_folder(path), split)
+    except UsageError as error:
+        if path.startswith(BUILTIN):
+            raise UsageError(f"{error}; remove the folder and it is written anew") from None
+        raise
