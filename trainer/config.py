@@ -91,6 +91,7 @@ FREE = (
     "data.allow_change",
     "data.path",
     "data.mixture",
+    "data.remote",
     *(f"model.{f}" for f in COMPUTATION),
 )
 

@@ -53,6 +53,30 @@ class CollateConfig:
 
 
 @dataclass
+class RemoteConfig:
+    """How a dataset in object storage (`path` = gs://… or s3://…) is read; its rows stay the same.
+
+    Shards are fetched by `workers` at a time into the cache folder, at most `cache_gb` on this
+    machine, as soon as one of the next `ahead` rows reads them. An outage is waited out for
+    `patience` seconds. `skip_shards` shards may be missing or damaged: theirs becomes padding.
+    """
+
+    cache_gb: float = 100.0
+    workers: int = 4
+    ahead: int = 4096
+    patience: float = 600.0
+    skip_shards: int = 0
+
+    def validate(self) -> None:
+        """Raises UsageError for values that no dataset could make right."""
+        for name, least in (
+            ("cache_gb", 0), ("workers", 1), ("ahead", 1), ("patience", 0), ("skip_shards", 0)
+        ):  # fmt: skip
+            if (value := getattr(self, name)) < least:
+                raise UsageError(f"config.data.remote.{name} = {value}: must be at least {least}")
+
+
+@dataclass
 class DataConfig:
     """The dataset and the packing of its documents into rows of `seq_len` positions.
 
@@ -67,7 +91,7 @@ class DataConfig:
     `balance` is the number of steps whose rows are sorted so that rows of like attention cost share
     a step; 0 = off. `buckets` are shorter row lengths beside `seq_len`: short documents get steps
     of their own, with as many tokens and more rows. `allow_change` accepts a resume with other data
-    than the checkpoint was trained on.
+    than the checkpoint was trained on. gs://… and s3://… folders are read as `remote` says.
     """
 
     path: str = "builtin"
@@ -82,6 +106,7 @@ class DataConfig:
     collate: CollateConfig = field(default_factory=CollateConfig)
     prefetch: int = 2  # batches held ready by the background thread; 0 reads in the caller
     allow_change: bool = False
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
 
     def validate(self) -> None:
         """Raises UsageError for values that no dataset could make right."""
@@ -90,6 +115,7 @@ class DataConfig:
                 f"config.data.packing = {self.packing!r}: choose {' or '.join(PACKINGS)}"
                 f"{nearest(self.packing, PACKINGS)}"
             )
+        self.remote.validate()
         leasts = (("seq_len", 1), ("window", 1), ("seed", 0), ("prefetch", 0), ("balance", 0))
         for name, least in leasts:
             if (value := getattr(self, name)) < least:
