@@ -88,7 +88,7 @@ class ModelConfig:
     remat: str = "full"  # none | full | names from SAVEABLE joined by ",", "@host" offloads one
     scan_layers: bool = True
     attention: str = "auto"  # backend; models/attention/dispatch.py lists them
-    seq_strategy: str = "auto"  # over mesh axis seq: gather | ulysses | ring | bidirectional | hybrid
+    seq_strategy: str = "auto"  # over seq: gather | ulysses | ring | bidirectional | hybrid
     seq_order: str = "auto"  # of columns over seq: contiguous | zigzag | striped
     seq_head_devices: int = 0  # of seq, those that exchange heads in a hybrid; 0 = chosen
     loss_chunks: int = 0  # token chunks of the cross-entropy; 0 = chosen by size
@@ -140,9 +140,7 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise UsageError(f"config.model.{name} = {getattr(self, name)}: at least 1")
         if self.seq_head_devices < 0:
-            raise UsageError(
-                f"config.model.seq_head_devices = {self.seq_head_devices}: at least 1, or 0 (chosen)"
-            )
+            raise UsageError(f"config.model.seq_head_devices = {self.seq_head_devices}: at least 0")
         if self.heads % self.kv_heads:
             raise UsageError(
                 f"config.model.kv_heads = {self.kv_heads} does not divide heads = {self.heads}"

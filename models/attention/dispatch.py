@@ -167,7 +167,7 @@ def attention_gradient(
     def run(q_BTNH, k_BSKH, v_BSKH):
         return chosen.run(q_BTNH, k_BSKH, v_BSKH, *rows, **options)
 
-    # By the rule of merging: out is the sum of the parts' outputs weighted with exp(their lse - lse).
+    # As results merge: out is the sum of the parts' outputs weighted with exp(their lse - lse).
     inputs = (x.astype(jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH))
     (part_BTNH, part_lse_BTN), pull = jax.vjp(run, *inputs)
     weight_BTN = jnp.exp(part_lse_BTN - lse_BTN)

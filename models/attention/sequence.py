@@ -1,7 +1,7 @@
 """Attention whose rows are spread over the `seq` mesh axis: moving heads and keys between devices.
 
-Everything runs inside `jax.shard_map` on local rows. Which strategy, and the order of the columns,
-is `sequence_plan.py`'s to say; the arithmetic on one device is `dispatch.attention`'s. Positions and
+Everything runs inside `jax.shard_map` on local rows. The strategy and the order of the columns are
+`sequence_plan.py`'s to say; the arithmetic on one device is `dispatch.attention`'s. Positions and
 segment ids travel with the keys, so that the mask never depends on where a block came from.
 
 The ring has a gradient of its own: it keeps the local rows, the output and the log-sum-exp, and
@@ -46,11 +46,10 @@ class Rows(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """A block of keys on its way round."""
+    """A block of keys on its way round, in two arrays: XLA keeps few transfers in flight."""
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
-    rows: Rows
+    kv_BSJH: jax.Array  # keys' heads, then values': J = 2 K
+    rows_RS: jax.Array  # positions of each row, then segment ids: R = 2 B
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def sequence_attention(
             q_BTNH, k_BTKH, v_BTKH, mask, rows_aligned=True, **call.options(rows, rows)
         )
     else:
-        out_BTNH, _ = _around(q_BTNH, k_BTKH, v_BTKH, rows, call)
+        out_BTNH, _ = _around(q_BTNH, jnp.concatenate([k_BTKH, v_BTKH], axis=2), rows, call)
     if u > 1:
         out_BTNH = lax.all_to_all(
             out_BTNH, SEQ, 1, 2, tiled=True, axis_index_groups=_neighbours(plan)
@@ -168,82 +167,75 @@ def _neighbours(plan: SequencePlan) -> list[list[int]]:
 # ---------------------------------------------------------------- the ring
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _around(q_BTNH, k_BTKH, v_BTKH, rows: Rows, call: _Call):
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _around(q_BTNH, kv_BTJH, rows: Rows, call: _Call):
     """Returns (out_BTNH, lse_BTN) over the keys of all stations."""
-    total = (
-        jnp.zeros(q_BTNH.shape, F32),
-        jnp.full(q_BTNH.shape[:3], EMPTY_LSE, F32),
-    )
+    zero = jnp.zeros(q_BTNH.shape, F32), jnp.full(q_BTNH.shape[:3], EMPTY_LSE, F32)
+
+    def compute(total, streams):
+        for keys in streams:
+            total = _absorb(total, q_BTNH, rows, keys, call)
+        return total
 
     def hop(carry, _):
         streams, total = carry
         coming = _sent(streams, call.plan)  # under way while this hop computes
-        for keys in streams:
-            total = _absorb(total, q_BTNH, rows, keys, call)
-        return (coming, total), None
+        return (coming, compute(total, streams)), None
 
-    streams = _streams(Keys(k_BTKH, v_BTKH, rows), call.plan)
-    (streams, total), _ = lax.scan(hop, (streams, total), length=_passes(call))
-    for keys in streams:
-        total = _absorb(total, q_BTNH, rows, keys, call)
-    out_BTNH, lse_BTN = total
+    carry = (_streams(kv_BTJH, rows, call.plan), zero)
+    (streams, total), _ = lax.scan(hop, carry, length=_passes(call))
+    out_BTNH, lse_BTN = compute(total, streams)
     return out_BTNH.astype(q_BTNH.dtype), lse_BTN
 
 
-def _around_fwd(q_BTNH, k_BTKH, v_BTKH, rows: Rows, call: _Call):
-    out_BTNH, lse_BTN = _around(q_BTNH, k_BTKH, v_BTKH, rows, call)
+def _around_fwd(q_BTNH, kv_BTJH, rows: Rows, call: _Call):
+    out_BTNH, lse_BTN = _around(q_BTNH, kv_BTJH, rows, call)
     out_BTNH = checkpoint_name(out_BTNH, "attention_out")
     lse_BTN = checkpoint_name(lse_BTN, "attention_lse")
-    return (out_BTNH, lse_BTN), (q_BTNH, k_BTKH, v_BTKH, rows, out_BTNH, lse_BTN)
+    return (out_BTNH, lse_BTN), (q_BTNH, kv_BTJH, rows, out_BTNH, lse_BTN)
 
 
 def _around_bwd(call: _Call, saved, cotangents):
-    q_BTNH, k_BTKH, v_BTKH, rows, out_BTNH, lse_BTN = saved
+    q_BTNH, kv_BTJH, rows, out_BTNH, lse_BTN = saved
     queries = (q_BTNH, out_BTNH, lse_BTN, *cotangents)
 
     def compute(dq_BTNH, streams, arriving):
         sums = []
-        for keys, (dk_BSKH, dv_BSKH) in zip(streams, arriving, strict=True):
-            dq_BTNH, own = _absorb_gradient(dq_BTNH, queries, rows, keys, call)
-            sums.append((dk_BSKH + own[0], dv_BSKH + own[1]))
+        for keys, dkv_BSJH in zip(streams, arriving, strict=True):
+            dq_BTNH, own_BSJH = _absorb_gradient(dq_BTNH, queries, rows, keys, call)
+            sums.append(dkv_BSJH + own_BSJH)
         return dq_BTNH, sums
 
     def hop(carry, _):
         streams, sums, dq_BTNH = carry
-        # The sums of a block follow it one hop late: nothing that travels waits for this hop's work.
+        # The sums of a block follow it a hop later: nothing that travels waits for this hop's work.
         coming, arriving = _sent(streams, call.plan), _sent(sums, call.plan)
         dq_BTNH, sums = compute(dq_BTNH, streams, arriving)
         return (coming, sums, dq_BTNH), None
 
-    streams = _streams(Keys(k_BTKH, v_BTKH, rows), call.plan)
-    sums = [tuple(jnp.zeros(x.shape, F32) for x in keys[:2]) for keys in streams]
-    carry = (streams, sums, jnp.zeros(q_BTNH.shape, F32))
+    streams = _streams(kv_BTJH, rows, call.plan)
+    sums = [jnp.zeros(keys.kv_BSJH.shape, F32) for keys in streams]
     passes = _passes(call)
+    carry = (streams, sums, jnp.zeros(q_BTNH.shape, F32))
     (streams, sums, dq_BTNH), _ = lax.scan(hop, carry, length=passes)
     dq_BTNH, sums = compute(dq_BTNH, streams, _sent(sums, call.plan) if passes else sums)
-    dk_BTKH, dv_BTKH = _home(sums, passes, call.plan)
-    return (
-        dq_BTNH.astype(q_BTNH.dtype),
-        dk_BTKH.astype(k_BTKH.dtype),
-        dv_BTKH.astype(v_BTKH.dtype),
-        None,
-    )
+    dkv_BTJH = _home(sums, passes, call.plan)
+    return dq_BTNH.astype(q_BTNH.dtype), dkv_BTJH.astype(kv_BTJH.dtype), None
 
 
 _around.defvjp(_around_fwd, _around_bwd)
-
 
 def _passes(call: _Call) -> int:
     """How often keys are passed on."""
     return 0 if call.plan.strategy == "gather" else call.plan.hops(call.mask.window) - 1
 
 
-def _streams(keys: Keys, plan: SequencePlan) -> list[Keys]:
+def _streams(kv_BTJH: jax.Array, rows: Rows, plan: SequencePlan) -> list[Keys]:
     """The blocks that set out from here: all keys of the axis, the local ones, or halves of them.
 
     Halves are taken from each stretch of columns, so that both directions have the same work.
     """
+    keys = Keys(kv_BTJH, jnp.concatenate(rows))
     if plan.strategy == "gather":
         return [jax.tree.map(lambda x: lax.all_gather(x, SEQ, axis=1, tiled=True), keys)]
     if plan.streams == 1:
@@ -256,24 +248,16 @@ def _streams(keys: Keys, plan: SequencePlan) -> list[Keys]:
     return [jax.tree.map(partial(half, i=i), keys) for i in range(2)]
 
 
-def _home(sums: list[tuple[jax.Array, jax.Array]], passes: int, plan: SequencePlan):
-    """Brings (dk, dv) back to where their blocks set out and undoes `_streams`."""
+def _home(sums: list[jax.Array], passes: int, plan: SequencePlan) -> jax.Array:
+    """Brings gradients back to where their blocks set out and undoes `_streams`."""
     if plan.strategy == "gather":
-        (pair,) = sums
-        return jax.tree.map(
-            lambda x: lax.psum_scatter(x, SEQ, scatter_dimension=1, tiled=True), pair
-        )
-    if passes:
-        sums = _sent(sums, plan, -passes)
+        return lax.psum_scatter(sums[0], SEQ, scatter_dimension=1, tiled=True)
+    sums = _sent(sums, plan, -passes)
     if plan.streams == 1:
         return sums[0]
-
-    def whole(first, second):
-        B, S, *rest = first.shape
-        halves = (x.reshape(B, plan.parts, 1, -1, *rest) for x in (first, second))
-        return jnp.concatenate(list(halves), axis=2).reshape(B, 2 * S, *rest)
-
-    return jax.tree.map(whole, *sums)
+    B, S, *rest = sums[0].shape
+    halves = [x.reshape(B, plan.parts, 1, -1, *rest) for x in sums]
+    return jnp.concatenate(halves, axis=2).reshape(B, 2 * S, *rest)
 
 
 def _sent(streams: list, plan: SequencePlan, stations: int = 1) -> list:
@@ -293,37 +277,38 @@ def _sent(streams: list, plan: SequencePlan, stations: int = 1) -> list:
 def _absorb(total, q_BTNH: jax.Array, rows: Rows, keys: Keys, call: _Call):
     """Merges attention to one block of keys into (out_BTNH float32, lse_BTN)."""
 
-    def tile(at, total):
-        q0, q_size, k0, k_size = at
-        k, v, k_rows = _cut(keys, k0, k_size)
+    def tile(q0, q_size, k0, k_size, total):
+        k, v, k_rows = _unpacked(_cut(keys, k0, k_size))
         q, q_rows, (old_BTNH, old_lse_BTN) = _cut((q_BTNH, rows, total), q0, q_size)
         out_BTNH, lse_BTN = attention(q, k, v, call.mask, **call.options(q_rows, k_rows))
         new_lse_BTN = jnp.logaddexp(old_lse_BTN, lse_BTN)
         old_part, part = (jnp.exp(x - new_lse_BTN)[..., None] for x in (old_lse_BTN, lse_BTN))
         return _put(total, (old_part * old_BTNH + part * out_BTNH, new_lse_BTN), q0)
 
-    return _over_tiles(tile, total, rows, keys.rows, call)
+    return _over_tiles(tile, total, rows, keys, call)
 
 
 def _absorb_gradient(dq_BTNH: jax.Array, queries: tuple, rows: Rows, keys: Keys, call: _Call):
-    """Returns dq_BTNH with what one block of keys adds to it, and the block's own (dk, dv)."""
+    """Returns dq_BTNH with what one block of keys adds to it, and the block's own gradient."""
 
-    def tile(at, sums):
-        q0, q_size, k0, k_size = at
-        dq_BTNH, block = sums
-        k, v, k_rows = _cut(keys, k0, k_size)
+    def tile(q0, q_size, k0, k_size, sums):
+        k, v, k_rows = _unpacked(_cut(keys, k0, k_size))
         (q, *rest), q_rows = _cut((queries, rows), q0, q_size)
-        dq, *own = attention_gradient(q, k, v, call.mask, *rest, **call.options(q_rows, k_rows))
-        dq_BTNH = _put(dq_BTNH, _cut(dq_BTNH, q0, q_size) + dq, q0)
-        block = _put(block, jax.tree.map(jnp.add, _cut(block, k0, k_size), tuple(own)), k0)
-        return dq_BTNH, block
+        dq, dk, dv = attention_gradient(q, k, v, call.mask, *rest, **call.options(q_rows, k_rows))
+        old_dq, old_dkv = _cut(sums[0], q0, q_size), _cut(sums[1], k0, k_size)
+        dkv = jnp.concatenate([dk, dv], axis=2)
+        return _put(sums[0], old_dq + dq, q0), _put(sums[1], old_dkv + dkv, k0)
 
-    start = tuple(jnp.zeros(x.shape, F32) for x in (keys.k_BSKH, keys.v_BSKH))
-    return _over_tiles(tile, (dq_BTNH, start), rows, keys.rows, call)
+    start = jnp.zeros(keys.kv_BSJH.shape, F32)
+    return _over_tiles(tile, (dq_BTNH, start), rows, keys, call)
 
 
-def _over_tiles(tile, carry, q: Rows, k: Rows, call: _Call):
-    """Calls `tile((q start, q size, k start, k size), carry)` for the tiles that the mask leaves.
+def _unpacked(keys: Keys) -> tuple[jax.Array, jax.Array, Rows]:
+    return *jnp.split(keys.kv_BSJH, 2, axis=2), Rows(*jnp.split(keys.rows_RS, 2))
+
+
+def _over_tiles(tile, carry, rows: Rows, keys: Keys, call: _Call):
+    """Calls `tile(q start, q size, k start, k size, carry)` for the tiles that the mask leaves.
 
     Which those are is found from positions and segment ids when the program runs: which block of
     keys a device holds in a hop is not known to the program.
@@ -331,13 +316,14 @@ def _over_tiles(tile, carry, q: Rows, k: Rows, call: _Call):
     plan = call.plan
     stretch = plan.length // plan.ring // plan.parts
     q_size, k_size = _piece(stretch), _piece(stretch // plan.streams)
-    needed_PP = _may_see(call.mask, _extent(q, q_size), _extent(k, k_size))
+    k_rows = Rows(*jnp.split(keys.rows_RS, 2))
+    needed_PP = _may_see(call.mask, _extent(rows, q_size), _extent(k_rows, k_size))
     columns = needed_PP.shape[1]
     tiles = jnp.nonzero(needed_PP.ravel(), size=needed_PP.size)[0]
 
     def body(i, carry):
         row, column = tiles[i] // columns, tiles[i] % columns
-        return tile((row * q_size, q_size, column * k_size, k_size), carry)
+        return tile(row * q_size, q_size, column * k_size, k_size, carry)
 
     return lax.fori_loop(0, needed_PP.sum(), body, carry)
 

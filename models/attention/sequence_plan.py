@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from models.config import SEQ_ORDERS, SEQ_STRATEGIES, ModelConfig
+from models.config import SEQ_STRATEGIES, ModelConfig
 from sharding.errors import UsageError
 from sharding.hardware import Chip
 
@@ -141,7 +141,6 @@ def _candidate(
 ) -> tuple[SequencePlan, str | None]:
     """Returns the plan of a strategy, and in words why these sizes do not allow it."""
     devices, heads = sizes.devices, sizes.heads
-    ask = f"config.model.seq_strategy = {strategy!r}"
     u = {"ulysses": devices, "hybrid": head_devices}.get(strategy, 1)
     if strategy == "hybrid" and not u:  # as many as need no copies of KV heads
         u = math.gcd(devices, sizes.kv_heads)
@@ -152,30 +151,29 @@ def _candidate(
         balanced = strategy != "ulysses" and not sizes.window and even
         order = "zigzag" if balanced else "contiguous"
     plan = SequencePlan(strategy, order, devices, u, sizes.length)
-    stretches = plan.parts * plan.streams * ring
-    others = ", ".join(s for s in SEQ_STRATEGIES if s not in ("auto", strategy))
+    stretches = math.lcm(plan.parts * plan.streams * ring, devices)
+    refusal = None
     if strategy == "hybrid" and (devices % u or not 1 < u < devices):
-        return plan, (
-            f"{ask} on seq = {devices} exchanges heads among seq_head_devices = {u}: it must divide "
-            f"seq and be neither 1 nor seq; choose {others}"
+        refusal = (
+            f"exchanges heads among seq_head_devices = {u} of seq = {devices}, which must divide it "
+            f"and be neither 1 nor all of it"
         )
-    if heads % u:
-        return plan, (
-            f"{ask} exchanges heads among {u} devices, which do not divide the {heads} query heads "
-            f"of a device of the tensor axis; choose {others}"
+    elif heads % u:
+        refusal = (
+            f"exchanges heads among {u} devices, which do not divide the {heads} query heads of a "
+            f"device of the tensor axis"
         )
-    if strategy == "ulysses" and order != "contiguous":
-        return plan, (
-            f"{ask} gives every device whole rows and needs config.model.seq_order contiguous or "
-            f"auto, not {order!r}"
+    elif strategy == "ulysses" and order != "contiguous":
+        refusal = f"gives every device whole rows: leave seq_order auto, not {order!r}"
+    elif sizes.length % stretches:
+        refusal = (
+            f"in {order} order cuts rows into {stretches} stretches, which do not divide their "
+            f"length {sizes.length}"
         )
-    if sizes.length % stretches or sizes.length % devices:
-        return plan, (
-            f"{ask} in {order} order cuts rows into {math.lcm(stretches, devices)} stretches, which "
-            f"do not divide their length {sizes.length}; "
-            f"orders: {', '.join(o for o in SEQ_ORDERS if o != 'auto')}"
-        )
-    return plan, None
+    if refusal:
+        others = ", ".join(s for s in SEQ_STRATEGIES if s not in ("auto", strategy))
+        refusal = f"config.model.seq_strategy = {strategy!r} {refusal}; other strategies: {others}"
+    return plan, refusal
 
 
 # ---------------------------------------------------------------- what a strategy costs
