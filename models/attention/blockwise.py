@@ -69,6 +69,7 @@ def blockwise_attention(
     scale: float,
     softcap: float | None,
     rows_aligned: bool,
+    given: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out_BTNH in q's dtype, lse_BTN float32): the contract is `dispatch.attention`'s.
 
@@ -87,39 +88,19 @@ def blockwise_attention(
         _pad(k_BSKH, k_pad),
         _pad(v_BSKH, k_pad),
         tokens,
+        jax.tree.map(lambda x: _pad(x, q_pad), given),
         _Plan(mask, scale, softcap, rows_aligned),
     )
     return out_BTNH[:, :T], lse_BTN[:, :T]
 
 
-def blockwise_gradient(
-    q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS,
-    out_BTNH, lse_BTN, dout_BTNH, dlse_BTN, *, mask: Mask, scale: float, softcap: float | None,
-    rows_aligned: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns float32 (dq, dk, dv): the contract is `dispatch.attention_gradient`'s."""
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    q_pad, k_pad = -T % _block(T), -S % _block(S)
-    tokens = _Tokens(
-        _pad(q_positions_BT, q_pad), _pad(k_positions_BS, k_pad),
-        _pad(q_segments_BT, q_pad), _pad(k_segments_BS, k_pad),
-    )
-    q_BTNH, out_BTNH, lse_BTN = (_pad(x, q_pad) for x in (q_BTNH, out_BTNH, lse_BTN))
-    saved = (q_BTNH, _pad(k_BSKH, k_pad), _pad(v_BSKH, k_pad), tokens, out_BTNH, lse_BTN)
-    cotangents = (_pad(dout_BTNH, q_pad), _pad(dlse_BTN, q_pad))
-    dq_BTNH, dk_BSKH, dv_BSKH = _gradient(
-        _Plan(mask, scale, softcap, rows_aligned), saved, cotangents
-    )
-    return dq_BTNH[:, :T], dk_BSKH[:, :S], dv_BSKH[:, :S]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_BTNH, k_BSKH, v_BSKH, tokens: _Tokens, given, plan: _Plan):
+    return given or _forward(q_BTNH, k_BSKH, v_BSKH, tokens, plan)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BTNH, k_BSKH, v_BSKH, tokens: _Tokens, plan: _Plan):
-    return _forward(q_BTNH, k_BSKH, v_BSKH, tokens, plan)
-
-
-def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, tokens: _Tokens, plan: _Plan):
-    out_BTNH, lse_BTN = _forward(q_BTNH, k_BSKH, v_BSKH, tokens, plan)
+def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, tokens: _Tokens, given, plan: _Plan):
+    out_BTNH, lse_BTN = given or _forward(q_BTNH, k_BSKH, v_BSKH, tokens, plan)
     # Named here, on the value that is both result and residual: a policy that saves the two names
     # then leaves the backward nothing to rerun the forward for.
     out_BTNH = checkpoint_name(out_BTNH, "attention_out")
@@ -168,11 +149,6 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, tokens: _Tokens, plan: _Plan):
 
 
 def _attend_bwd(plan: _Plan, residuals, cotangents):
-    gradients = _gradient(plan, residuals, cotangents)
-    return *(g.astype(x.dtype) for g, x in zip(gradients, residuals[:3], strict=True)), None
-
-
-def _gradient(plan: _Plan, residuals, cotangents):
     q_BTNH, k_BSKH, v_BSKH, tokens, out_BTNH, lse_BTN = residuals
     dout_BTNH, dlse_BTN = cotangents
     T, (S, K) = q_BTNH.shape[1], k_BSKH.shape[1:3]
@@ -217,7 +193,13 @@ def _gradient(plan: _Plan, residuals, cotangents):
     )
     (dq_BKHGT, dk_BKSH, dv_BKSH), _ = lax.scan(visit, start, _tiles(plan, T, S))
     dq_BTNH = _ungrouped(dq_BKHGT.transpose(0, 1, 3, 4, 2)) * plan.scale
-    return dq_BTNH, dk_BKSH.transpose(0, 2, 1, 3), dv_BKSH.transpose(0, 2, 1, 3)
+    return (
+        dq_BTNH.astype(q_BTNH.dtype),
+        dk_BKSH.transpose(0, 2, 1, 3).astype(k_BSKH.dtype),
+        dv_BKSH.transpose(0, 2, 1, 3).astype(v_BSKH.dtype),
+        None,
+        None,
+    )
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from models.attention.blockwise import blockwise_attention, blockwise_gradient
+from models.attention.blockwise import blockwise_attention
 from models.attention.mask import EMPTY_LSE, Mask
 from models.attention.reference import reference_attention
 from sharding.errors import UsageError, nearest
@@ -39,23 +39,20 @@ class Problem:
 class Backend:
     """One way to compute attention.
 
-    run: takes the seven arrays of `attention` by position, then mask, scale, softcap and
-        rows_aligned by name; returns (out_BTNH, lse_BTN).
-    gradient: takes the seven arrays, out, lse and their cotangents by position and the same names
-        as `run`; returns float32 (dq, dk, dv) as `attention_gradient` does. None: from `run`.
+    run: takes the seven arrays of `attention` by position, then mask, scale, softcap, rows_aligned
+        and given by name; returns (out_BTNH, lse_BTN).
     refusal: returns why it cannot do a problem, or None when it can.
     fewest_queries: `auto` passes it over for calls with fewer, where another is faster.
     """
 
     name: str
     run: Callable[..., tuple[jax.Array, jax.Array]]
-    gradient: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
     refusal: Callable[[Problem], str | None] = lambda problem: None
     fewest_queries: int = 1
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("blockwise", blockwise_attention, blockwise_gradient, fewest_queries=32),
+    Backend("blockwise", blockwise_attention, fewest_queries=32),
     Backend("reference", reference_attention),
 )
 """In the order in which `auto` tries them."""
@@ -75,6 +72,7 @@ def attention(
     softcap: float | None = None,
     backend: str = "auto",
     rows_aligned: bool = False,
+    given: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out_BTNH in q's dtype, lse_BTN float32), both differentiable.
 
@@ -86,6 +84,10 @@ def attention(
     rows_aligned: query row i and key row i are the same token, and positions count up by one along
         each segment's rows (training on packed rows). Tiles that the mask rules out are then
         skipped. Leave False for a KV cache or for queries that are a part of a longer sequence.
+
+    given: (out, lse) of these queries over all the keys that they see, of which these are a part.
+        The call is then for its gradients only, and they are what these keys add to the whole: no
+        forward pass is repeated, and dq of the whole is the sum over its parts.
 
     Under rematerialisation, save the names `attention_out` and `attention_lse`.
 
@@ -119,61 +121,11 @@ def attention(
         scale=scale,
         softcap=softcap,
         rows_aligned=rows_aligned,
+        given=given,
     )
     # No change to the values; it stops cotangents of padded rows before they meet the scores.
     out_BTNH = jnp.where(q_real_BT11, out_BTNH, 0)
     return out_BTNH, jnp.where(q_real_BT11[..., 0], lse_BTN, EMPTY_LSE)
-
-
-def attention_gradient(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask: Mask,
-    out_BTNH: jax.Array,
-    lse_BTN: jax.Array,
-    dout_BTNH: jax.Array,
-    dlse_BTN: jax.Array,
-    *,
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    q_segments_BT: jax.Array,
-    k_segments_BS: jax.Array,
-    scale: float,
-    softcap: float | None = None,
-    backend: str = "auto",
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns float32 (dq_BTNH, dk_BSKH, dv_BSKH): what these keys add to the gradient.
-
-    `out_BTNH` and `lse_BTN` are over all keys that the queries see, of which `k_BSKH` is a part:
-    with them the parts' gradients are independent, dq of the whole is their sum, and no forward
-    pass is repeated.
-    """
-    problem = Problem(
-        mask, q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2], k_BSKH.shape[2], q_BTNH.shape[3],
-        q_BTNH.dtype, softcap, rows_aligned=False,
-    )
-    q_real_BT, k_real_BS11 = q_segments_BT > 0, (k_segments_BS > 0)[:, :, None, None]
-    q_BTNH, dout_BTNH = (jnp.where(q_real_BT[..., None, None], x, 0) for x in (q_BTNH, dout_BTNH))
-    k_BSKH, v_BSKH = (jnp.where(k_real_BS11, x, 0) for x in (k_BSKH, v_BSKH))
-    dlse_BTN = jnp.where(q_real_BT[..., None], dlse_BTN, 0)
-    rows = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
-    options = dict(mask=mask, scale=scale, softcap=softcap, rows_aligned=False)
-    chosen = _choose(problem, backend)
-    if chosen.gradient is not None:
-        whole = (out_BTNH, lse_BTN, dout_BTNH, dlse_BTN)
-        return chosen.gradient(q_BTNH, k_BSKH, v_BSKH, *rows, *whole, **options)
-
-    def run(q_BTNH, k_BSKH, v_BSKH):
-        return chosen.run(q_BTNH, k_BSKH, v_BSKH, *rows, **options)
-
-    # As results merge: out is the sum of the parts' outputs weighted with exp(their lse - lse).
-    inputs = (x.astype(jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH))
-    (part_BTNH, part_lse_BTN), pull = jax.vjp(run, *inputs)
-    weight_BTN = jnp.exp(part_lse_BTN - lse_BTN)
-    dout_BTNH = dout_BTNH.astype(jnp.float32)
-    along_BTN = (dout_BTNH * (part_BTNH - out_BTNH)).sum(-1) + dlse_BTN
-    return pull((weight_BTN[..., None] * dout_BTNH, weight_BTN * along_BTN))
 
 
 def _choose(problem: Problem, name: str) -> Backend:

@@ -24,7 +24,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from models.attention.dispatch import attention, attention_gradient
+from models.attention.dispatch import attention
 from models.attention.mask import EMPTY_LSE, Mask
 from models.attention.sequence_plan import SequencePlan, Sizes, sequence_plan
 from models.config import ModelConfig
@@ -197,7 +197,7 @@ def _around_fwd(q_BTNH, kv_BTJH, rows: Rows, call: _Call):
 
 def _around_bwd(call: _Call, saved, cotangents):
     q_BTNH, kv_BTJH, rows, out_BTNH, lse_BTN = saved
-    queries = (q_BTNH, out_BTNH, lse_BTN, *cotangents)
+    queries = (q_BTNH, (out_BTNH, lse_BTN), cotangents)
 
     def compute(dq_BTNH, streams, arriving):
         sums = []
@@ -293,8 +293,10 @@ def _absorb_gradient(dq_BTNH: jax.Array, queries: tuple, rows: Rows, keys: Keys,
 
     def tile(q0, q_size, k0, k_size, sums):
         k, v, k_rows = _unpacked(_cut(keys, k0, k_size))
-        (q, *rest), q_rows = _cut((queries, rows), q0, q_size)
-        dq, dk, dv = attention_gradient(q, k, v, call.mask, *rest, **call.options(q_rows, k_rows))
+        (q, given, cotangents), q_rows = _cut((queries, rows), q0, q_size)
+        options = call.options(q_rows, k_rows)
+        _, pull = jax.vjp(lambda *qkv: attention(*qkv, call.mask, given=given, **options), q, k, v)
+        dq, dk, dv = pull(cotangents)
         old_dq, old_dkv = _cut(sums[0], q0, q_size), _cut(sums[1], k0, k_size)
         dkv = jnp.concatenate([dk, dv], axis=2)
         return _put(sums[0], old_dq + dq, q0), _put(sums[1], old_dkv + dkv, k0)

@@ -155,8 +155,8 @@ def _candidate(
     refusal = None
     if strategy == "hybrid" and (devices % u or not 1 < u < devices):
         refusal = (
-            f"exchanges heads among seq_head_devices = {u} of seq = {devices}, which must divide it "
-            f"and be neither 1 nor all of it"
+            f"exchanges heads among seq_head_devices = {u} of seq = {devices}, which must divide "
+            f"it and be neither 1 nor all of it"
         )
     elif heads % u:
         refusal = (

@@ -320,7 +320,7 @@ def test_keys_both_ways_wait_half_as_long():
         (("ulysses",), dict(heads=4, kv_heads=4),
          "exchanges heads among 8 devices, which do not divide the 4 query heads"),
         (("ulysses", "zigzag"), {}, "gives every device whole rows: leave seq_order auto"),
-        (("hybrid",), dict(devices=2), "seq_head_devices = 1 of seq = 2, which must divide it"),
+        (("hybrid",), dict(devices=2), "seq_head_devices = 1 of seq = 2, which must divide"),
         (("hybrid", "auto", 3), {}, "seq_head_devices = 3 of seq = 8"),
         (("hybrid", "auto", 4), dict(heads=2, kv_heads=2), "4 devices, which do not divide the 2"),
         (("ring", "zigzag"), dict(length=4104), "16 stretches, which do not divide their length"),
