@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 CONSTRAINTS := constraints/py$(VERSION).txt
 RUN ?= runs/quickstart
-STOP ?= 600
+STOP ?= 400
 ARGS ?=
 
 # XLA:CPU asks for its whole temporary memory anew at every step; huge pages make that cheap.
@@ -54,6 +54,7 @@ bench: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m soak $(ARGS)

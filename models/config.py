@@ -135,8 +135,17 @@ class ModelConfig:
                     f"config.model.{path} = {value!r}: choose {', '.join(choices)}"
                     f"{nearest(value, choices)}"
                 )
-        for name in ("vocab", "layers", "width", "heads", "kv_heads", "head_dim", "mlp",
-                     "max_length", "pad_vocab_to"):
+        for name in (
+            "vocab",
+            "layers",
+            "width",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "mlp",
+            "max_length",
+            "pad_vocab_to",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"config.model.{name} = {getattr(self, name)}: at least 1")
         if self.seq_head_devices < 0:

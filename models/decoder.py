@@ -125,10 +125,16 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
         if plan.devices > 1:
             return sequence_attention(q_BTNH, k_BSKH, v_BSKH, q_rows, mask, plan, **options)
         out_BTNH, _ = attention(
-            q_BTNH, k_BSKH, v_BSKH, mask,
-            q_positions_BT=q_rows.positions_BT, k_positions_BS=k_rows.positions_BT,
-            q_segments_BT=q_rows.segments_BT, k_segments_BS=k_rows.segments_BT,
-            rows_aligned=cache is None, **options,
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            mask,
+            q_positions_BT=q_rows.positions_BT,
+            k_positions_BS=k_rows.positions_BT,
+            q_segments_BT=q_rows.segments_BT,
+            k_segments_BS=k_rows.segments_BT,
+            rows_aligned=cache is None,
+            **options,
         )
         return out_BTNH
 
@@ -146,8 +152,13 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
 
 
 def _layer(
-    x_BTD: jax.Array, params: Tree, context: Context, cache: Tree | None, layer: jax.Array | None,
-    kind: str, config: ModelConfig,
+    x_BTD: jax.Array,
+    params: Tree,
+    context: Context,
+    cache: Tree | None,
+    layer: jax.Array | None,
+    kind: str,
+    config: ModelConfig,
 ) -> tuple[jax.Array, Tree | None]:
     """One layer; returns the residual stream and the cache with this layer's keys and values."""
     params = gathered(params, jnp.dtype(config.dtype))
@@ -158,8 +169,10 @@ def _layer(
     tables = context.tables[kind] if context.tables is not None else None
     q_BTNH, k_BSKH, v_BSKH = layers.project_qkv(h_BTD, params["attention"], tables, config)
     if cache is not None:
-        cache = {n: _write(cache[n], new_BTKH, layer, context.cache["offset"])
-                 for n, new_BTKH in (("k", k_BSKH), ("v", v_BSKH))}
+        cache = {
+            n: _write(cache[n], new_BTKH, layer, context.cache["offset"])
+            for n, new_BTKH in (("k", k_BSKH), ("v", v_BSKH))
+        }
         k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[n], layer, 0, False) for n in "kv")
     out_BTNH = _attend(q_BTNH, k_BSKH, v_BSKH, context, kind, config)
     y_BTD = layers.matmul(out_BTNH, params["attention"]["wo"], 2, X_BTD)
@@ -190,8 +203,10 @@ def _with_remat(layer, config: ModelConfig):
     kept, offloaded = ([v for n in ns for v in REMAT_VALUES.get(n, (n,))] for ns in names)
     if offloaded:
         policy = checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=kept, names_which_can_be_offloaded=offloaded,
-            offload_src="device", offload_dst="pinned_host",
+            names_which_can_be_saved=kept,
+            names_which_can_be_offloaded=offloaded,
+            offload_src="device",
+            offload_dst="pinned_host",
         )
     else:
         policy = checkpoint_policies.save_only_these_names(*kept)
@@ -320,8 +335,11 @@ def logits(params: Tree, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
     """Returns float32 logits_BTV over the true vocabulary, soft-capped if the family does so."""
     table = gathered({"head": head_VD(params)}, jnp.dtype(config.dtype))["head"]
     out_BTV = jnp.einsum(
-        "BTD,VD->BTV", x_BTD, table,
-        preferred_element_type=jnp.float32, out_sharding=P(BATCH, SEQ, "tensor"),
+        "BTD,VD->BTV",
+        x_BTD,
+        table,
+        preferred_element_type=jnp.float32,
+        out_sharding=P(BATCH, SEQ, "tensor"),
     )
     out_BTV = reshard(out_BTV, P(BATCH, SEQ, None))[..., : config.vocab]
     if config.final_softcap:

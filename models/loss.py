@@ -87,9 +87,7 @@ def _sharded(x_BTD, head_VD, targets_BT, weights_BT, options, with_gradient):
     rows = P(BATCH, SEQ)
     gradients = (X_BTD, head_spec) if with_gradient else (None, None)
     return jax.shard_map(
-        functools.partial(
-            _local, options=options, gathered=gathered, with_gradient=with_gradient
-        ),
+        functools.partial(_local, options=options, gathered=gathered, with_gradient=with_gradient),
         in_specs=(X_BTD, head_spec, rows, rows),
         out_specs=(P(), P(), *gradients),
         check_vma=False,
@@ -114,9 +112,7 @@ def _local(x_BTD, head_VD, targets_BT, weights_BT, *, options, gathered, with_gr
         )
 
     xs = (by_chunk(x_BTD), by_chunk(targets_BT), by_chunk(weights_BT.astype(jnp.float32)))
-    one = functools.partial(
-        _chunk, head_VD=head, options=options, with_gradient=with_gradient
-    )
+    one = functools.partial(_chunk, head_VD=head, options=options, with_gradient=with_gradient)
     zero = jnp.zeros((), jnp.float32)
     if chunks == 1:
         objective, nll, dx_CD, dhead = one(*(a[0] for a in xs))

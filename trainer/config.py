@@ -81,8 +81,18 @@ class Experiment:
 
 
 # Fields that a resumed run may change: they alter speed, place or reporting, not the experiment.
-FREE = ("mesh", "eval", "checkpoint", "log", "name", "train.stop_at", "data.prefetch",
-        "data.allow_change", "data.path", *(f"model.{f}" for f in COMPUTATION))
+FREE = (
+    "mesh",
+    "eval",
+    "checkpoint",
+    "log",
+    "name",
+    "train.stop_at",
+    "data.prefetch",
+    "data.allow_change",
+    "data.path",
+    *(f"model.{f}" for f in COMPUTATION),
+)
 
 
 # ---------------------------------------------------------------- checks
@@ -91,7 +101,10 @@ FREE = ("mesh", "eval", "checkpoint", "log", "name", "train.stop_at", "data.pref
 def validate(experiment: Experiment) -> None:
     """Checks each part and the parts against one another; raises UsageError on the first fault."""
     model, data, train, optimizer = (
-        experiment.model, experiment.data, experiment.train, experiment.optimizer
+        experiment.model,
+        experiment.data,
+        experiment.train,
+        experiment.optimizer,
     )
     model.validate()
     experiment.mesh.validate()
@@ -108,9 +121,15 @@ def validate(experiment: Experiment) -> None:
                 f"config.{path} = {value!r}: choose {', '.join(choices)}{nearest(value, choices)}"
             )
     for path, least in {
-        "train.steps": 1, "train.batch_size": 1, "train.accumulation": 1, "train.stop_at": 0,
-        "eval.every": 0, "eval.batches": 0,
-        "optimizer.warmup_steps": 0, "optimizer.peak_lr": 0, "optimizer.clip_norm": 0,
+        "train.steps": 1,
+        "train.batch_size": 1,
+        "train.accumulation": 1,
+        "train.stop_at": 0,
+        "eval.every": 0,
+        "eval.batches": 0,
+        "optimizer.warmup_steps": 0,
+        "optimizer.peak_lr": 0,
+        "optimizer.clip_norm": 0,
     }.items():
         if (value := _get(experiment, path)) < least:
             raise UsageError(f"config.{path} = {value}: at least {least}")

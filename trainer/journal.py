@@ -24,7 +24,12 @@ class Journal:
     """Records of one run of `train`: a context manager around console, files and step timer."""
 
     def __init__(
-        self, experiment: Experiment, workdir: str, mesh: Mesh, dataset: Dataset, start: int,
+        self,
+        experiment: Experiment,
+        workdir: str,
+        mesh: Mesh,
+        dataset: Dataset,
+        start: int,
         skipped: int,
     ) -> None:
         """Opens the records; `start` is the step resumed from (0 for a new run), `skipped` the
@@ -36,13 +41,18 @@ class Journal:
         self._skipped = skipped
         self._console = Console(train.steps)
         self._writer = MetricsWriter(
-            workdir, console=self._console, tensorboard=experiment.log.tensorboard,
-            resumed_from=start or None, process_index=jax.process_index(),
+            workdir,
+            console=self._console,
+            tensorboard=experiment.log.tensorboard,
+            resumed_from=start or None,
+            process_index=jax.process_index(),
         )
         tokens = train.batch_size * experiment.data.seq_len
         flops = train_flops_per_token(experiment.model, experiment.data.seq_len) * tokens
         self._timer = StepTimer(
-            total_steps=train.steps, tokens_per_step=tokens, flops_per_step=flops,
+            total_steps=train.steps,
+            tokens_per_step=tokens,
+            flops_per_step=flops,
             peak_flops=peak_flops(jax.devices(), CPU_RATE_SECONDS, experiment.model.dtype),
             device_count=mesh.size,
         )

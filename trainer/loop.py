@@ -82,15 +82,22 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         with (
             Journal(experiment, workdir, mesh, dataset, start, int(state.skipped)) as journal,
             Loader(
-                dataset, config.batch_size, rows,
-                start_row=start_row, prefetch=experiment.data.prefetch,
+                dataset,
+                config.batch_size,
+                rows,
+                start_row=start_row,
+                prefetch=experiment.data.prefetch,
             ) as loader,
         ):
 
             def evaluated(step: int) -> dict[str, float]:
                 with journal.paused(state.step):
                     result = evaluate(
-                        eval_step, state.params, held_out, config.batch_size, rows,
+                        eval_step,
+                        state.params,
+                        held_out,
+                        config.batch_size,
+                        rows,
                         experiment.eval.batches,
                     )
                 journal.eval(step, result)

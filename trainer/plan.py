@@ -127,10 +127,7 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDty
     """Returns one batch as ShapeDtypeStructs, rows and columns sharded as the loader does it."""
     shape = (experiment.train.batch_size, experiment.data.seq_len)
     sharding = NamedSharding(mesh, PartitionSpec(BATCH, SEQ))
-    return {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-        for name in FIELDS
-    }
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in FIELDS}
 
 
 def bytes_per_device(tree: Tree) -> int:

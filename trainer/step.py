@@ -59,9 +59,7 @@ def _gradients(params: Tree, batch: Batch, experiment: Experiment, layout: Layou
         return one(batch)
 
     def split(a_BT):  # row b goes to microbatch b % count, so that no row changes device
-        rows = a_BT.reshape(
-            -1, count, a_BT.shape[1], out_sharding=P(BATCH, None, SEQ)
-        )
+        rows = a_BT.reshape(-1, count, a_BT.shape[1], out_sharding=P(BATCH, None, SEQ))
         return jnp.swapaxes(rows, 0, 1)
 
     def body(total, micro):

@@ -216,4 +216,3 @@ def estimate(plan: SequencePlan, sizes: Sizes) -> float:
     # Without balance the last station works twice the average and the others wait for it.
     wait = _compute(sizes) if ring > 1 and plan.order == "contiguous" and not sizes.window else 0.0
     return seconds + wait + (ring - 1) * max(0.0, hop - _compute(sizes) / ring)
-

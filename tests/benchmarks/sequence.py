@@ -95,8 +95,15 @@ def compiled(strategy: str, order: str, length: int, heads: int, kv_heads: int, 
 
         def local(q, k, v, positions, segments):
             return sequence_attention(
-                q, k, v, Rows(positions, segments), Mask(), plan,
-                scale=head_dim**-0.5, softcap=None, backend="auto",
+                q,
+                k,
+                v,
+                Rows(positions, segments),
+                Mask(),
+                plan,
+                scale=head_dim**-0.5,
+                softcap=None,
+                backend="auto",
             )
 
         spread = jax.shard_map(
@@ -164,9 +171,7 @@ def main() -> None:
     flags = parser.parse_args()
     for strategy in flags.strategies.split(","):
         for length in flags.lengths.split(","):
-            report(
-                strategy, flags.order, int(length), flags.heads, flags.kv_heads, flags.head_dim
-            )
+            report(strategy, flags.order, int(length), flags.heads, flags.kv_heads, flags.head_dim)
 
 
 if __name__ == "__main__":

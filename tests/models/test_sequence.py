@@ -203,7 +203,7 @@ def test_remat_keeps_the_output_of_the_ring_and_nothing_that_travelled():
             sizes[remat] = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(back))
     kept = (sizes["attention"] - sizes["full"]) / (2 * B * T)
     assert round(kept) == 8 * 8 + 8  # per layer and token: an output and a log-sum-exp
-    
+
 
 def test_with_its_names_kept_the_forward_ring_runs_once():
     counts = {}
@@ -236,9 +236,7 @@ def test_a_tile_with_a_visible_pair_is_never_skipped(data):
         return Rows(*(jnp.asarray(x.reshape(2, 12)) for x in (positions, segments % 4)))
 
     q, k = rows(), rows()
-    needed_PP = np.asarray(
-        sequence._may_see(mask, sequence._extent(q, 3), sequence._extent(k, 4))
-    )
+    needed_PP = np.asarray(sequence._may_see(mask, sequence._extent(q, 3), sequence._extent(k, 4)))
     seen_BTS = np.asarray(visible_BTS(mask, q[0], k[0], q[1], k[1]))
     visible_PP = seen_BTS.reshape(2, 4, 3, 3, 4).any((0, 2, 4))
     assert not (visible_PP & ~needed_PP).any()

@@ -11,11 +11,12 @@ PACKINGS = ("bestfit", "concat")
 class DataConfig:
     """The dataset and the packing of its documents into rows of `seq_len` positions.
 
-    `path` is a dataset folder, or "builtin": text of the running Python's standard library, written
-    to the cache folder on first use. `packing` is "bestfit" (a document is cut only when it is
-    longer than a row) or "concat" (documents laid end to end and cut at every row). Documents are
-    packed in windows of `window`; a larger window pads less, a smaller one touches fewer shards at
-    a time. `allow_change` accepts a resume with other data than the checkpoint was trained on.
+    `path` is a dataset folder, or "builtin": text of the running Python's standard library as
+    bytes, written to the cache folder on first use ("builtin:N": in a BPE vocabulary of N ids).
+    `packing` is "bestfit" (a document is cut only when it is longer than a row) or "concat"
+    (documents laid end to end and cut at every row). Documents are packed in windows of `window`; a
+    larger window pads less, a smaller one touches fewer shards at a time. `allow_change` accepts a
+    resume with other data than the checkpoint was trained on.
     """
 
     path: str = "builtin"

@@ -7,14 +7,13 @@ transformed dataset) loads the same way. Does not import JAX.
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from sharding.errors import UsageError
 from trainer.data.config import DataConfig
-from trainer.data.corpus import TRAIN, builtin_folder
+from trainer.data.corpus import BUILTIN, TRAIN, dataset_folder
 from trainer.data.plan import Plan
 from trainer.data.shards import TokenShards
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
@@ -121,7 +120,7 @@ class Dataset:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that wrote the dataset."""
-        return load_tokenizer(self.shards.manifest.tokenizer)
+        return load_tokenizer(self.shards.manifest.tokenizer, self.shards.folder)
 
     @property
     def vocab_size(self) -> int:
@@ -165,12 +164,11 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Dataset:
       UsageError: a config no dataset could satisfy, or a dataset that is missing or damaged.
     """
     config.validate()
-    builtin = config.path == "builtin"
-    folder = builtin_folder() if builtin else Path(config.path).expanduser()
+    folder = dataset_folder(config.path)
     try:
         shards = TokenShards(folder, split)
     except UsageError as error:
-        if builtin:
+        if config.path.startswith(BUILTIN):
             raise UsageError(f"{error}; remove the folder and it is written anew") from None
         raise
     if split != TRAIN:

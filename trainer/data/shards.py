@@ -18,7 +18,7 @@ import numpy as np
 
 from sharding.errors import UsageError, nearest
 from trainer.data.manifest import Manifest, Shard, read_manifest
-from trainer.data.tokenizer import TokenizerSpec
+from trainer.data.tokenizer import Tokenizer
 
 HASH_AT_OPEN = 64 << 20  # bytes; about 60 ms of SHA-256, so small datasets are always checked whole
 _BLOCK = 1 << 22
@@ -174,7 +174,7 @@ class DatasetWriter:
     def __init__(
         self,
         folder: Path,
-        tokenizer: TokenizerSpec,
+        tokenizer: Tokenizer,
         *,
         source: str = "",
         shard_tokens: int = 1 << 28,
@@ -187,10 +187,11 @@ class DatasetWriter:
         if folder.exists() and any(folder.iterdir()):
             raise UsageError(f"dataset {folder}: the folder is not empty; choose another")
         self._folder = folder
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer.spec
+        self._files = tokenizer.files()
         self._source = source
         self._shard_tokens = shard_tokens
-        self._dtype = Manifest(tokenizer, ()).dtype
+        self._dtype = Manifest(tokenizer.spec, ()).dtype
         self._temporary = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
         self._open: dict[str, _OpenShard] = {}
         self._count: dict[str, int] = {}
@@ -198,6 +199,8 @@ class DatasetWriter:
 
     def __enter__(self) -> Self:
         self._temporary.mkdir(parents=True)
+        for name, content in self._files.items():
+            (self._temporary / name).write_bytes(content)
         return self
 
     def add(self, split: str, tokens: np.ndarray, text_bytes: int) -> None:
