@@ -44,10 +44,10 @@ CASES = {
     "causal MHA": {},
     "packed MHA": {},
     "window": LOCAL,
-    "softcap": {"attention_softcap": 1.0},
-    "GQA 8 to 1": {"kv_heads": 1},
+    "softcap and GQA 8 to 1": {"attention_softcap": 1.0, "kv_heads": 1},
     "packed GQA softcap window": {"kv_heads": 2, "attention_softcap": 1.0, **LOCAL},
 }
+MIXED = "packed GQA softcap window"
 STRATEGIES = ("gather", "ulysses", "ring", "bidirectional", "hybrid")
 ORDERS = {  # beside those that `auto` takes
     "gather contiguous": {},
@@ -129,7 +129,7 @@ def check(case: str, changes: dict, mesh: MeshConfig = EIGHT):
         np.testing.assert_allclose(ours, gradient, atol=TOLERANCE * largest, err_msg=str(path))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != MIXED])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_are_those_of_one_device(strategy, case):
     check(case, {"seq_strategy": strategy})
@@ -139,7 +139,7 @@ def test_gradients_are_those_of_one_device(strategy, case):
 def test_every_order_of_columns_gives_the_same_gradients(name):
     strategy, order = name.split()
     changes = {"seq_strategy": strategy, "seq_order": order, **ORDERS[name]}
-    check("packed GQA softcap window", changes)
+    check(MIXED, changes)
 
 
 # ---------------------------------------------------------------- training
@@ -148,9 +148,7 @@ def test_every_order_of_columns_gives_the_same_gradients(name):
 @functools.cache
 def losses(strategy: str, mesh: tuple) -> np.ndarray:
     exp = Experiment(
-        model=dataclasses.replace(
-            MODEL, layers=2, kv_heads=4, remat="attention", seq_strategy=strategy
-        ),
+        model=dataclasses.replace(MODEL, kv_heads=4, remat="attention", seq_strategy=strategy),
         mesh=MeshConfig(**dict(mesh)),
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=4),
         train=TrainConfig(steps=20, batch_size=B),
