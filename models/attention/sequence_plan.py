@@ -213,6 +213,5 @@ def estimate(plan: SequencePlan, sizes: Sizes) -> float:
         return seconds + (ring - 1) * block / chip.ici_bandwidth
     both_ways = switch or plan.streams == 2
     hop = block / (chip.ici_bandwidth if both_ways else chip.ici_bandwidth / 2)
-    # Without balance the last station works twice the average and the others wait for it.
-    wait = _compute(sizes) if ring > 1 and plan.order == "contiguous" and not sizes.window else 0.0
-    return seconds + wait + (ring - 1) * max(0.0, hop - _compute(sizes) / ring)
+    passes = plan.hops(sizes.window or None) - 1
+    return seconds + passes * max(0.0, hop - _compute(sizes) / (passes + 1))

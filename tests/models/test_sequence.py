@@ -2,7 +2,12 @@
 
 import dataclasses
 import functools
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +30,14 @@ from sharding.errors import UsageError
 from sharding.hardware import CHIPS
 from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
+from sharding.topology import compiler_environment
 from trainer.config import Experiment, OptimizerConfig, TrainConfig, check_sizes
 from trainer.state import init_state, make_layout
 from trainer.step import loss_sums, make_train_step
 
 # float32, of the largest gradient, or relative for losses: another order of the same sums.
 TOLERANCE = 2e-5
+ROOT = Path(__file__).resolve().parents[2]
 B, T = 2, 64
 EIGHT = MeshConfig(fsdp=1, seq=8)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
@@ -336,3 +343,21 @@ def test_a_config_is_refused_before_devices_are_asked_for():
     exp.model.seq_strategy = "rings"
     with pytest.raises(UsageError, match=r"seq_strategy = 'rings': .* did you mean `ring`"):
         exp.model.validate()
+
+
+# ---------------------------------------------------------------- with libtpu
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_on_a_tpu_every_transfer_of_a_ring_runs_beside_the_tiles_of_a_hop():
+    """In a process of its own, whose environment the compiler needs; keys and sums travel apart."""
+    command = [sys.executable, "-m", "tests.benchmarks.sequence", "--strategies=ring"]
+    done = subprocess.run(
+        [*command, "--lengths=32768", "--kv-heads=2"],
+        capture_output=True, text=True, timeout=120, check=True, cwd=ROOT,
+        env={**os.environ, **compiler_environment()},
+    )  # fmt: skip
+    assert "blocking: none" in done.stdout, done.stdout
+    assert "forward hop: 2 asynchronous, 2 across the tile loop" in done.stdout
+    assert "backward hop: 3 asynchronous, 3 across the tile loop" in done.stdout
