@@ -296,15 +296,17 @@ def test_a_window_in_contiguous_order_needs_few_hops():
 @pytest.mark.parametrize(
     ("changes", "strategy"),
     [
-        # Keys are small beside the arithmetic: a hop hides behind it, exchanged heads do not.
-        (dict(length=2**20, devices=16, kv_heads=8, heads=64), "ring"),
-        # Too little arithmetic to hide a hop: heads travel less than keys of the whole row.
-        (dict(length=8192, devices=4, heads=16, kv_heads=16), "ulysses"),
-        # Heads do not divide; one KV head is cheap to gather.
-        (dict(length=4096, devices=8, heads=4, kv_heads=1), "gather"),
+        # More devices than heads, and keys of the whole row too many to hold: hops hide.
+        (dict(length=2**20, devices=16, heads=8, kv_heads=8), "ring"),
+        # A hop outlasts its arithmetic on one direction of the links, not on both.
+        (dict(length=8192, devices=4, heads=16, kv_heads=16), "bidirectional"),
+        # Too little arithmetic to hide anything: heads travel less than keys of the whole row.
+        (dict(length=2048, devices=4, heads=16, kv_heads=16), "ulysses"),
+        # One KV head for many: to gather it is nothing beside the arithmetic.
+        (dict(length=4096, devices=8, heads=128, kv_heads=1), "gather"),
         (dict(chip=None), "gather"),
     ],
-    ids=["long rows", "many heads", "one KV head", "unknown links"],
+    ids=["long rows", "short hops", "short rows", "one KV head", "unknown links"],
 )
 def test_auto(changes, strategy):
     chosen = plan(**changes)
