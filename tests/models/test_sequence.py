@@ -198,11 +198,9 @@ def test_remat_keeps_the_output_of_the_ring_and_nothing_that_travelled():
         for remat in ("full", "attention"):
             config = dataclasses.replace(MODEL, layers=2, remat=remat, seq_strategy="ring")
             params = spec.abstract(param_specs(config), spec.shardings(param_specs(config), mesh))
-            experiment = Experiment(model=config)
+            experiment, rows = Experiment(model=config), placed(batch(packed=False))
             _, back = jax.eval_shape(
-                lambda p, e=experiment: jax.vjp(
-                    lambda p: loss_sums(p, placed(batch(packed=False)), e)[0], p
-                ),
+                lambda p, e=experiment, rows=rows: jax.vjp(lambda p: loss_sums(p, rows, e)[0], p),
                 params,
             )
             sizes[remat] = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(back))
