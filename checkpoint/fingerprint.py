@@ -7,6 +7,7 @@ one element always shows; any other change goes unseen with a chance of about 2*
 against storage and transport, not against someone who wants to deceive.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -36,12 +37,26 @@ def as_text(found: jax.Array, names: list[str]) -> dict[str, str]:
     return {name: f"{high:08x}{low:08x}" for name, (high, low) in zip(names, words, strict=True)}
 
 
+def of_parts(parts: Iterable[tuple[int, np.ndarray]]) -> str:
+    """Returns the fingerprint of an array that comes as (first row, rows of it), in any order."""
+    total = np.zeros(2, np.uint32)
+    for first, rows in parts:
+        total += np.asarray(_fingerprint_from(rows, _U32(first)))
+    return f"{total[0]:08x}{total[1]:08x}"
+
+
 @jax.jit
 def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([_fingerprint(leaf) for leaf in leaves])
 
 
-def _fingerprint(x: jax.Array) -> jax.Array:
+@jax.jit
+def _fingerprint_from(rows: jax.Array, first: jax.Array) -> jax.Array:
+    return _fingerprint(rows, first)
+
+
+def _fingerprint(x: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """The two sums of an array, or of those of its rows that begin with row `first`."""
     bits = _bits(x)
     # Rows of the first dimension are told apart by a term of their own, so that positions stay
     # distinct in arrays of more than 2**32 elements too.
@@ -49,6 +64,8 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     stride = 1
     for axis in reversed(range(bits.ndim)):
         place = lax.broadcasted_iota(_U32, bits.shape, axis)
+        if axis == 0:
+            place = place + _U32(first)
         key = key + place * _U32(stride * 0x9E3779B1 % 2**32)
         if axis == 0:
             key = key ^ (place * _U32(0x85EBCA77))

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.config import validate as validate_checkpoint
+from models.attention.sequence_plan import Sizes, sequence_plan
 from models.config import COMPUTATION, ModelConfig
 from sharding.config import AXES, MeshConfig
 from sharding.errors import UsageError, nearest
@@ -91,6 +92,7 @@ FREE = (
     "data.allow_change",
     "data.path",
     "data.mixture",
+    "data.remote",
     *(f"model.{f}" for f in COMPUTATION),
 )
 
@@ -156,7 +158,8 @@ def check_sizes(experiment: Experiment, sizes: dict[str, int]) -> None:
     """Checks that batch, sequence, heads, MLP and vocabulary divide over the mesh axes `sizes`.
 
     Raises:
-      UsageError: naming the field, its value, the axis and the axis size.
+      UsageError: naming the field, its value, the axis and the axis size; or why the strategy
+        asked for cannot spread attention over seq.
     """
     model, train = experiment.model, experiment.train
     rows = train.batch_size // train.accumulation
@@ -188,6 +191,7 @@ def check_sizes(experiment: Experiment, sizes: dict[str, int]) -> None:
             raise UsageError(
                 f"config.{name} = {value} does not divide over mesh axis {axis} = {sizes[axis]}"
             )
+    sequence_plan(model, Sizes.of(model, sizes, experiment.data.seq_len, chip=None))
 
 
 # ---------------------------------------------------------------- trees, JSON, differences

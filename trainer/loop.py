@@ -56,10 +56,8 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
 
     # ---------------------------------------------------------------- data
     config = experiment.train
-    dataset = open_training(experiment.data, config.batch_size)
+    dataset = open_training(experiment.data, config.batch_size, experiment.model.vocab)
     held_out = open_dataset(experiment.data, HELD_OUT) if experiment.eval.every else None
-    for rows_read in filter(None, (dataset, held_out)):
-        rows_read.check_vocab(experiment.model.vocab)
 
     # ---------------------------------------------------------------- state: restored or new
     if jax.process_index() == 0:

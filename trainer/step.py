@@ -13,6 +13,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
+from models.attention.sequence import in_order, plan_for
 from models.decoder import forward, head_VD, param_specs
 from models.loss import LossOptions, cross_entropy, loss_weights
 from models.spec import Tree
@@ -27,6 +28,7 @@ Batch = dict[str, jax.Array]
 
 def loss_sums(params: Tree, batch: Batch, experiment: Experiment) -> tuple[jax.Array, jax.Array]:
     """Returns (objective, nll) summed over the real tokens of a batch, in nats."""
+    batch = in_order(batch, plan_for(experiment.model, batch["tokens"].shape[1]))
     x_BTD, _ = forward(
         params, batch["tokens"], batch["positions"], batch["segment_ids"], experiment.model
     )

@@ -69,6 +69,7 @@ def blockwise_attention(
     scale: float,
     softcap: float | None,
     rows_aligned: bool,
+    given: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out_BTNH in q's dtype, lse_BTN float32): the contract is `dispatch.attention`'s.
 
@@ -87,18 +88,19 @@ def blockwise_attention(
         _pad(k_BSKH, k_pad),
         _pad(v_BSKH, k_pad),
         tokens,
+        jax.tree.map(lambda x: _pad(x, q_pad), given),
         _Plan(mask, scale, softcap, rows_aligned),
     )
     return out_BTNH[:, :T], lse_BTN[:, :T]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BTNH, k_BSKH, v_BSKH, tokens: _Tokens, plan: _Plan):
-    return _forward(q_BTNH, k_BSKH, v_BSKH, tokens, plan)
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_BTNH, k_BSKH, v_BSKH, tokens: _Tokens, given, plan: _Plan):
+    return given or _forward(q_BTNH, k_BSKH, v_BSKH, tokens, plan)
 
 
-def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, tokens: _Tokens, plan: _Plan):
-    out_BTNH, lse_BTN = _forward(q_BTNH, k_BSKH, v_BSKH, tokens, plan)
+def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, tokens: _Tokens, given, plan: _Plan):
+    out_BTNH, lse_BTN = given or _forward(q_BTNH, k_BSKH, v_BSKH, tokens, plan)
     # Named here, on the value that is both result and residual: a policy that saves the two names
     # then leaves the backward nothing to rerun the forward for.
     out_BTNH = checkpoint_name(out_BTNH, "attention_out")
@@ -195,6 +197,7 @@ def _attend_bwd(plan: _Plan, residuals, cotangents):
         dq_BTNH.astype(q_BTNH.dtype),
         dk_BKSH.transpose(0, 2, 1, 3).astype(k_BSKH.dtype),
         dv_BKSH.transpose(0, 2, 1, 3).astype(v_BSKH.dtype),
+        None,
         None,
     )
 

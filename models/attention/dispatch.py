@@ -39,8 +39,8 @@ class Problem:
 class Backend:
     """One way to compute attention.
 
-    run: takes the seven arrays of `attention` by position, then mask, scale, softcap and
-        rows_aligned by name; returns (out_BTNH, lse_BTN).
+    run: takes the seven arrays of `attention` by position, then mask, scale, softcap, rows_aligned
+        and given by name; returns (out_BTNH, lse_BTN).
     refusal: returns why it cannot do a problem, or None when it can.
     fewest_queries: `auto` passes it over for calls with fewer, where another is faster.
     """
@@ -72,6 +72,7 @@ def attention(
     softcap: float | None = None,
     backend: str = "auto",
     rows_aligned: bool = False,
+    given: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out_BTNH in q's dtype, lse_BTN float32), both differentiable.
 
@@ -83,6 +84,10 @@ def attention(
     rows_aligned: query row i and key row i are the same token, and positions count up by one along
         each segment's rows (training on packed rows). Tiles that the mask rules out are then
         skipped. Leave False for a KV cache or for queries that are a part of a longer sequence.
+
+    given: (out, lse) of these queries over all the keys that they see, of which these are a part.
+        The call is then for its gradients only, and they are what these keys add to the whole: no
+        forward pass is repeated, and dq of the whole is the sum over its parts.
 
     Under rematerialisation, save the names `attention_out` and `attention_lse`.
 
@@ -116,6 +121,7 @@ def attention(
         scale=scale,
         softcap=softcap,
         rows_aligned=rows_aligned,
+        given=given,
     )
     # No change to the values; it stops cotangents of padded rows before they meet the scores.
     out_BTNH = jnp.where(q_real_BT11, out_BTNH, 0)

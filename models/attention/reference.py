@@ -33,6 +33,7 @@ def reference_attention(
     scale: float,
     softcap: float | None,
     rows_aligned: bool,
+    given: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out_BTNH in q's dtype, lse_BTN float32): the contract is `dispatch.attention`'s."""
     del rows_aligned  # nothing to skip: every score is computed
@@ -42,6 +43,15 @@ def reference_attention(
     s_BKGTS = soft_cap(jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH.astype(F32)), softcap)
     seen_BTS = visible_BTS(mask, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
     s_BKGTS = jnp.where(seen_BTS[:, None, None], s_BKGTS, -jnp.inf)
+
+    if given is not None:  # functions of q, k and v whose gradients are those that are asked for
+        out_BTNH, lse_BTN = (jax.lax.stop_gradient(x.astype(F32)) for x in given)
+        lse_BKGT = lse_BTN.reshape(B, T, K, N // K).transpose(0, 2, 3, 1)
+        p_BKGTS = jnp.exp(s_BKGTS - lse_BKGT[..., None])
+        sum_BTN = p_BKGTS.sum(-1).transpose(0, 3, 1, 2).reshape(B, T, N)
+        pv_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH.astype(F32))
+        moved_BTNH = pv_BTKGH.reshape(B, T, N, H) - out_BTNH * sum_BTN[..., None]
+        return moved_BTNH.astype(q_BTNH.dtype), sum_BTN
 
     max_BKGT = jax.lax.stop_gradient(jnp.maximum(s_BKGTS.max(-1), EMPTY_LSE))
     p_BKGTS = jnp.exp(s_BKGTS - max_BKGT[..., None])

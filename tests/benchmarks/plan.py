@@ -66,16 +66,16 @@ def main() -> None:
             jumps.append(f"{1e3 * (time.perf_counter() - begin):.0f}")
         print(f"jumps to step 10M and on, batch 256, {name}: {', '.join(jumps)} ms")
 
-    for path in ("builtin", "builtin:4096", "builtin:32768"):
+    for path in ("builtin", "builtin:2048", "builtin:4096"):
         for seq_len in (512, 2048, 8192):
             dataset = open_dataset(DataConfig(path, seq_len=seq_len))
             floor = -(-dataset.plan.positions_per_epoch // seq_len) * seq_len
             floor = 1 - dataset.plan.positions_per_epoch / floor
             print(f"{path} at {seq_len}: padding {dataset.plan.padding:.3%}, least {floor:.3%}")
 
-    builtin = open_dataset(DataConfig("builtin:4096")).shards.lengths
+    builtin = open_dataset(DataConfig("builtin:2048")).shards.lengths
     drawn = builtin[np.random.default_rng(0).integers(0, len(builtin), 150_000)]
-    for name, lengths in (("web", web_lengths(1_000_000)), ("builtin:4096", drawn)):
+    for name, lengths in (("web", web_lengths(1_000_000)), ("builtin:2048", drawn)):
         for seq_len in (8192, 32768):
             plan = PlanRows(Plan(lengths, seq_len=seq_len))
             batch = RANKS * ROWS_PER_RANK

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from checkpoint.config import CheckpointConfig
-from checkpoint.fingerprint import as_text, fingerprints
+from checkpoint.fingerprint import as_text, fingerprints, of_parts
 from checkpoint.manager import CheckpointManager, load_step
 from checkpoint.manifest import MANIFEST, META, integrity_record, read_manifest, read_meta
 from checkpoint.steps import CheckpointError, complete_steps
@@ -73,6 +73,12 @@ DTYPES = (np.float32, jnp.bfloat16, jnp.float8_e4m3fn, np.int32, np.uint8, np.bo
 def test_fingerprint_is_what_it_was(dtype, shape):
     data = np.random.default_rng(1).integers(0, 2**31, shape).astype(dtype)
     assert fingerprint(jnp.asarray(data)) == oracle(np.asarray(data))
+
+
+def test_fingerprint_adds_up_from_rows():
+    x = np.random.default_rng(2).normal(size=(7, 3, 5)).astype(jnp.bfloat16)
+    parts = [(first, x[first : first + 3]) for first in (6, 0, 3)]
+    assert of_parts(parts) == fingerprint(x) == oracle(x)
 
 
 def test_fingerprint_does_not_depend_on_the_mesh():

@@ -1,14 +1,17 @@
 """Rows in training: packed documents apart, buckets, mixtures and collated data in the loop."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from models.decoder import forward, head_VD, param_specs
-from models.spec import init
+from models.decoder import forward, head_VD
 from sharding.config import MeshConfig
 from sharding.errors import UsageError
 from sharding.mesh import make_mesh
+from sharding.rules import BATCH, SEQ
 from tests.tiny import get_config
 from trainer.config import check_sizes, validate
 from trainer.data.config import CollateConfig, DataConfig
@@ -17,7 +20,10 @@ from trainer.data.shards import DatasetWriter
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.loop import train
 from trainer.metrics import read_metrics
-from trainer.step import make_eval_step, real_tokens
+from trainer.state import init_state, make_layout
+from trainer.step import make_eval_step
+
+ROWS = P(BATCH, SEQ)
 
 
 @pytest.fixture
@@ -41,21 +47,29 @@ def test_changing_one_document_leaves_the_logits_of_the_next_bit_equal(folders):
     row = int(np.flatnonzero(batch["segment_ids"].max(axis=1) >= 3)[0])
     batch = {name: array[[row]] for name, array in batch.items()}
     segments = batch["segment_ids"][0]
-    with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
-        params = init(param_specs(experiment.model), jax.random.key(0))
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        params = init_state(experiment, make_layout(experiment, mesh)).params
 
         @jax.jit
-        def logits(tokens):
+        def run(batch):
             x_BTD, _ = forward(
-                params, tokens, batch["positions"], batch["segment_ids"], experiment.model
+                params,
+                batch["tokens"],
+                batch["positions"],
+                batch["segment_ids"],
+                experiment.model,
             )
-            return x_BTD @ head_VD(params).T
+            return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD(params), out_sharding=ROWS)
 
-        before = np.asarray(logits(batch["tokens"]))[0]
+        def logits(batch):
+            return np.asarray(run(jax.device_put(batch, NamedSharding(mesh, ROWS))))[0]
+
+        before = logits(batch)
         for changed in (1, 2, 3):
             tokens = batch["tokens"].copy()
             tokens[0, segments == changed] = 120
-            after = np.asarray(logits(tokens))[0]
+            after = logits({**batch, "tokens": tokens})
             others = (segments != changed) & (segments > 0)
             np.testing.assert_array_equal(after[others], before[others])
             assert not np.array_equal(after[segments == changed], before[segments == changed])
@@ -102,13 +116,16 @@ def test_loss_counts_predicted_tokens_only(folders):
     batch = dataset.rows(np.arange(8))
     predicted = (batch["segment_ids"] > 0) & (batch["targets"] >= 0)
     assert 0 < predicted.sum() < (batch["segment_ids"] > 0).sum()
-    with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
-        params = init(param_specs(experiment.model), jax.random.key(0))
+    garbage = np.where(predicted, batch["targets"], -7).astype(np.int32)
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        params = init_state(experiment, make_layout(experiment, mesh)).params
         step = jax.jit(make_eval_step(experiment))
-        found = step(params, batch)
-        garbage = np.where(predicted, batch["targets"], -7)
-        other = step(params, {**batch, "targets": garbage.astype(np.int32)})
-    assert int(found["tokens"]) == predicted.sum() == int(real_tokens(batch))
+        found, other = (
+            step(params, jax.device_put(rows, NamedSharding(mesh, ROWS)))
+            for rows in (batch, {**batch, "targets": garbage})
+        )
+    assert int(found["tokens"]) == predicted.sum()
     assert float(found["nll"]) == float(other["nll"])
     assert float(found["nll"]) / predicted.sum() == pytest.approx(np.log(259), rel=0.1)
 

@@ -27,6 +27,9 @@ COMMANDS: dict[str, Command] = {
     "eval": Command("trainer.commands.eval", "measure the loss of a trained model", "Use"),
     "sample": Command("trainer.commands.sample", "continue a text with a trained model", "Use"),
     "report": Command("trainer.commands.report", "draw a run as one HTML page", "Look"),
+    "data": Command(
+        "trainer.commands.data", "look into a dataset, check it, convert it", "Look"
+    ),
     "doctor": Command(
         "trainer.commands.doctor", "find what is wrong with this machine before it costs money",
         "Look",

@@ -41,17 +41,39 @@ class CollateConfig:
             if not 0 <= (value := getattr(self, part)) <= 1:
                 raise UsageError(f"{name}.{part} = {value}: a share, from 0 to 1")
         ids = self.sentinels + self.begin + self.end
-        if bad := [token for token in ids if not isinstance(token, int) or token < 0]:
-            raise UsageError(f"{name}: {bad[0]!r} is not a token id")
+        if min(ids, default=0) < 0:
+            raise UsageError(f"{name}: {min(ids)} is not a token id")
         if self.kind == "fim" and len(set(self.sentinels)) != 4:
             raise UsageError(
                 f"{name}.sentinels = {self.sentinels}: give four different token ids, for prefix, "
                 "suffix, middle and end"
             )
         if self.kind == "instruction" and not (self.begin and self.end):
-            raise UsageError(
-                f"{name}: instruction needs begin and end, the token ids around an answer"
-            )
+            raise UsageError(f"{name}: instruction needs begin and end, token ids around an answer")
+
+
+@dataclass
+class RemoteConfig:
+    """How a dataset in object storage (`path` = gs://… or s3://…) is read; its rows stay the same.
+
+    Shards are fetched by `workers` at a time into the cache folder, at most `cache_gb` on this
+    machine, as soon as one of the next `ahead` rows reads them. An outage is waited out for
+    `patience` seconds. `skip_shards` shards may be missing or damaged: theirs becomes padding.
+    """
+
+    cache_gb: float = 100.0
+    workers: int = 4
+    ahead: int = 4096
+    patience: float = 600.0
+    skip_shards: int = 0
+
+    def validate(self) -> None:
+        """Raises UsageError for values that no dataset could make right."""
+        for name, least in (
+            ("cache_gb", 0), ("workers", 1), ("ahead", 1), ("patience", 0), ("skip_shards", 0)
+        ):  # fmt: skip
+            if (value := getattr(self, name)) < least:
+                raise UsageError(f"config.data.remote.{name} = {value}: must be at least {least}")
 
 
 @dataclass
@@ -69,7 +91,7 @@ class DataConfig:
     `balance` is the number of steps whose rows are sorted so that rows of like attention cost share
     a step; 0 = off. `buckets` are shorter row lengths beside `seq_len`: short documents get steps
     of their own, with as many tokens and more rows. `allow_change` accepts a resume with other data
-    than the checkpoint was trained on.
+    than the checkpoint was trained on. gs://… and s3://… folders are read as `remote` says.
     """
 
     path: str = "builtin"
@@ -77,13 +99,14 @@ class DataConfig:
     seq_len: int = 512
     buckets: tuple[int, ...] = ()
     packing: str = "bestfit"
-    window: int = 1 << 16
+    window: int = 1 << 15
     balance: int = 0
     shuffle: bool = True
     seed: int = 0
     collate: CollateConfig = field(default_factory=CollateConfig)
     prefetch: int = 2  # batches held ready by the background thread; 0 reads in the caller
     allow_change: bool = False
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
 
     def validate(self) -> None:
         """Raises UsageError for values that no dataset could make right."""
@@ -92,13 +115,9 @@ class DataConfig:
                 f"config.data.packing = {self.packing!r}: choose {' or '.join(PACKINGS)}"
                 f"{nearest(self.packing, PACKINGS)}"
             )
-        for name, least in {
-            "seq_len": 1,
-            "window": 1,
-            "seed": 0,
-            "prefetch": 0,
-            "balance": 0,
-        }.items():
+        self.remote.validate()
+        leasts = (("seq_len", 1), ("window", 1), ("seed", 0), ("prefetch", 0), ("balance", 0))
+        for name, least in leasts:
             if (value := getattr(self, name)) < least:
                 raise UsageError(f"config.data.{name} = {value}: must be at least {least}")
         if self.seed >= 1 << 63:
@@ -111,9 +130,8 @@ class DataConfig:
                 f"config.data.collate.kind = 'fim' needs packing bestfit and rows of 16 or more, "
                 f"got {self.packing} and {self.seq_len}"
             )
-        if any(not isinstance(length, int) or length < 1 for length in self.buckets) or list(
-            self.lengths
-        ) != sorted(set(self.lengths)):
+        lengths = [0, *self.lengths]
+        if lengths != sorted(set(lengths)):
             raise UsageError(
                 f"config.data.buckets = {self.buckets}: row lengths that rise and stay below "
                 f"seq_len = {self.seq_len}"

@@ -19,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint.steps import is_remote
 from sharding.config import cache_folder
 from sharding.errors import UsageError
+from trainer.data.config import RemoteConfig
 from trainer.data.manifest import FILE
 from trainer.data.shards import DatasetWriter, TokenShards
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
@@ -36,9 +38,15 @@ _MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ betwee
 def dataset_folder(path: str) -> Path:
     """Returns the folder behind `data.path`, writing the built-in corpus on first use (seconds).
 
+    For object storage it is a local folder with manifest and tokenizer.
+
     Raises:
       UsageError: `builtin:` with something else than a vocabulary size.
     """
+    if is_remote(path):
+        from trainer.data.remote import Bucket
+
+        return Bucket(path, RemoteConfig.patience).mirror()
     if path != BUILTIN and not path.startswith(f"{BUILTIN}:"):
         return Path(path).expanduser()
     _, _, vocab = path.partition(":")

@@ -10,10 +10,13 @@ import hashlib
 import itertools
 import json
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+from absl import logging
 
+from checkpoint.steps import is_remote
 from sharding.errors import UsageError
 from trainer.data.collate import make_collate, mix
 from trainer.data.config import CollateConfig, DataConfig
@@ -43,6 +46,7 @@ class Dataset(Rows):
     ) -> None:
         """Plans rows over the documents with more positions than only[0], not than only[1]."""
         self.shards = shards
+        self._announced = 0  # rows from here on have not been announced to the shards
         self.seq_len = config.seq_len
         self.fields = config.fields
         self._seed = mix(np.asarray([config.seed], np.uint64))
@@ -72,7 +76,7 @@ class Dataset(Rows):
                 key=hashlib.sha256(json.dumps(self._identity).encode()).hexdigest(),
             )
         except UsageError as error:
-            raise UsageError(f"dataset {shards.folder}, split {shards.split}: {error}") from None
+            raise UsageError(f"dataset {shards.name}, split {shards.split}: {error}") from None
         self.rows_per_epoch = self.plan.rows_per_epoch
         self._identity["plan"] = self.plan.digest()
 
@@ -87,6 +91,10 @@ class Dataset(Rows):
         """
         begin, end, _ = columns.indices(self.seq_len)
         pieces = self.plan.rows(ids)
+        if self.shards.ahead and len(ids):
+            self._announce(int(ids.max()) + 1)
+        if self.shards.ahead or self.shards.skipped:
+            pieces = pieces.take(self.shards.readable(pieces.documents))
         segments = np.arange(1, len(pieces) + 1) - np.searchsorted(pieces.rows, pieces.rows)
         skipped = np.maximum(begin - pieces.columns, 0)
         counts = np.minimum(pieces.counts, end - pieces.columns) - skipped
@@ -103,14 +111,8 @@ class Dataset(Rows):
         read = collated or self.shards.pieces(pieces.documents, pieces.starts + skipped, counts + 1)
         running = np.arange(self.seq_len, dtype=np.int32)
         # Slices, not index arrays: documents of 40 tokens still load at 12 M tokens/s on a core.
-        for piece, to, past, count, segment in zip(
-            read,
-            offsets.tolist(),
-            skipped.tolist(),
-            counts.tolist(),
-            segments.tolist(),
-            strict=True,
-        ):
+        places = (array.tolist() for array in (offsets, skipped, counts, segments))
+        for piece, to, past, count, segment in zip(read, *places, strict=True):
             if collated:
                 for name, values in piece.items():
                     flat[name][to : to + count] = values[past : past + count]
@@ -135,20 +137,21 @@ class Dataset(Rows):
         else:
             read = self.shards.pieces(pieces.documents, starts, counts + 1)
             starts = np.zeros_like(starts)
+        places = (array.tolist() for array in (starts, counts, pieces.added, draws))
         return [
-            self._collate(tokens.astype(np.int32), *rest)
-            for tokens, *rest in zip(
-                read,
-                starts.tolist(),
-                counts.tolist(),
-                pieces.added.tolist(),
-                draws.tolist(),
-                strict=True,
-            )
+            self._collate(tokens.astype(np.int32), *place)
+            for tokens, *place in zip(read, *places, strict=True)
         ]
 
     def costs(self, ids: np.ndarray) -> np.ndarray:
         return self.plan.costs(ids)
+
+    def _announce(self, first: int) -> None:
+        """Tells the shards what the rows from `first` on will read, each row once."""
+        end = first + self.shards.ahead
+        begin = self._announced if first <= self._announced <= end else first
+        self._announced = end
+        self.shards.expect(self.plan.rows(np.arange(begin, end)).documents)
 
     def row(self, number: int) -> dict[str, np.ndarray]:
         """Returns one global row: int32 (seq_len,) arrays."""
@@ -157,6 +160,20 @@ class Dataset(Rows):
     def identity(self) -> Identity:
         """Returns the dataset's fingerprint, the plan's arguments and its digest."""
         return dict(self._identity)
+
+    def skipped(self) -> dict[str, list[str]]:
+        """Returns the shards that were found damaged and are padding, by dataset fingerprint."""
+        files = sorted(self.shards.skipped)
+        return {str(self._identity["fingerprint"]): files} if files else {}
+
+    def adopt(self, skipped: Mapping[str, list[str]]) -> None:
+        """Skips the shards that a run had skipped, so that its rows stay the same."""
+        for file in skipped.get(str(self._identity["fingerprint"]), []):
+            self.shards.skip(file)
+
+    def cancel(self) -> None:
+        """Ends a `rows` that waits for object storage in another thread."""
+        self.shards.cancel()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -168,10 +185,11 @@ class Dataset(Rows):
         return self.shards.manifest.tokenizer.vocab_size
 
     def check_vocab(self, vocab_size: int) -> None:
-        largest = max((self.shards.max_token, *self._sentinels))
+        shards = self.shards.manifest.shards  # of all splits: held-out text is read too
+        largest = max((*(shard.max_token for shard in shards), *self._sentinels))
         if largest >= vocab_size:
             raise UsageError(
-                f"dataset {self.shards.folder} holds token {largest}, the model's "
+                f"dataset {self.shards.name} holds token {largest}, the model's "
                 f"vocabulary has {vocab_size}: set --config.model.vocab="
                 f"{max(self.vocab_size, largest + 1)}"
             )
@@ -220,26 +238,27 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Rows:
         plain = CollateConfig() if config.collate.kind == "fim" else config.collate
         config = dataclasses.replace(config, shuffle=False, seed=0, collate=plain)
     if not config.mixture:
-        return Dataset(_open_shards(config.path, split), config)
-    members = [Dataset(_open_shards(path, split), config) for path, _ in config.mixture]
+        return Dataset(open_shards(config.path, split, config), config)
+    members = [Dataset(open_shards(path, split, config), config) for path, _ in config.mixture]
     if split == TRAIN:
         return Mixture(members, [(row, in_units(weights)) for row, weights in config.weights()])
     return Mixture(members, [(0, [member.rows_per_epoch for member in members])])
 
 
-def open_training(config: DataConfig, batch_size: int) -> Steps:
+def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.maxsize) -> Steps:
     """Opens what training reads: the training split in buckets and balanced, as `config` says.
 
     Args:
       batch_size: rows of `seq_len` in a step.
+      vocab_size: of the model.
 
     Raises:
       UsageError: as `open_dataset`; a bucket with less than one step of documents, or whose rows do
-        not divide the tokens of a step.
+        not divide the tokens of a step; a token outside the vocabulary.
     """
     config.validate()
     if config.buckets:
-        shards = _open_shards(config.path, TRAIN)
+        shards = open_shards(config.path, TRAIN, config)
         edges = (0, *config.buckets, 1 << 62)
         parts: list[Rows] = [
             Dataset(shards, dataclasses.replace(config, seq_len=length, buckets=()), only)
@@ -247,6 +266,7 @@ def open_training(config: DataConfig, batch_size: int) -> Steps:
         ]
     else:
         parts = [open_dataset(config)]
+    parts[0].check_vocab(vocab_size)
     counts = [config.rows_per_step(part.seq_len, batch_size) for part in parts]
     if config.balance:
         parts = [
@@ -256,10 +276,22 @@ def open_training(config: DataConfig, batch_size: int) -> Steps:
     return Buckets(parts, counts) if config.buckets else parts[0]
 
 
-def _open_shards(path: str, split: str) -> TokenShards:
-    folder = dataset_folder(path)
+def open_shards(path: str, split: str, config: DataConfig) -> TokenShards:
+    """Opens and checks the documents of one split, on the disk or in object storage."""
+    if is_remote(path):
+        from trainer.data.remote import RemoteShards
+
+        shards = RemoteShards(path, split, config.remote)
+        if config.shuffle and not shards.fits:
+            logging.warning(
+                "%s: shuffled rows read all shards in turn, and config.data.remote.cache_gb = %g "
+                "does not hold them: they will be fetched again and again",
+                path,
+                config.remote.cache_gb,
+            )
+        return shards
     try:
-        return TokenShards(folder, split)
+        return TokenShards(dataset_folder(path), split)
     except UsageError as error:
         if path.startswith(BUILTIN):
             raise UsageError(f"{error}; remove the folder and it is written anew") from None

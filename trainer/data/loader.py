@@ -100,11 +100,14 @@ class Loader:
     def state(self) -> Identity:
         """Returns what a checkpoint keeps: the next row to take, and what decides the rows."""
         next_row = self._start_row + self._taken * self._batch_size
-        return {"version": 1, "next_row": next_row, **self._dataset.identity()}
+        skipped = self._dataset.skipped()
+        found = {"skipped": skipped} if skipped else {}
+        return {"version": 1, "next_row": next_row, **self._dataset.identity(), **found}
 
     def close(self) -> None:
         """Ends the background thread; batches it holds are dropped. Safe to call twice."""
         self._closed = True
+        self._dataset.cancel()
         self._thread.shutdown(cancel_futures=True)
         self._ahead.clear()
 

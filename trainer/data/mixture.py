@@ -21,9 +21,9 @@ _UNITS = 1 << 20  # weights are held as millionths; leaves 2**43 rows without ov
 class Interleave:
     """Which source row i comes from, and its number there, for weights that change at given rows.
 
-    Of l rows the first source has floor(l·share), the next ones divide what remains in the same
-    way. So of any rows in succession each source has its share to within a row or two, and how many
-    rows it had before row i takes no looking at them.
+    Of l rows the first source has l·share, rounded, and the next ones divide what remains in the
+    same way. So every source has its share of the first l rows to within half a row per source, and
+    how many it had before row i takes no looking at them.
     """
 
     def __init__(self, schedule: Sequence[tuple[int, Sequence[int]]]) -> None:
@@ -60,7 +60,7 @@ class Interleave:
         counts = []
         for number in range(self._weights.shape[1]):
             rest = np.maximum(self._rest[entry, number], 1)
-            counts.append(left * self._weights[entry, number] // rest)
+            counts.append((left * self._weights[entry, number] + rest // 2) // rest)
             left = left - counts[-1]
         return np.stack(counts)
 

@@ -179,7 +179,8 @@ def _fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     rooms = 0  # bit r is set when some bin has room r
     opened = 0
     placements = []  # (first bin, copies in a bin, copies)
-    for size, count in zip(*(a[::-1].tolist() for a in _nonzero(histogram)), strict=True):
+    for size in np.flatnonzero(histogram)[::-1].tolist():
+        count = int(histogram[size])
         while count:
             if fitting := rooms >> size:
                 room = size + (fitting & -fitting).bit_length() - 1
@@ -194,19 +195,17 @@ def _fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
             placements.append((first, copies, placed))
             count -= placed
             filled, over = divmod(placed, copies)
-            for begin, many, left in (
-                (first, filled, room - copies * size),
-                (first + filled, int(over > 0), room - over * size),
-                (first + filled + (over > 0), bins - filled - (over > 0), room),
-            ):
-                if many and left:
-                    ranges[left].append((begin, many))
-                    rooms |= 1 << left
+            if filled and (left := room - copies * size):
+                ranges[left].append((first, filled))
+                rooms |= 1 << left
+            if over:  # one bin got fewer copies
+                left = room - over * size
+                ranges[left].append((first + filled, 1))
+                rooms |= 1 << left
+                filled += 1
+            if filled < bins:
+                ranges[room].append((first + filled, bins - filled))
+                rooms |= 1 << room
     first, copies, placed = np.asarray(placements, np.int64).reshape(-1, 3).T
     nth = np.arange(len(sizes)) - np.repeat(np.cumsum(placed) - placed, placed)
     return np.repeat(first, placed) + nth // np.repeat(copies, placed), opened
-
-
-def _nonzero(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    values = np.flatnonzero(histogram)
-    return values, histogram[values]

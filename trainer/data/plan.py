@@ -9,6 +9,7 @@ Nothing here depends on hosts, batch sizes or the numpy version.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import math
@@ -16,35 +17,21 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from absl import logging
+from rich.console import Console
+from rich.progress import track
 
 from sharding.config import cache_folder
 from sharding.errors import UsageError, nearest
+from trainer.data import packing
 from trainer.data.config import PACKINGS
-from trainer.data.packing import (
-    Pieces,
-    best_fit,
-    concatenate,
-    count_best_fit,
-    count_concatenated,
-    join,
-    sorting_order,
-)
+from trainer.data.packing import Pieces, join, sorting_order
 
 _MEMBERS, _ORDER, _ROWS, _WINDOWS = range(4)  # what a random stream is for
 _CACHED_FROM = 1 << 17  # documents; the rows of fewer are counted sooner than a file is read
-_SHOWN_FROM = 64  # windows; counting the rows of fewer takes seconds
-
-
-class Lengths(Protocol):
-    """Document lengths: an array, or anything that is indexed by an array like one."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, documents: np.ndarray) -> np.ndarray: ...
+_SHOWN_FROM = 128  # windows; counting the rows of fewer takes seconds
 
 
 class Plan:
@@ -58,11 +45,11 @@ class Plan:
 
     def __init__(
         self,
-        lengths: Lengths,
+        lengths: np.ndarray,
         *,
         seq_len: int,
         how: str = "bestfit",
-        window: int = 1 << 17,
+        window: int = 1 << 15,
         shuffle: bool = True,
         seed: int = 0,
         only: tuple[int, int] = (0, 1 << 62),
@@ -72,6 +59,7 @@ class Plan:
         """Plans rows of `seq_len` positions over documents of `lengths` tokens, window by window.
 
         Args:
+          lengths: int64 (documents,), or anything that has a length and is indexed by arrays alike.
           only: documents are used that have more positions than the first, not than the second.
           added: gives the positions that a collate function adds to a piece of each document.
           key: names the lengths and `added`; with it the row counts of large datasets are cached.
@@ -87,8 +75,8 @@ class Plan:
         self._lengths, self._window_size, self._only, self._added = lengths, window, only, added
         self._shuffle, self._seed = shuffle, seed
         self._pack, self._count = {
-            "bestfit": (best_fit, count_best_fit),
-            "concat": (concatenate, count_concatenated),
+            "bestfit": (packing.best_fit, packing.count_best_fit),
+            "concat": (packing.concatenate, packing.count_concatenated),
         }[how]
         self._scattered = Scatter(len(lengths), seed) if shuffle else np.asarray
         # Bound to the instance, so that the caches go when the plan goes.
@@ -125,8 +113,7 @@ class Plan:
                 chosen = pieces.take(
                     np.repeat(firsts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
                 )
-                fields = {**vars(chosen), "rows": np.repeat(places, sizes)}
-                parts.append(Pieces(**fields))
+                parts.append(dataclasses.replace(chosen, rows=np.repeat(places, sizes)))
         return join(parts) if parts else Pieces(*np.zeros((6, 0), np.int64))
 
     def costs(self, ids: np.ndarray) -> np.ndarray:
@@ -155,7 +142,11 @@ class Plan:
         """Returns the rows of every window, and behind them the positions of an epoch."""
         windows = -(-len(self._lengths) // self._window_size)
         counts = np.zeros(windows + 1, np.int64)
-        for window in _shown(windows):
+        console = Console(stderr=True)
+        quiet = windows < _SHOWN_FROM or not console.is_terminal
+        for window in track(
+            range(windows), "counting rows", console=console, transient=True, disable=quiet
+        ):
             documents, positions = self.members(window)
             counts[window] = self._count(positions, self._added(documents), self.seq_len)
             counts[-1] += positions.sum()
@@ -261,20 +252,3 @@ def _cached(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
         with contextlib.suppress(OSError):
             temporary.unlink()
     return counts
-
-
-def _shown(windows: int):
-    """Returns range(windows), with a progress bar on a terminal when that will take a while."""
-    if windows < _SHOWN_FROM:
-        return range(windows)
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(
-        range(windows),
-        "counting rows",
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )

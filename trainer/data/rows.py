@@ -53,6 +53,21 @@ class Steps(Protocol):
             return None
         return sum(ratio * share for ratio, share in found) / sum(share for _, share in found)
 
+    def skipped(self) -> dict[str, list[str]]:
+        """Returns the shards that were found damaged and are padding, by dataset fingerprint."""
+        parts = [source.skipped() for source, _ in self.sources()]
+        return {key: files for part in parts for key, files in part.items()}
+
+    def adopt(self, skipped: Mapping[str, list[str]]) -> None:
+        """Skips the shards that a run had skipped, so that its rows stay the same."""
+        for source, _ in self.sources():
+            source.adopt(skipped)
+
+    def cancel(self) -> None:
+        """Ends a `rows` that waits for its data in another thread."""
+        for source, _ in self.sources():
+            source.cancel()
+
 
 class Rows(Steps, Protocol):
     """An endless array of rows of one length; `fields` are the names of a batch's arrays."""
@@ -86,10 +101,11 @@ def resume_row(state: Mapping[str, object], data: Steps, *, allow_change: bool =
     if state.get("version") != 1 or not isinstance(state.get("next_row"), int):
         raise UsageError(f"data state {dict(state)!r} is not one this version reads")
     next_row = int(state["next_row"])
+    data.adopt(state.get("skipped", {}))
     now = data.identity()
     for name in dict.fromkeys([*now, *state]):
         is_now, was = now.get(name), state.get(name)
-        if is_now == was or name in ("version", "next_row"):
+        if is_now == was or name in ("version", "next_row", "skipped"):
             continue
         if name == "mixture" and is_now and was:
             is_now, was = ([e for e in entry if e[0] < next_row] for entry in (is_now, was))

@@ -137,7 +137,7 @@ class HuggingFaceTokenizer:
 
     def files(self) -> dict[str, bytes]:
         """Returns tokenizer.json and the names of its specials."""
-        return {"tokenizer.json": self._definition, "tokenizer_config.json": self._config}
+        return {"tokenizer.json": self._definition, _CONFIG: self._config}
 
     def _special(self, name: str | None, usual: tuple[str, ...]) -> int | None:
         if name is not None:
@@ -263,6 +263,7 @@ _TIKTOKEN = {
 }
 """Ranks in the file → name, split pattern, BOS, EOS, vocabulary with specials."""
 
+_CONFIG = "tokenizer_config.json"
 _KINDS = {
     "bytes": None,
     "huggingface": "tokenizer.json",
@@ -329,6 +330,12 @@ def load_tokenizer(spec: TokenizerSpec | dict, folder: Path | None = None) -> To
     return tokenizer
 
 
+def definition_files(kind: str) -> tuple[str, ...]:
+    """Returns the names of the files that a dataset folder holds for a kind of tokenizer."""
+    names = (_KINDS.get(kind), _CONFIG if kind == "huggingface" else None)
+    return tuple(name for name in names if name)
+
+
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Returns a byte-level BPE of `vocab_size` ids, learned from `texts`; 3 of them are specials.
 
@@ -387,7 +394,7 @@ def _build(kind: str, definition: bytes, path: Path) -> Tokenizer:
 
 def _special_names(folder: Path) -> dict[str, str]:
     """Returns the special tokens that a tokenizer_config.json in `folder` names."""
-    path = folder / "tokenizer_config.json"
+    path = folder / _CONFIG
     if not path.is_file():
         return {}
     content = json.loads(path.read_text())

@@ -336,3 +336,25 @@ def test_batches_survive_a_change_of_process_count(make_dataset):
     assert start == 6 * BATCH
     with Loader(dataset, BATCH, batch_sharding(2, 4), start_row=start) as loader:  # one process
         assert [batch_digest(next(loader)) for _ in range(3)] == unbroken[6:]
+
+
+def test_skipped_shards_are_in_the_state(dataset):
+    with Loader(dataset, BATCH, batch_sharding()) as loader:
+        assert "skipped" not in loader.state()
+        file = dataset.shards.manifest.split("train")[0].file
+        dataset.shards.skip(file)
+        state = loader.state()
+    assert state["skipped"] == {dataset.identity()["fingerprint"]: [file]}
+    again = open_dataset(config_for(dataset.shards.folder))
+    resume_row(state | again.identity(), again)
+    assert again.skipped() == state["skipped"]
+    assert (again.rows(np.arange(8))["segment_ids"] == 0).any()
+
+
+def test_closing_ends_a_read_that_waits(dataset, monkeypatch):
+    cancelled = threading.Event()
+    monkeypatch.setattr(dataset.shards, "cancel", cancelled.set)
+    monkeypatch.setattr(dataset, "rows", lambda ids, columns=None: cancelled.wait(30) and {})
+    begin = time.monotonic()
+    Loader(dataset, BATCH, batch_sharding()).close()
+    assert cancelled.is_set() and time.monotonic() - begin < 10

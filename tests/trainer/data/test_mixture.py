@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sharding.errors import UsageError
 from tests.processes import run_processes
+from tests.trainer.data.conftest import LENGTHS
 from tests.trainer.data.test_loader import batch_sharding
 from trainer.data.config import FIELDS, DataConfig
 from trainer.data.dataset import open_dataset, open_training
@@ -21,6 +22,12 @@ B = 16
 @pytest.fixture
 def folders(make_dataset):
     return [str(make_dataset(f"set{n}", seed=n)) for n in range(3)]
+
+
+@pytest.fixture
+def large(make_dataset):
+    """A dataset with some steps of documents of any length."""
+    return str(make_dataset("large", lengths=LENGTHS * 40, shard_tokens=10_000))
 
 
 def mixed(*entries, **values) -> DataConfig:
@@ -52,7 +59,7 @@ def test_every_source_gives_its_rows_in_order_and_in_its_share(schedule):
         share = np.asarray(weights) / sum(weights)
         before = counts[start - 1] if start else 0
         wanted = np.arange(1, end - start + 1)[:, None] * share
-        assert np.abs(counts[start:end] - before - wanted).max() < 2
+        assert np.abs(counts[start:end] - before - wanted).max() <= sources / 2
         assert not (counts[start:end] - before)[:, share == 0].any()
     for at in (0, 1, 37, 599):
         np.testing.assert_array_equal(interleave.taken(at), counts[at - 1] if at else 0 * counts[0])
@@ -210,7 +217,7 @@ start_runtime()
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from sharding.errors import UsageError
-from trainer.data import plan
+from trainer.data import packing
 from trainer.config import from_dict
 from trainer.data.config import DataConfig
 from trainer.data.dataset import open_training
@@ -228,7 +235,7 @@ for name, config in configs.items():
     with Loader(data, 16, sharding, start_row=start) as loader:
         found[name] = [batch_digest(next(loader)) for _ in range(4)]
 if jax.process_index() == 1:
-    plan.best_fit, plan.count_best_fit = plan.concatenate, plan.count_concatenated
+    packing.best_fit, packing.count_best_fit = packing.concatenate, packing.count_concatenated
 try:
     Loader(open_training(configs["single"], 16), 16, sharding)
 except UsageError as error:
@@ -238,13 +245,13 @@ print(json.dumps(found))
 
 
 @pytest.mark.multiprocess
-def test_two_processes_read_what_one_does_and_compare_plans(folders):
+def test_two_processes_read_what_one_does_and_compare_plans(folders, large):
     before = mixed((folders[0], 0.7), (folders[1], 0.3))
     change = 3 * B + 5
     configs = {
         "mixture": mixed((folders[0], ((0, 0.7), (change, 0))), (folders[1], 0.3)),
         "balanced": mixed((folders[0], 0.7), (folders[1], 0.3), balance=3),
-        "buckets": DataConfig(folders[0], seq_len=16, buckets=(4, 8)),
+        "buckets": DataConfig(large, seq_len=16, buckets=(4, 8)),
         "single": DataConfig(folders[0], seq_len=16),
     }
     with Loader(open_dataset(before), B, batch_sharding()) as loader:
@@ -297,12 +304,12 @@ def test_balanced_steps_hold_the_same_rows_of_like_cost(folders):
 # ---------------------------------------------------------------- buckets
 
 
-def test_buckets_use_every_document_at_its_length(folders):
-    config = DataConfig(folders[0], seq_len=16, buckets=(4, 8), window=20)
+def test_buckets_use_every_document_at_its_length(large):
+    config = DataConfig(large, seq_len=16, buckets=(4, 8), window=20)
     data = open_training(config, B)
     assert data.lengths().keys() == {4, 8, 16}
     assert sum(data.lengths().values()) == pytest.approx(1)
-    assert data.bytes_per_token() == open_dataset(DataConfig(folders[0])).bytes_per_token()
+    assert data.bytes_per_token() == open_dataset(DataConfig(large)).bytes_per_token()
     epochs = {
         part.seq_len: part.rows_per_epoch // count
         for part, count in zip(data._parts, data._counts, strict=True)
@@ -326,9 +333,11 @@ def test_buckets_use_every_document_at_its_length(folders):
         assert (used > low).all() and (used <= high).all()
 
 
-def test_buckets_resume_at_every_step(folders):
+def test_buckets_resume_at_every_step(make_dataset):
+    folder = str(make_dataset("short", lengths=(5, 9, 9, 30) * 80))
+
     def loader_at(row):
-        data = open_training(DataConfig(folders[0], seq_len=16, buckets=(8,), balance=2), B)
+        data = open_training(DataConfig(folder, seq_len=16, buckets=(8,), balance=2), B)
         return data, Loader(data, B, batch_sharding(), start_row=row)
 
     data, loader = loader_at(0)
@@ -340,7 +349,7 @@ def test_buckets_resume_at_every_step(folders):
         with loader:
             assert [batch_digest(next(loader)) for _ in range(4)] == unbroken[step : step + 4]
             assert resume_row(loader.state(), data) == (step + 4) * B
-    other = open_training(DataConfig(folders[0], seq_len=16, buckets=(4,), balance=2), B)
+    other = open_training(DataConfig(folder, seq_len=16, buckets=(4,), balance=2), B)
     with pytest.raises(UsageError, match=r"data plan is .*, the checkpoint was trained with"):
         resume_row(loader.state(), other)
 

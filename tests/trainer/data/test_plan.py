@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharding.errors import UsageError
+from trainer.data import packing
 from trainer.data import plan as plan_module
-from trainer.data.packing import count_best_fit
 from trainer.data.plan import Plan, Scatter, permutation
 
 
@@ -209,7 +209,7 @@ def test_row_counts_are_cached_and_damage_is_repaired(tmp_path, monkeypatch, cap
         raise AssertionError("counted again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(plan_module, "count_best_fit", counted)
+        patch.setattr(packing, "count_best_fit", counted)
         assert Plan(lengths, **settings).digest() == first.digest()
         with pytest.raises(AssertionError, match="counted again"):
             Plan(lengths, **settings | {"key": "another"})
@@ -237,8 +237,8 @@ def test_counting_agrees_with_packing():
     for seed in range(5):
         positions = np.random.default_rng(seed).integers(1, 70, 200)
         added = 4 * np.random.default_rng(seed).integers(0, 2, 200)
-        rows = plan_module.best_fit(np.arange(200), positions, added, 32).rows
-        assert rows.max() + 1 == count_best_fit(positions, added, 32)
+        rows = packing.best_fit(np.arange(200), positions, added, 32).rows
+        assert rows.max() + 1 == packing.count_best_fit(positions, added, 32)
         assert np.array_equal(np.unique(rows), np.arange(rows.max() + 1))
 
 

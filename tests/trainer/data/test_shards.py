@@ -72,7 +72,7 @@ def test_truncated_shard_is_refused_at_open(make_dataset):
         TokenShards(folder, "train")
     TokenShards(folder, "val")
     path.unlink()
-    with pytest.raises(UsageError, match=r"train-00000\.bin: No such file"):
+    with pytest.raises(UsageError, match=r"train-00000\.bin cannot be read: No such file"):
         TokenShards(folder, "train")
 
 
