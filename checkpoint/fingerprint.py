@@ -8,6 +8,7 @@ against storage and transport, not against someone who wants to deceive.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,11 +38,15 @@ def as_text(found: jax.Array, names: list[str]) -> dict[str, str]:
     return {name: f"{high:08x}{low:08x}" for name, (high, low) in zip(names, words, strict=True)}
 
 
-def of_parts(parts: Iterable[tuple[int, np.ndarray]]) -> str:
-    """Returns the fingerprint of an array that comes as (first row, rows of it), in any order."""
+def of_parts(shape: tuple[int, ...], parts: Iterable[tuple[tuple[int, ...], np.ndarray]]) -> str:
+    """Returns the fingerprint of an array of `shape` that comes in parts, in any order.
+
+    Args:
+      parts: (index of the part's first element, part); a part has all axes of the array.
+    """
     total = np.zeros(2, np.uint32)
-    for first, rows in parts:
-        total += np.asarray(_fingerprint_from(rows, _U32(first)))
+    for first, part in parts:
+        total += np.asarray(_fingerprint_of_part(part, [_U32(i) for i in first], shape))
     return f"{total[0]:08x}{total[1]:08x}"
 
 
@@ -50,26 +55,29 @@ def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([_fingerprint(leaf) for leaf in leaves])
 
 
-@jax.jit
-def _fingerprint_from(rows: jax.Array, first: jax.Array) -> jax.Array:
-    return _fingerprint(rows, first)
+@partial(jax.jit, static_argnums=2)
+def _fingerprint_of_part(x: jax.Array, first: list[jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    return _fingerprint(x, first, shape)
 
 
-def _fingerprint(x: jax.Array, first: jax.Array | int = 0) -> jax.Array:
-    """The two sums of an array, or of those of its rows that begin with row `first`."""
+def _fingerprint(
+    x: jax.Array, first: list[jax.Array] | None = None, shape: tuple[int, ...] = ()
+) -> jax.Array:
+    """The two sums of an array, or of a part at index `first` of an array of `shape`."""
     bits = _bits(x)
+    shape = (*(shape or x.shape), *bits.shape[x.ndim :])
     # Rows of the first dimension are told apart by a term of their own, so that positions stay
     # distinct in arrays of more than 2**32 elements too.
     key = jnp.zeros((), _U32)
     stride = 1
     for axis in reversed(range(bits.ndim)):
         place = lax.broadcasted_iota(_U32, bits.shape, axis)
-        if axis == 0:
-            place = place + _U32(first)
+        if first is not None and axis < len(first):
+            place = place + first[axis]
         key = key + place * _U32(stride * 0x9E3779B1 % 2**32)
         if axis == 0:
             key = key ^ (place * _U32(0x85EBCA77))
-        stride *= bits.shape[axis]
+        stride *= shape[axis]
     first = _mix(bits * _U32(0xC2B2AE3D) ^ _mix(key))
     second = (first ^ (first >> 13)) * _U32(0x27D4EB2F)
     # One reduction of both, not two sums: XLA:CPU reads and hashes the array once, 6 times as fast.
