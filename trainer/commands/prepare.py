@@ -18,7 +18,8 @@ Each PATTERN is a file, a folder, a glob in quotes, or - for standard input. A t
 is one document; so is a line of JSONL, a row of Parquet or of a folder saved by Hugging Face
 `datasets`, a record of ArrayRecord. Text and JSONL may be compressed (.gz, .zst).
 
-  :FIELD             the field or column with the text (text)
+  :FIELD             the field or column with the text (text); in JSONL it may hold a conversation,
+                     a list of {role, content}, written as the tokenizer's chat template does
   --tokenizer FILE   tokenizer.json, SentencePiece .model or .tiktoken file (bytes)
   --train-bpe N      learn a tokenizer of N ids from the input instead
   --held-out F       share of the documents for evaluation, chosen by their content (0.01)

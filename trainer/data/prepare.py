@@ -31,9 +31,9 @@ from sharding.errors import UsageError
 from trainer.data.clean import Duplicates, Rejected, Rules, band_keys, clean, digest
 from trainer.data.corpus import HELD_OUT, TRAIN
 from trainer.data.manifest import Manifest, read_manifest
-from trainer.data.readers import STDIN, Input, Piece, find_inputs, plan_units, records
+from trainer.data.readers import STDIN, Chat, Input, Piece, find_inputs, plan_units, records
 from trainer.data.shards import DatasetWriter
-from trainer.data.tokenizer import Tokenizer, open_tokenizer, train_bpe
+from trainer.data.tokenizer import HuggingFaceTokenizer, Tokenizer, open_tokenizer, train_bpe
 
 REJECTED = "rejected.jsonl"
 SAMPLES = 20  # kept of each reason
@@ -298,7 +298,8 @@ def _make_part(
     pieces: list[Piece], inputs: dict[int, Input], settings: Settings, tokenizer: str, path: Path
 ) -> None:
     """Cleans, hashes and tokenises a unit, and writes its part."""
-    encode, spec = _tokenizer(tokenizer).encode, _tokenizer(tokenizer).spec
+    made = _tokenizer(tokenizer)
+    spec = made.spec
     dtype = Manifest(spec, ()).dtype
     tokens, lengths, sizes, digests, bands, places = [np.zeros(0, dtype)], [], [], [], [], []
     counts = [0] * len(pieces)
@@ -309,8 +310,10 @@ def _make_part(
         if data is None:
             continue
         try:
-            text, kept = clean(data, settings)
-            ids = encode(text)
+            text, kept = clean(
+                _chat_bytes(data, made) if isinstance(data, Chat) else data, settings
+            )
+            ids = made.encode_chat(text) if isinstance(data, Chat) else made.encode(text)
             if (largest := int(ids.max(initial=0))) >= spec.vocab_size:
                 raise Rejected(_OVERFLOW, f"id {largest:,}, the vocabulary has {spec.vocab_size:,}")
         except Rejected as why:
@@ -340,6 +343,12 @@ def _make_part(
     temporary.replace(path)
 
 
+def _chat_bytes(chat: Chat, tokenizer: Tokenizer) -> bytes:
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise UsageError("a conversation needs a tokenizer.json and the chat template beside it")
+    return tokenizer.chat_text(chat.messages).encode()
+
+
 def _train(inputs: list[Input], settings: Settings, work: Path) -> str:
     """Returns the folder of a tokenizer learned from a sample of the training split."""
     folder, temporary = work / "tokenizer", work / "tokenizer.tmp"
@@ -359,7 +368,7 @@ def _sample(inputs: list[Input], settings: Settings) -> Iterator[str]:
     for pieces in islice(plan_units(inputs, settings.unit_bytes), 0, None, stride):
         for _, _, data in records(pieces, dict(enumerate(inputs))):
             try:
-                text, kept = clean(data or b"", settings)
+                text, kept = clean(b"" if isinstance(data, Chat) else data or b"", settings)
             except Rejected:
                 continue
             if left > 0 and digest(kept) >= settings.held_out * 2.0**64:

@@ -52,6 +52,12 @@ class Input:
     mtime_ns: int
 
 
+class Chat(NamedTuple):
+    """A record that is a conversation: messages with a role and a content each."""
+
+    messages: list[dict]
+
+
 class Piece(NamedTuple):
     """Part of an input: whole lines of text or JSONL, or some rows of a column."""
 
@@ -217,7 +223,7 @@ def _lines(source: Input, unit_bytes: int) -> Iterator[tuple[int, bytes]]:
             done = at
 
 
-def _parse(piece: Piece, field: str) -> Iterator[bytes | Rejected | None]:
+def _parse(piece: Piece, field: str) -> Iterator[bytes | Chat | Rejected | None]:
     data = piece.data if piece.begin else piece.data.removeprefix(b"\xef\xbb\xbf")
     for line in io.BytesIO(data):
         try:
@@ -228,15 +234,25 @@ def _parse(piece: Piece, field: str) -> Iterator[bytes | Rejected | None]:
             yield Rejected("invalid_json", str(error))
 
 
-def _field_text(record: object, field: str) -> bytes | Rejected:
+def _field_text(record: object, field: str) -> bytes | Chat | Rejected:
     if not isinstance(record, dict):
         return Rejected("not_an_object", f"a JSON {type(record).__name__}, not an object")
     if field not in record:
         names = ", ".join(record) or "none"
         return Rejected("no_field", f"no field `{field}`, there is {names}{nearest(field, record)}")
+    if _is_chat(record[field]):
+        return Chat(record[field])
     if not isinstance(record[field], str):
         return Rejected("not_text", f"field `{field}` is {record[field]!r:.40}, not text")
     return record[field].encode()
+
+
+def _is_chat(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(each, dict) and {"role", "content"} <= each.keys() for each in value)
+    )
 
 
 def _check_column(source: Input, schema: "pyarrow.Schema") -> None:

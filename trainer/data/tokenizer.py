@@ -107,10 +107,11 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self._config = json.dumps({"bos_token": None, "eos_token": None} | (names or {})).encode()
-        bos = self._special((names or {}).get("bos_token"), _BOS_NAMES)
-        eos = self._special((names or {}).get("eos_token"), _EOS_NAMES)
-        pad = self._special((names or {}).get("pad_token"), _PAD_NAMES)
+        self._names = {"bos_token": None, "eos_token": None} | (names or {})
+        self._config = json.dumps(self._names).encode()
+        bos = self._special(self._names["bos_token"], _BOS_NAMES)
+        eos = self._special(self._names["eos_token"], _EOS_NAMES)
+        pad = self._special(self._names.get("pad_token"), _PAD_NAMES)
         self.spec = _spec(
             "huggingface",
             [definition, self._config],
@@ -126,6 +127,46 @@ class HuggingFaceTokenizer:
         """Returns `encode` of each text, on all cores."""
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in found]
+
+    def chat_text(self, messages: list[dict]) -> str:
+        """Returns a conversation as the chat template of the tokenizer's config spells it.
+
+        Raises:
+          UsageError: there is no template, or it refuses the conversation.
+        """
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        template = self._names.get("chat_template")
+        if not template:
+            raise UsageError(
+                f"a conversation needs a chat_template, and the {_CONFIG} beside tokenizer.json "
+                "has none"
+            )
+
+        def refuse(reason: str) -> None:
+            raise jinja2.TemplateError(reason)
+
+        # Templates come with downloaded tokenizers: the sandbox lets them compute text, no more.
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        sandbox.globals["raise_exception"] = refuse
+        specials = {key: self._names.get(key) or "" for key in ("bos_token", "eos_token")}
+        try:
+            text = sandbox.from_string(template).render(
+                messages=messages, add_generation_prompt=False, **specials
+            )
+        except jinja2.TemplateError as error:
+            raise UsageError(f"the chat template refuses a conversation: {error}") from None
+        # The BOS of a document is written by whoever stores it.
+        return text.removeprefix(specials["bos_token"])
+
+    def encode_chat(self, text: str) -> np.ndarray:
+        """Returns int32 ids of `chat_text`, in which specials spelled out are specials."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Returns the UTF-8 bytes of `ids`."""
@@ -393,12 +434,16 @@ def _build(kind: str, definition: bytes, path: Path) -> Tokenizer:
 
 
 def _special_names(folder: Path) -> dict[str, str]:
-    """Returns the special tokens that a tokenizer_config.json in `folder` names."""
-    path = folder / _CONFIG
-    if not path.is_file():
-        return {}
-    content = json.loads(path.read_text())
-    names = {}
+    """Returns the special tokens and the chat template that are named beside a tokenizer.json."""
+    path, names = folder / _CONFIG, {}
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    template, file = content.get("chat_template"), folder / "chat_template.jinja"
+    if isinstance(template, list):  # several, by name
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    if file.is_file():
+        template = file.read_text()
+    if template:
+        names["chat_template"] = template
     for key in ("bos_token", "eos_token", "pad_token"):
         value = content.get(key)
         if isinstance(value, dict):  # an AddedToken, written out

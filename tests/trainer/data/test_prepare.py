@@ -19,12 +19,12 @@ from sharding.errors import UsageError
 from trainer.commands import prepare as command
 from trainer.data import prepare as prepare_module
 from trainer.data.clean import BANDS, Duplicates, Rejected, Rules, band_keys, clean
-from trainer.data.config import DataConfig
+from trainer.data.config import CollateConfig, DataConfig
 from trainer.data.dataset import open_dataset
 from trainer.data.manifest import Manifest, read_manifest
 from trainer.data.prepare import Settings, prepare
 from trainer.data.shards import TokenShards, verify
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tokenizer import load_tokenizer, open_tokenizer, train_bpe
 
 TEXTS = [f"document {number}: " + "αβγ words " * (number % 7) + "\n" for number in range(100)]
 
@@ -135,6 +135,34 @@ def test_a_prepared_folder_trains(tmp_path):
     first = rows["tokens"][0][rows["segment_ids"][0] == 1]
     assert dataset.tokenizer.decode(first).startswith("document ")
     open_dataset(DataConfig(path=str(tmp_path / "out"), seq_len=64), "val")
+
+
+def test_conversations_carry_loss_on_the_answers_only(tmp_path):
+    made = train_bpe(iter(TEXTS), 300)
+    template = "{% for m in messages %}<|eos|>{{ m.role }}:{{ m.content }}<|pad|>{% endfor %}"
+    config = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": template}
+    (tmp_path / "tokenizer.json").write_bytes(made.files()["tokenizer.json"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    source = tmp_path / "chats.jsonl"
+    with open(source, "w") as stream:
+        for number in range(30):
+            question = {"role": "user", "content": f"question {number}"}
+            answer = {"role": "assistant", "content": f"answer {number}"}
+            stream.write(json.dumps({"messages": [question, answer]}) + "\n")
+    run(f"{source}:messages", tmp_path / "out", tokenizer=str(tmp_path))
+    tokenizer = open_tokenizer(str(tmp_path))
+    begin = tokenizer.encode_chat("<|eos|>assistant:").tolist()
+    ends = tokenizer.encode_chat("<|pad|>").tolist()
+    collate = CollateConfig("instruction", begin=tuple(begin), end=tuple(ends))
+    dataset = open_dataset(DataConfig(str(tmp_path / "out"), seq_len=64, collate=collate))
+    batch = dataset.rows(np.arange(dataset.rows_per_epoch))
+    answers = tokenizer.decode(
+        batch["targets"][batch["targets"] >= 0][batch["segment_ids"][batch["targets"] >= 0] > 0]
+    )
+    assert sorted(answers.split("answer ")[1:], key=int) == [str(n) for n in range(30)]
+    assert "question" not in answers and "user" not in answers
+    with pytest.raises(UsageError, match=r"conversation needs a tokenizer\.json"):
+        run(f"{source}:messages", tmp_path / "bytes")
 
 
 def test_a_learned_tokenizer_is_the_same_every_time(tmp_path):

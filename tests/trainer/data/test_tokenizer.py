@@ -178,3 +178,34 @@ def test_byte_tokenizer_round_trip():
         load_tokenizer({"kind": "byte"})
     with pytest.raises(UsageError, match=r"was written with vocab_size = 99, this version has 384"):
         load_tokenizer({"kind": "bytes", "vocab_size": 99})
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}\n    {% if m.role == 'tool' %}"
+    "{{ raise_exception('no tools') }}{% endif %}\n<|eos|>{{ m.role }}: {{ m.content | trim }}\n"
+    "{% endfor %}"
+)
+CHAT = [{"role": "user", "content": " 2 + 2? "}, {"role": "assistant", "content": "4 <|pad|>"}]
+
+
+def test_a_conversation_is_written_as_transformers_writes_it(tmp_path: Path, bpe: Tokenizer):
+    transformers = pytest.importorskip("transformers")
+    config = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": TEMPLATE}
+    (tmp_path / "tokenizer.json").write_bytes(bpe.files()["tokenizer.json"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    made = open_tokenizer(str(tmp_path))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    text = made.chat_text(CHAT)
+    assert f"<|bos|>{text}" == theirs.apply_chat_template(CHAT, tokenize=False)
+    ids = [made.spec.bos, *made.encode_chat(text)]
+    assert ids == theirs.apply_chat_template(CHAT, return_dict=False)
+    assert ids.count(made.spec.eos) == 2
+    assert made.spec.eos not in made.encode(text)
+    with pytest.raises(UsageError, match="refuses a conversation: no tools"):
+        made.chat_text([{"role": "tool", "content": "x"}])
+    with pytest.raises(UsageError, match=r"needs a chat_template.*has none"):
+        bpe.chat_text(CHAT)
+    evil = json.dumps(config | {"chat_template": "{{ messages.__class__.__mro__ }}"})
+    (tmp_path / "tokenizer_config.json").write_text(evil)
+    with pytest.raises(UsageError, match="refuses a conversation"):
+        open_tokenizer(str(tmp_path)).chat_text(CHAT)
