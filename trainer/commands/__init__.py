@@ -21,6 +21,10 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "trainer.commands.plan", "say whether a config fits a TPU slice, without any TPU", "Train"
     ),
+    "convert": Command(
+        "trainer.commands.convert", "bring weights in from Hugging Face, and take them back",
+        "Use",
+    ),
     "eval": Command("trainer.commands.eval", "measure the loss of a trained model", "Use"),
     "sample": Command("trainer.commands.sample", "continue a text with a trained model", "Use"),
     "report": Command("trainer.commands.report", "draw a run as one HTML page", "Look"),
