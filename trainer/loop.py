@@ -21,7 +21,8 @@ from trainer.data.loader import Loader
 from trainer.evaluate import baselines, evaluate
 from trainer.journal import Journal
 from trainer.profiler import Profiler
-from trainer.run import CHECKPOINTS, check_workdir, write_experiment
+from trainer.restore import first_params
+from trainer.run import CHECKPOINTS, check_start, check_workdir, write_experiment
 from trainer.signals import StopSignals
 from trainer.state import abstract_state, from_stored, init_state, make_layout, to_stored
 from trainer.step import make_eval_step, make_train_step
@@ -45,6 +46,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
     """
     validate(experiment)
     check_workdir(workdir, experiment)
+    check_start(workdir, experiment)
 
     # ---------------------------------------------------------------- devices
     start_runtime()
@@ -75,6 +77,8 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
             start_row = resume_row(meta["data"], dataset, allow_change=experiment.data.allow_change)
         else:
             state = init_state(experiment, layout)
+            if experiment.train.init_from:
+                state = state.replace(params=first_params(experiment, layout))
 
         train_step = jax.jit(make_train_step(experiment, layout), donate_argnums=0)
         eval_step = jax.jit(make_eval_step(experiment))

@@ -21,10 +21,11 @@ CHUNK = 16 * 2**20  # bytes, within one layer
 
 
 class NativeTensors:
-    """The parameters of one step, read and written some rows of a layer at a time."""
+    """Arrays of one step, by default its parameters, some rows of a layer at a time."""
 
-    def __init__(self, folder: str | os.PathLike, step: int) -> None:
+    def __init__(self, folder: str | os.PathLike, step: int, prefix: str = PARAMS) -> None:
         """Raises CheckpointError for a step without a readable manifest."""
+        self._prefix = prefix
         path = steps.folder_path(folder) / str(step) / "state"
         self.where = f"step {step} in {folder}"
         self._base = f"{path}/" if steps.is_remote(folder) else f"file://{path}/"
@@ -32,9 +33,9 @@ class NativeTensors:
         self._open: dict[str, ts.TensorStore] = {}
         facts = read_manifest(folder, step)["arrays"]
         self.facts = {
-            name.removeprefix(PARAMS): (np.dtype(fact["dtype"]), tuple(fact["shape"]))
+            name.removeprefix(prefix): (np.dtype(fact["dtype"]), tuple(fact["shape"]))
             for name, fact in facts.items()
-            if name.startswith(PARAMS)
+            if name.startswith(prefix)
         }
 
     def read(self, name: str, lead: tuple[int, ...], start: int, stop: int) -> np.ndarray:
@@ -42,7 +43,9 @@ class NativeTensors:
         try:
             if name not in self._open:
                 self._open[name] = ts.open(self._spec(name), context=self._context).result()
-            return self._open[name][(*lead, slice(start, stop))].read().result()
+            store = self._open[name]
+            rows = (*lead, slice(start, stop))[: store.rank]  # a scalar has none
+            return store[rows].read().result()
         except (ValueError, OSError) as error:
             text = f"cannot read `{name}` of {self.where}: {steps.reason(error)}"
             raise CheckpointError(text) from error
@@ -76,7 +79,7 @@ class NativeTensors:
         self._open = {}
 
     def _spec(self, name: str) -> dict[str, Any]:
-        path = (PARAMS + name).replace("/", ".") + "/"
+        path = (self._prefix + name).replace("/", ".") + "/"
         return {"driver": "zarr3",
                 "kvstore": {"driver": "ocdbt", "base": self._base, "path": path}}  # fmt: skip
 

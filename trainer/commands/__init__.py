@@ -28,6 +28,13 @@ COMMANDS: dict[str, Command] = {
     "eval": Command("trainer.commands.eval", "measure the loss of a trained model", "Use"),
     "sample": Command("trainer.commands.sample", "continue a text with a trained model", "Use"),
     "report": Command("trainer.commands.report", "draw a run as one HTML page", "Look"),
+    "inspect": Command(
+        "trainer.commands.inspect", "list what is in a checkpoint: arrays, shapes, dtypes, steps",
+        "Look",
+    ),
+    "diff": Command(
+        "trainer.commands.diff", "compare two checkpoints, structure and values", "Look"
+    ),
     "doctor": Command(
         "trainer.commands.doctor", "find what is wrong with this machine before it costs money",
         "Look",

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sharding.errors import MismatchError, UsageError, nearest
+from sharding.errors import MismatchError, UsageError
 from trainer.commands.parser import CommandParser
 
 if TYPE_CHECKING:
@@ -40,9 +40,6 @@ tensor missing, left over or of another shape), 4 a damaged or unsafe file, 1 wr
   torus convert runs/a hf:./out --like ./Llama-3.2-1B
 """
 
-FORMATS = ("hf", "torus")  # later ones (dcp, ucp, …) are read by a module of their own
-
-
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser("convert")
     parser.add_argument("source")
@@ -62,38 +59,15 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Converts; raises UsageError or one of its kinds before anything is written."""
+    from checkpoint.convert.formats import open_place, split_format
+
     args = _arguments(argv)
-    kind, source = split_format(args.source)
+    kind, source = open_place(args.source)
     target_kind, target = split_format(args.target)
-    if not Path(source).exists():
-        raise UsageError(f"{source} does not exist")
-    kind = kind or detect_format(source)
     target_kind = target_kind or ("torus" if kind != "torus" else "hf")
     if (kind == "torus") == (target_kind == "torus"):
         raise UsageError(f"{kind} to {target_kind}: one of the two has to be torus")
-    return (_to_theirs if kind == "torus" else _to_ours)(args, Path(source), Path(target))
-
-
-def split_format(place: str) -> tuple[str, str]:
-    """Returns (format or "", path) of FORMAT:PATH; raises UsageError for an unknown format."""
-    name, colon, path = place.partition(":")
-    if not colon or "/" in name or path.startswith("//"):
-        return "", place
-    if name not in FORMATS:
-        raise UsageError(
-            f"{place}: no format {name!r}; known: {', '.join(FORMATS)}{nearest(name, FORMATS)}"
-        )
-    return name, path
-
-
-def detect_format(path: str) -> str:
-    """Returns the format of a folder; raises UsageError if it has none that is known."""
-    folder = Path(path)
-    if (folder / "experiment.json").exists() or (folder / "checkpoints").is_dir():
-        return "torus"
-    if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
-        return "hf"
-    raise UsageError(f"{path} is neither a run (experiment.json) nor Hugging Face (config.json)")
+    return (_to_theirs if kind == "torus" else _to_ours)(args, source, target)
 
 
 def _to_ours(args: argparse.Namespace, source: Path, target: Path) -> int:
@@ -132,13 +106,12 @@ def _to_ours(args: argparse.Namespace, source: Path, target: Path) -> int:
 
 
 def _to_theirs(args: argparse.Namespace, source: Path, target: Path) -> int:
+    from checkpoint.convert.formats import find_step
     from checkpoint.manifest import read_meta
-    from checkpoint.steps import pick_step
-    from trainer.run import CHECKPOINTS, read_experiment
+    from trainer.run import read_experiment
 
     model = read_experiment(source).model
-    steps = source / CHECKPOINTS
-    step = pick_step(steps, args.step)
+    steps, step = find_step(source, args.step)
 
     from checkpoint.convert import engine, huggingface, native
     from checkpoint.convert.families import family_of, find_family
