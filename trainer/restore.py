@@ -27,7 +27,8 @@ def restore_params(run: str, experiment: Experiment, step: int) -> tuple[Tree, M
         mesh = make_mesh(experiment.mesh)
     except UsageError:  # trained on another number of devices
         mesh = make_mesh(MeshConfig())
-    return _load_params(f"{run}/{CHECKPOINTS}", step, experiment, make_layout(experiment, mesh)), mesh
+    layout = make_layout(experiment, mesh)
+    return _load_params(f"{run}/{CHECKPOINTS}", step, experiment, layout), mesh
 
 
 def first_params(experiment: Experiment, layout: Layout) -> Tree:

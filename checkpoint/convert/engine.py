@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoint.convert.families import Family
-from checkpoint.convert.mapping import BLOCK, Element, Row, Sizes, build, to_ours, to_theirs
+from checkpoint.convert.mapping import BLOCK, Element, Row, build, to_ours, to_theirs
 from checkpoint.steps import CheckpointError
 from models.config import ModelConfig
 from sharding.errors import MismatchError, UsageError
@@ -74,9 +74,7 @@ def plan_to_ours(family: Family, model: ModelConfig, source: Facts, dtype: str |
     wanted = sum(math.prod(sizes.true[x] for x in r.theirs.placeholders) for r in rows)
     if wanted > len(source):
         raise MismatchError(f"{wanted} tensors are needed, the source holds {len(source)}")
-    shapes = {
-        e.name: e.shape for row in rows for e in to_theirs(row, sizes)
-    }
+    shapes = {e.name: e.shape for row in rows for e in to_theirs(row, sizes)}
     bare = not any(name.startswith(family.prefix) for name in source)
     names = {name: family.bare(name) if bare else name for name in shapes}
     copies, left = [], set(source) - set(names.values())
@@ -165,9 +163,7 @@ def run(plan: Plan, source: Any, target: Any, advance: Callable[[int], None]) ->
             strict=True,
         ):
             if ours.tobytes() != theirs.tobytes():
-                raise MismatchError(
-                    f"`{copy}` differs from `{original}`, but the config ties them"
-                )
+                raise MismatchError(f"`{copy}` differs from `{original}`, but the config ties them")
     digests = {}
     renamed = _Renamed(source, plan.names)
     for element in plan.elements:

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.convert.fields import (
-    Constant, Field, Fixed, QueryScale, Rope, Unsupported, Windows, read_config, write_config,
+    REQUIRED,
+    Constant,
+    Field,
+    Fixed,
+    QueryScale,
+    Rope,
+    Unsupported,
+    Windows,
+    read_config,
+    write_config,
 )
 from checkpoint.convert.mapping import TIED, Row, Sizes, check, parse_rows
 from models.config import ModelConfig
@@ -89,10 +98,10 @@ class Family:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns name → shape of every parameter of a model."""
+    import jax
+
     from models.decoder import param_specs  # imports JAX, which a refused command does not need
     from models.spec import is_spec, path_name
-
-    import jax
 
     leaves = jax.tree_util.tree_leaves_with_path(param_specs(config), is_leaf=is_spec)
     return {path_name(path): spec.shape for path, spec in leaves}
@@ -140,10 +149,13 @@ POST_NORMS = """
 layers/attention_post_norm/scale: L D = model.layers.{L}.post_attention_layernorm.weight: D
 layers/mlp_post_norm/scale: L D       = model.layers.{L}.post_feedforward_layernorm.weight: D
 """
-SANDWICH_NORMS = POST_NORMS + """
+SANDWICH_NORMS = (
+    POST_NORMS
+    + """
 layers/attention_norm/scale: L D = model.layers.{L}.input_layernorm.weight: D
 layers/mlp_norm/scale: L D       = model.layers.{L}.pre_feedforward_layernorm.weight: D
 """
+)
 LLAMA = EMBEDDING + ATTENTION + PRE_NORMS + GATED
 EXPERTS = """
 layers/moe/router: L D E   = model.layers.{L}.block_sparse_moe.gate.weight: E D
@@ -151,13 +163,17 @@ layers/moe/gate: L E D F   = model.layers.{L}.block_sparse_moe.experts.{E}.w1.we
 layers/moe/up: L E D F     = model.layers.{L}.block_sparse_moe.experts.{E}.w3.weight: F D
 layers/moe/down: L E F D   = model.layers.{L}.block_sparse_moe.experts.{E}.w2.weight: D F
 """
-PHI3 = EMBEDDING + PRE_NORMS + """
+PHI3 = (
+    EMBEDDING
+    + PRE_NORMS
+    + """
 layers/attention/wq: L D N H & layers/attention/wk: L D K H & layers/attention/wv: L D K H \
     = model.layers.{L}.self_attn.qkv_proj.weight: [(N H) | (K H) | (K H)] D
 layers/attention/wo: L N H D = model.layers.{L}.self_attn.o_proj.weight: D (N H)
 layers/mlp/gate: L D F & layers/mlp/up: L D F = model.layers.{L}.mlp.gate_up_proj.weight: [F | F] D
 layers/mlp/down: L F D       = model.layers.{L}.mlp.down_proj.weight: D F
 """
+)
 GPT2 = """
 embedding: V D            = transformer.wte.weight: V D
 positions: P D            = transformer.wpe.weight: P D
@@ -213,7 +229,8 @@ SIZES = (
     Field("intermediate_size", "mlp"),
     Field("max_position_embeddings", "max_length"),
 )
-GROUPED = Field("num_key_value_heads", "kv_heads", default=lambda ours: ours["heads"])
+GROUPED = Field("num_key_value_heads", "kv_heads", null=lambda ours: ours["heads"])
+GROUPED_OR_NOT = dataclasses.replace(GROUPED, default=GROUPED.null)
 HEAD_DIM = Field("head_dim", "head_dim", default=lambda ours: ours["width"] // ours["heads"])
 EQUAL_HEADS = Fixed({
     "kv_heads": lambda ours: ours["heads"],
@@ -221,10 +238,12 @@ EQUAL_HEADS = Fixed({
 })  # fmt: skip
 EPS = Field("rms_norm_eps", "norm_eps", float)
 GATES = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
-SILU = Field("hidden_act", "activation", str, "silu", GATES)
+GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
+SILU = Field("hidden_act", "activation", str, "silu", names=GATES)
 UNTIED = Field("tie_word_embeddings", "tie_embeddings", bool, False)
 NO_BIAS = (Constant("attention_bias", False), Constant("mlp_bias", False))
-PLAIN = (*SIZES, GROUPED, SILU, EPS, UNTIED)
+PLAIN = (*SIZES, GROUPED_OR_NOT, SILU, EPS, UNTIED)
+GIVEN = (*SIZES, GROUPED, SILU, EPS, UNTIED)  # KV heads have to be told
 GEMMA = (
     *SIZES, GROUPED, Field("head_dim", "head_dim", default=256), EPS, NO_BIAS[0],
     Field("tie_word_embeddings", "tie_embeddings", bool, True),
@@ -239,20 +258,20 @@ _ALL = (
     Family("llama", "LlamaForCausalLM", "model.", LLAMA,
            (*PLAIN, HEAD_DIM, *NO_BIAS, Constant("rope_interleaved", False), Rope())),
     Family("mistral", "MistralForCausalLM", "model.", LLAMA,
-           (*PLAIN, HEAD_DIM, Windows("all"), Rope())),
+           (*GIVEN, HEAD_DIM, Windows("all", REQUIRED), Rope())),
     Family("qwen2", "Qwen2ForCausalLM", "model.", LLAMA,
-           (*PLAIN, HEAD_DIM, Fixed({"qkv_bias": True}), Constant("use_mrope", False),
+           (*GIVEN, HEAD_DIM, Fixed({"qkv_bias": True}), Constant("use_mrope", False),
             Windows("upper"), Rope())),
     Family("qwen3", "Qwen3ForCausalLM", "model.", LLAMA + HEAD_NORMS,
-           (*PLAIN, Field("head_dim", "head_dim", default=128), Fixed({"qk_norm": "head"}),
+           (*GIVEN, Field("head_dim", "head_dim", default=128), Fixed({"qk_norm": "head"}),
             NO_BIAS[0], Windows("upper"), Rope())),
     Family("gemma", "GemmaForCausalLM", "model.", LLAMA,
            (*GEMMA, Constant("hidden_act", "gelu_pytorch_tanh", ("gelu",)), GEMMA_ACT, Rope())),
     Family("gemma2", "Gemma2ForCausalLM", "model.",
            EMBEDDING + ATTENTION + SANDWICH_NORMS + GATED,
            (*GEMMA, GEMMA_ACT, Fixed({NORMS: "sandwich"}), QueryScale(), Windows("alternate"),
-            Field("final_logit_softcapping", "final_softcap", float, 0.0),
-            Field("attn_logit_softcapping", "attention_softcap", float, 0.0), Rope()),
+            Field("final_logit_softcapping", "final_softcap", float, null=0.0),
+            Field("attn_logit_softcapping", "attention_softcap", float, null=0.0), Rope()),
            neutral=frozenset({"hidden_act"})),
     Family("gemma3_text", "Gemma3ForCausalLM", "model.",
            EMBEDDING + ATTENTION + HEAD_NORMS + SANDWICH_NORMS + GATED,
@@ -274,10 +293,10 @@ layers/attention/k_norm/scale: L K H = model.layers.{L}.self_attn.k_norm.weight:
             Field("n_head", "heads"), Field("n_positions", "max_length"),
             Field("n_inner", "mlp", default=lambda ours: 4 * ours["width"]), EQUAL_HEADS,
             Field("layer_norm_epsilon", "norm_eps", float, 1e-5),
-            Field("activation_function", "activation", str, "gelu_new",
-                  {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}),
+            Field("activation_function", "activation", str, "gelu_new", names=GELUS),
             Field("tie_word_embeddings", "tie_embeddings", bool, True),
-            Constant("scale_attn_weights", True), Constant("scale_attn_by_inverse_layer_idx", False),
+            Constant("scale_attn_weights", True),
+            Constant("scale_attn_by_inverse_layer_idx", False),
             Constant("reorder_and_upcast_attn", False, (True,)),
             Fixed({"norm": "layernorm", "position": "learned", "qkv_bias": True,
                    "out_bias": True})),
@@ -286,8 +305,7 @@ layers/attention/k_norm/scale: L K H = model.layers.{L}.self_attn.k_norm.weight:
            buffers=r"attn\.(masked_)?bias$"),
     Family("gpt_neox", "GPTNeoXForCausalLM", "gpt_neox.", NEOX,
            (*SIZES, EQUAL_HEADS, Field("layer_norm_eps", "norm_eps", float, 1e-5),
-            Field("hidden_act", "activation", str, "gelu",
-                  {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}),
+            Field("hidden_act", "activation", str, "gelu", names=GELUS),
             UNTIED, Field("use_parallel_residual", "parallel_residual", bool, True),
             Constant("attention_bias", True),
             Fixed({"norm": "layernorm", "qkv_bias": True, "out_bias": True}),

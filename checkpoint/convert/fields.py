@@ -16,14 +16,16 @@ from models.config import COMPUTATION, ModelConfig, RopeConfig
 from sharding.errors import MismatchError, UsageError, nearest
 
 # Known not to change the forward pass of any family.
-NEUTRAL = frozenset("""
-    _name_or_path architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
-    id2label initializer_range label2id model_type output_attentions output_hidden_states
-    pad_token_id problem_type return_dict task_specific_params tokenizer_class torch_dtype
-    transformers_version transformers.js_config use_cache cache_implementation is_llama_config
-    attention_dropout hidden_dropout classifier_dropout resid_pdrop embd_pdrop attn_pdrop
-    pretraining_tp begin_suppress_tokens unsloth_fixed unsloth_version
-""".split())
+NEUTRAL = frozenset({
+    "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "auto_map",
+    "begin_suppress_tokens", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
+    "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "hidden_dropout", "id2label",
+    "initializer_range", "is_llama_config", "label2id", "model_type", "output_attentions",
+    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
+    "return_dict", "task_specific_params", "tokenizer_class", "torch_dtype",
+    "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
+    "use_cache",
+})  # fmt: skip
 # Must be absent or as here: every other value is another computation.
 INERT = {"is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
          "is_decoder": False, "quantization_config": None, "use_bidirectional_attention": False,
@@ -37,11 +39,14 @@ Ours = dict[str, Any]  # "rope.theta" → value
 class Theirs:
     """A config.json being read; remembers which fields were asked for."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config, self.used = config, set(NEUTRAL)
+    def __init__(self, config: dict[str, Any], inside: str = "") -> None:
+        self.config, self.used = config, set() if inside else set(NEUTRAL)
+        self.where = "config.json: " + (f"{inside}." if inside else "")
 
-    def take(self, name: str, kind: type | None, default: Any = REQUIRED) -> Any:
-        """Returns a field of the given type; null counts as absent.
+    def take(
+        self, name: str, kind: type | None, default: Any = REQUIRED, null: Any = REQUIRED
+    ) -> Any:
+        """Returns a field of the given type, `default` if it is absent, `null` (or that) if null.
 
         Raises:
           MismatchError: it is missing without a default, or has another type or an absurd value.
@@ -49,15 +54,18 @@ class Theirs:
         self.used.add(name)
         value = self.config.get(name)
         if value is None:
+            if name in self.config and null is not REQUIRED:
+                default = null
             if default is REQUIRED:
-                raise MismatchError(f"config.json lacks {name}")
+                raise MismatchError(f"{self.where}{name} is missing")
             return default
         if kind is float and type(value) is int:
             value = float(value)
         if kind is not None and type(value) is not kind:
-            raise MismatchError(f"config.json: {name} = {value!r} is not of type {kind.__name__}")
-        if kind is int and not 0 < value < LARGEST or kind is float and not math.isfinite(value):
-            raise MismatchError(f"config.json: {name} = {value!r} is out of range")
+            raise MismatchError(f"{self.where}{name} = {value!r} is not of type {kind.__name__}")
+        sound = {int: lambda v: 0 < v < LARGEST, float: math.isfinite}.get(kind, lambda v: True)
+        if not sound(value):
+            raise MismatchError(f"{self.where}{name} = {value!r} is out of range")
         return value
 
     def finish(self) -> None:
@@ -65,10 +73,10 @@ class Theirs:
         for name, value in INERT.items():
             found = self.config.get(name)
             if name not in self.used and found not in (None, value):
-                raise MismatchError(f"config.json: {name} = {found!r} is not supported")
+                raise MismatchError(f"{self.where}{name} = {found!r} is not supported")
         if unknown := sorted(set(self.config) - self.used - set(INERT)):
             raise MismatchError(
-                f"config.json: {unknown[0]} = {str(self.config[unknown[0]])[:60]!r} is not a field "
+                f"{self.where}{unknown[0]} = {str(self.config[unknown[0]])[:60]!r} is not a field "
                 f"known to this family{nearest(unknown[0], self.used)}; it may change the "
                 "computation"
             )
@@ -76,17 +84,23 @@ class Theirs:
 
 @dataclass(frozen=True)
 class Field:
-    """One number, string or flag that both sides have; `default` may be a function of ours."""
+    """One number, string or flag that both sides have.
+
+    `default` stands for an absent field, `null` for one that is null (as `default` when not given);
+    either may be a function of ours. Where the default of `transformers` is the size of some
+    particular model, the field is required here.
+    """
 
     theirs: str
     ours: str
     kind: type = int
     default: Any = REQUIRED
+    null: Any = REQUIRED
     names: dict[str, str] | None = None  # their value → ours
 
     def read(self, theirs: Theirs, ours: Ours) -> None:
-        default = self.default(ours) if callable(self.default) else self.default
-        value = theirs.take(self.theirs, self.kind, default)
+        default, null = (d(ours) if callable(d) else d for d in (self.default, self.null))
+        value = theirs.take(self.theirs, self.kind, default, null)
         if self.names is not None:
             if value not in self.names:
                 raise MismatchError(
@@ -129,11 +143,11 @@ class Constant:
         found = theirs.take(self.theirs, None, self.value)
         if found not in (self.value, *self.also):
             raise MismatchError(
-                f"config.json: {self.theirs} = {found!r} is not supported, only {self.value!r}"
+                f"{theirs.where}{self.theirs} = {found!r} is not supported, only {self.value!r}"
             )
 
     def write(self, ours: Ours) -> dict[str, Any]:
-        return {self.theirs: self.value}
+        return {}
 
 
 @dataclass(frozen=True)
@@ -199,8 +213,9 @@ class Rope:
         if self.local_theta:
             local = theirs.take("rope_local_base_freq", float, self.local_theta)
             if set(given) <= {"full_attention", "sliding_attention"} and given:
-                inner = Theirs(dict(given.get("sliding_attention") or {}))
-                inner.used = set()
+                inner = Theirs(
+                    dict(given.get("sliding_attention") or {}), "rope_parameters.sliding_attention"
+                )
                 local = inner.take("rope_theta", float, local)
                 Constant("rope_type", "default").read(inner, {})
                 inner.finish()
@@ -212,15 +227,14 @@ class Rope:
         }.items():
             if value is not None and given.setdefault(name, value) != value:
                 raise MismatchError(
-                    f"config.json: {name} = {value!r} and rope_parameters disagree ({given[name]!r})"
+                    f"config.json: {name} = {value!r}, but rope_parameters says {given[name]!r}"
                 )
         given["rope_type"] = given.pop("type", None) or given.get("rope_type") or "default"
-        rope = Theirs(given)
-        rope.used = set()
+        rope = Theirs(given, "rope_scaling" if scaling else "rope_parameters")
         kind = rope.take("rope_type", str)
         if kind not in self.kinds:
             raise MismatchError(
-                f"config.json: rope_type = {kind!r} is not supported; known: "
+                f"{rope.where}rope_type = {kind!r} is not supported; known: "
                 f"{', '.join(self.kinds)}{nearest(kind, self.kinds)}"
             )
         ours["rope.theta"] = rope.take("rope_theta", float, self.theta)
@@ -263,11 +277,12 @@ class Windows:
     """
 
     default: str
+    absent: Any = None  # what "all" takes for an absent sliding_window
 
     def read(self, theirs: Theirs, ours: Ours) -> None:
         count = ours["layers"]
-        fallback = 4096 if self.default in ("alternate", "every sixth") else None
-        window = theirs.take("sliding_window", int, fallback)
+        absent = {"all": self.absent, "upper": None}.get(self.default, 4096)
+        window = theirs.take("sliding_window", int, absent, None)
         if self.default == "upper":
             first = theirs.take("max_window_layers", None, 28)
             if not theirs.take("use_sliding_window", bool, False):
@@ -298,7 +313,7 @@ class Windows:
             if all(pattern[i] == pattern[i % n] for i in range(count))
         )  # fmt: skip
         if "local" in pattern and window is None:
-            raise MismatchError("config.json lacks sliding_window, which layer_types needs")
+            raise MismatchError("config.json: sliding_window is missing, which layer_types needs")
         ours["window"] = window if "local" in pattern else 0
 
     def write(self, ours: Ours) -> dict[str, Any]:

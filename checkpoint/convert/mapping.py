@@ -213,9 +213,7 @@ class Layout:
         for a in range(at, end, count):
             b = min(a + count, end)
             axes = ((first, *inner), *rest)
-            layout = Layout(
-                axes, part, {**self.sizes, first: b - a}, {**self.true, first: b - a}
-            )
+            layout = Layout(axes, part, {**self.sizes, first: b - a}, {**self.true, first: b - a})
             yield first, a, b, offset + a * step, offset + b * step, layout
 
 
@@ -321,7 +319,8 @@ def build(element: Element, sources: Tensors, dtype: np.dtype) -> np.ndarray:
                 inside = piece.index
                 place = target[(slice(None),) * piece.order.index(letter) + (slice(a, b),)]
             values = layout.view(rows, inside, piece.order)
-            place[...] = _shifted(values, element) if element.offset else values
+            with np.errstate(over="ignore", invalid="ignore"):  # of a cast that was asked for
+                place[...] = _shifted(values, element) if element.offset else values
     return out
 
 
@@ -364,10 +363,12 @@ def check(rows: Iterable[Row], sizes: Sizes, shapes: Mapping[str, tuple] | None 
     if shapes is not None:
         if missing := sorted(set(shapes) - set(names)):
             raise TableError(f"no row of the table makes `{missing[0]}`")
-        for row, ours in ((row, o) for row in rows for o in row.ours):
-            have, want = ours.shape(sizes.ours), tuple(shapes.get(ours.name, ()))
+        for row, made in [(row, o) for row in rows for o in row.ours]:
+            have, want = made.shape(sizes.ours), tuple(shapes.get(made.name, ()))
             if have != want:
-                raise TableError(f"row `{row.text}`: `{ours.name}` would be {have}, the model has {want}")
+                raise TableError(
+                    f"row `{row.text}`: `{made.name}` would be {have}, the model has {want}"
+                )
     start, ours, theirs = 1, {}, {}
     for pattern in (o for row in rows for o in row.ours):
         shape = pattern.shape(sizes.ours)
@@ -382,7 +383,9 @@ def check(rows: Iterable[Row], sizes: Sizes, shapes: Mapping[str, tuple] | None 
         plain = replace(row, offset=0.0)
         for element in to_theirs(plain, sizes):
             if element.name in theirs:
-                raise TableError(f"row `{row.text}`: `{element.name}` is made by another row as well")
+                raise TableError(
+                    f"row `{row.text}`: `{element.name}` is made by another row as well"
+                )
             theirs[element.name] = build(element, _Memory(ours), np.dtype(np.int64))
     used = np.sort(np.concatenate([t.ravel() for t in theirs.values()]))
     kept = np.sort(np.concatenate([o[o > 0].ravel() for o in ours.values()]))
@@ -411,6 +414,5 @@ def _check_letters(rows: tuple[Row, ...], sizes: Sizes) -> None:
             if unknown := sorted({*left, *right} - set(sizes.true)):
                 raise TableError(f"row `{row.text}`: letter {unknown[0]} has no size")
             if sorted(left) != sorted(right) or len(set(left)) != len(left):
-                raise TableError(
-                    f"row `{row.text}`: our letters {' '.join(left)} are not theirs {' '.join(right)}"
-                )
+                both = f"our letters {' '.join(left)} are not theirs {' '.join(right)}"
+                raise TableError(f"row `{row.text}`: {both}")

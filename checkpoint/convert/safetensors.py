@@ -113,8 +113,10 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
         raise UnsafeInputError(f"{problem} is not {{dtype, shape, data_offsets}}")
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or len(numbers) > RANK_LIMIT or not all(
-            type(n) is int and 0 <= n < 2**63 for n in numbers
+        if (
+            not isinstance(numbers, list)
+            or len(numbers) > RANK_LIMIT
+            or not all(type(n) is int and 0 <= n < 2**63 for n in numbers)
         ):
             raise UnsafeInputError(f"{problem} holds {str(numbers)[:60]}, not sizes")
     if not isinstance(dtype, str) or dtype not in DTYPES:

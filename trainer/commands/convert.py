@@ -40,6 +40,7 @@ tensor missing, left over or of another shape), 4 a damaged or unsafe file, 1 wr
   torus convert runs/a hf:./out --like ./Llama-3.2-1B
 """
 
+
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser("convert")
     parser.add_argument("source")
@@ -174,7 +175,12 @@ def _progress(plan: "Plan") -> Iterator[Callable[[int], None]]:
     """A bar over writing and reading back, on a terminal; elsewhere nothing."""
     from rich.console import Console
     from rich.progress import (
-        BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn,
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
     )  # fmt: skip
 
     console = Console(stderr=True)

@@ -17,9 +17,9 @@ usage: torus diff A B [--json]
 
 Compares two checkpoints of one kind: runs (their newest steps), single steps, or Hugging Face
 folders. Says which arrays only one of them has or have another shape or dtype; for every array that
-differs the largest absolute and relative difference, the largest distance in units in the last place
-(0 means equal but for the sign of zero or bits of NaN) and the first index that differs. Arrays are
-read piece by piece.
+differs the largest absolute and relative difference, the largest distance in units in the last
+place (0: only the sign of a zero differs) and the first index that differs. Arrays are read piece
+by piece.
 
 Exit status: 0 all bits are equal, 1 something differs.
 
@@ -100,7 +100,7 @@ def compare(a: Any, b: Any, name: str, dtype: Any, shape: tuple[int, ...]) -> di
         x, y = (side.reshape(-1)[places].astype(np.float64) for side in (left, right))
         with np.errstate(invalid="ignore", divide="ignore"):
             absolute = np.abs(x - y)
-            relative = absolute / np.maximum(np.abs(x), np.abs(y))
+            relative = np.where(x == y, 0.0, absolute / np.maximum(np.abs(x), np.abs(y)))
         found["differing"] += int(places.size)
         found["abs"] = max(found["abs"], _largest(absolute))
         found["relative"] = max(found["relative"], _largest(relative))

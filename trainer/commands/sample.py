@@ -1,6 +1,7 @@
 """`torus sample`: continues texts with the parameters of a run's checkpoint."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharding.errors import UsageError

@@ -1,5 +1,6 @@
 """Hugging Face folders of random weights, made from a ModelConfig without torch."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,7 +20,11 @@ FAMILY_OF = {
 
 def tiny(preset: str) -> tuple[Family, ModelConfig]:
     """Returns a preset's family and a model of its structure, with an odd vocabulary."""
-    return find_family(FAMILY_OF[preset]), shrunk(PRESETS[preset]())
+    model = PRESETS[preset]()
+    small = shrunk(model)
+    if model.width == model.heads * model.head_dim:
+        small = dataclasses.replace(small, width=small.heads * small.head_dim)
+    return find_family(FAMILY_OF[preset]), small
 
 
 def shapes_of(family: Family, model: ModelConfig) -> dict[str, tuple[int, ...]]:

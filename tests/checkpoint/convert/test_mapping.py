@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from checkpoint.convert import mapping
 from checkpoint.convert.mapping import (
-    Sizes, TableError, build, check, parse_rows, to_ours, to_theirs,
+    Sizes,
+    TableError,
+    build,
+    check,
+    parse_rows,
+    to_ours,
+    to_theirs,
 )
 from sharding.errors import UsageError
 
@@ -126,7 +132,7 @@ class TestNotation:
 
 def test_an_offset_that_would_lose_bits_is_refused():
     rows = parse_rows("norm: D = scale: D + 1")
-    with pytest.raises(UsageError, match="`norm`: adding .1 in float32 loses bits"):
+    with pytest.raises(UsageError, match=r"`norm`: adding .1 in float32 loses bits"):
         backward(rows, {"scale": np.full(5, 1e-9, np.float32)})
 
 
@@ -171,7 +177,7 @@ def test_the_checker_catches_a_wrong_executor(monkeypatch):
         mapping.Layout, "view",
         lambda self, t, i, o: view(self, t, i, o)[:: -1 if next(calls) == 7 else 1],
     )  # fmt: skip
-    with pytest.raises(TableError, match="does not lead back|drops or repeats"):
+    with pytest.raises(TableError, match=r"does not lead back|drops or repeats"):
         check(rows, SIZES)
 
 
