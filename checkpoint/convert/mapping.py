@@ -363,7 +363,7 @@ def check(rows: Iterable[Row], sizes: Sizes, shapes: Mapping[str, tuple] | None 
     if shapes is not None:
         if missing := sorted(set(shapes) - set(names)):
             raise TableError(f"no row of the table makes `{missing[0]}`")
-        for row, made in [(row, o) for row in rows for o in row.ours]:
+        for row, made in [(r, o) for r in rows for o in r.ours]:
             have, want = made.shape(sizes.ours), tuple(shapes.get(made.name, ()))
             if have != want:
                 raise TableError(

@@ -138,9 +138,8 @@ class Tensors:
         self._files = {file: os.open(file, mode) for file in files}
 
     def close(self) -> None:
-        """Closes the files; what was written is then on the disk."""
+        """Closes the files."""
         for descriptor in self._files.values():
-            os.fsync(descriptor)
             os.close(descriptor)
         self._files = {}
 
