@@ -11,7 +11,11 @@ LIGHT = (  # importable before JAX: what a refused command line needs
     "sharding/errors.py", "sharding/config.py", "models/config.py", "checkpoint/config.py",
     "checkpoint/steps.py", "trainer/data/config.py", "trainer/metrics.py", "trainer/config.py",
     "trainer/run.py", "trainer/packages.py", "trainer/commands/__init__.py",
-    "trainer/commands/main.py", "trainer/commands/train.py",
+    "trainer/commands/main.py", "trainer/commands/train.py", "trainer/commands/convert.py",
+    "trainer/commands/inspect.py", "trainer/commands/diff.py", "checkpoint/convert/formats.py",
+    "checkpoint/convert/mapping.py", "checkpoint/convert/fields.py",
+    "checkpoint/convert/families.py", "checkpoint/convert/safetensors.py",
+    "checkpoint/convert/huggingface.py",
 )  # fmt: skip
 FILES = [p for floor in FLOORS for p in sorted((ROOT / floor).rglob("*.py"))]
 
