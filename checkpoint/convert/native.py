@@ -29,7 +29,8 @@ class NativeTensors:
         path = steps.folder_path(folder) / str(step) / "state"
         self.where = f"step {step} in {folder}"
         self._base = f"{path}/" if steps.is_remote(folder) else f"file://{path}/"
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        # Not forced to disk chunk by chunk: who makes a step forces all of it, once, at the end.
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
         self._open: dict[str, ts.TensorStore] = {}
         facts = read_manifest(folder, step)["arrays"]
         self.facts = {
@@ -90,7 +91,7 @@ def create_step(
     facts: dict[str, tuple[np.dtype, tuple[int, ...]]],
     meta: dict[str, Any],
 ) -> NativeTensors:
-    """Writes a step of parameters whose arrays are then to be put in, all of them."""
+    """Writes a step of parameters; the caller puts in every array and forces the files to disk."""
     import jax
 
     tree: dict[str, Any] = {}
