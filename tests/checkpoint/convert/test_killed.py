@@ -1,5 +1,6 @@
 """A conversion that is killed, fails or is interrupted leaves nothing that looks like a result."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 
 from checkpoint.convert import engine
-from checkpoint.steps import CheckpointError
 from tests.checkpoint.convert.folders import (
     random_folder,
     random_tensors,
@@ -29,8 +29,6 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.parametrize("to", ["torus", "hf"])
 def test_sigkill_leaves_no_half_result_and_the_same_command_then_succeeds(to, tmp_path):
     family, model = tiny("qwen3-8b")
-    import dataclasses
-
     model = dataclasses.replace(model, vocab=20_000, width=256)
     tensors = random_tensors(family, model)
     folder = write_folder(tmp_path / "hf", family.write(model), tensors)
@@ -116,7 +114,9 @@ def test_two_at_once_and_a_target_that_exists(tmp_path, capsys):
 
 
 def test_a_flipped_bit_in_converted_weights_is_refused(tmp_path, capsys):
-    folder = random_folder(tmp_path / "hf", "olmo2-7b")
+    family, model = tiny("qwen3-8b")
+    model = dataclasses.replace(model, vocab=20_000, width=256)
+    folder = write_folder(tmp_path / "hf", family.write(model), random_tensors(family, model))
     main(["convert", str(folder), f"torus:{tmp_path}/start"])
     data = max((tmp_path / "start/checkpoints/0/state/d").iterdir(), key=lambda p: p.stat().st_size)
     content = bytearray(data.read_bytes())
@@ -124,5 +124,5 @@ def test_a_flipped_bit_in_converted_weights_is_refused(tmp_path, capsys):
     data.write_bytes(content)
     capsys.readouterr()
     assert main(["convert", f"{tmp_path}/start", f"{tmp_path}/out"]) == 1
+    assert "cannot read `" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert issubclass(CheckpointError, RuntimeError)
