@@ -7,7 +7,6 @@ one element always shows; any other change goes unseen with a chance of about 2*
 against storage and transport, not against someone who wants to deceive.
 """
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -35,19 +34,22 @@ def fingerprints(tree: Tree) -> jax.Array:
 def as_text(found: jax.Array, names: list[str]) -> dict[str, str]:
     """Returns name → 16 hexadecimal digits, for the names of the leaves; waits for the device."""
     words = np.asarray(jax.device_get(found)).tolist()
-    return {name: f"{high:08x}{low:08x}" for name, (high, low) in zip(names, words, strict=True)}
+    return {name: sums_text(sums) for name, sums in zip(names, words, strict=True)}
 
 
-def of_parts(shape: tuple[int, ...], parts: Iterable[tuple[tuple[int, ...], np.ndarray]]) -> str:
-    """Returns the fingerprint of an array of `shape` that comes in parts, in any order.
+def part_sums(part: np.ndarray, first: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Returns uint32 (2,): what a part of an array of `shape` adds to the array's fingerprint.
 
     Args:
-      parts: (index of the part's first element, part); a part has all axes of the array.
+      part: has all axes of the array.
+      first: index of the part's first element.
     """
-    total = np.zeros(2, np.uint32)
-    for first, part in parts:
-        total += np.asarray(_fingerprint_of_part(part, [_U32(i) for i in first], shape))
-    return f"{total[0]:08x}{total[1]:08x}"
+    return np.asarray(_fingerprint_of_part(part, [_U32(i) for i in first], shape))
+
+
+def sums_text(sums: np.ndarray) -> str:
+    """Returns the fingerprint whose parts add up to `sums`."""
+    return f"{sums[0]:08x}{sums[1]:08x}"
 
 
 @jax.jit

@@ -368,6 +368,21 @@ class _RecordHandler:
         return None
 
 
+def save_frame(folder: str | os.PathLike, step: int, abstract: Tree, meta: dict[str, Any]) -> None:
+    """Writes `step` with its manifest and `meta`, but every array with a single element.
+
+    For arrays too large to hold: what fills them in (checkpoint/convert/native.py) gives them the
+    shape and dtype of `abstract`, nested dicts of jax.ShapeDtypeStruct, before anyone looks.
+    """
+    _quiet_orbax()
+    frame = jax.tree.map(lambda a: np.zeros((1,) * len(a.shape), a.dtype), abstract)
+    check_storable(frame)
+    _check_json(meta)
+    with _context(CheckpointConfig()):
+        items = {_STATE: frame, MANIFEST: _manifest(abstract), META: meta}
+        ocp.save_checkpointables(steps.folder_path(folder) / str(step), items)
+
+
 def _context(config: CheckpointConfig) -> ocp.Context:
     registry = ocp.handlers.local_registry()
     # Without this a dict of numbers counts as a tree of arrays and its lists, bools and Nones bend.

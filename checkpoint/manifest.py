@@ -53,8 +53,18 @@ def read_meta(folder: str | os.PathLike, step: int) -> dict[str, Any]:
     return _checked(folder, step, META, _read(folder, step, META))
 
 
-def read_manifest(folder: str | os.PathLike, step: int) -> dict[str, Any]:
+def write_record(folder: str | os.PathLike, step: int, arrays: dict[str, str]) -> None:
+    """Writes the integrity record of a step that was made without one."""
+    manifest, meta = (_read(folder, step, item) for item in (MANIFEST, META))
+    path = steps.folder_path(folder) / str(step) / INTEGRITY
+    path.mkdir(exist_ok=True)
+    (path / "data.json").write_text(json.dumps(integrity_record(step, arrays, manifest, meta)))
+
+
+def read_manifest(folder: str | os.PathLike, step: int, *, checked: bool = True) -> dict[str, Any]:
     """Returns the manifest: `format`, `saved` (UTC) and `arrays` (name → shape, dtype).
+
+    checked: compare it with the integrity record, which a step being made does not have yet.
 
     Raises:
         CheckpointError: it is missing, damaged, or of a format this version does not know.
@@ -65,7 +75,7 @@ def read_manifest(folder: str | os.PathLike, step: int) -> dict[str, Any]:
             f"cannot read step {step} in {folder}: manifest format {manifest.get('format')}, "
             f"this version reads {FORMAT}"
         )
-    return _checked(folder, step, MANIFEST, manifest)
+    return _checked(folder, step, MANIFEST, manifest) if checked else manifest
 
 
 def describe(folder: str | os.PathLike) -> dict[str, Any]:

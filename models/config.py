@@ -27,7 +27,7 @@ CHOICES = {
     "norm_placement": ("pre", "post", "sandwich"),
     "position": ("rope", "learned", "none"),
     "qk_norm": ("none", "head", "full"),
-    "activation": ("swiglu", "geglu", "gelu"),
+    "activation": ("swiglu", "geglu", "gelu", "gelu_exact"),
     "dtype": ("float32", "bfloat16"),
     "seq_strategy": SEQ_STRATEGIES,
     "seq_order": SEQ_ORDERS,
@@ -79,7 +79,8 @@ class ModelConfig:
     attention_scale: float = 0.0  # 0 = head_dim ** -0.5
     attention_softcap: float = 0.0  # 0 = none
     final_softcap: float = 0.0  # 0 = none
-    activation: str = "swiglu"  # swiglu | geglu | gelu (two matrices)
+    activation: str = "swiglu"  # swiglu | geglu | gelu, gelu_exact (two matrices; tanh form, erf)
+    parallel_residual: bool = False  # attention and MLP both read the layer's input
     tie_embeddings: bool = False
     scale_embeddings: bool = False  # multiply embeddings by sqrt(width)
 
@@ -169,5 +170,10 @@ class ModelConfig:
             raise UsageError(
                 f"config.model.rope.fraction = {self.rope.fraction}: rotates {rotated:g} of "
                 f"{self.head_dim} head dimensions; an even number is needed"
+            )
+        if self.parallel_residual and self.norm_placement != "pre":
+            raise UsageError(
+                f"config.model.parallel_residual needs norm_placement = 'pre', not "
+                f"{self.norm_placement!r}"
             )
         self.remat_names()

@@ -180,9 +180,11 @@ def _layer(
         y_BTD = y_BTD + params["attention"]["bo"]
     if after:
         y_BTD = layers.norm(y_BTD, params["attention_post_norm"], config)
-    x_BTD = checkpoint_name(x_BTD + y_BTD, "residual")
+    input_BTD, x_BTD = x_BTD, checkpoint_name(x_BTD + y_BTD, "residual")
 
-    h_BTD = layers.norm(x_BTD, params["mlp_norm"], config) if before else x_BTD
+    h_BTD = input_BTD if config.parallel_residual else x_BTD
+    if before:
+        h_BTD = layers.norm(h_BTD, params["mlp_norm"], config)
     y_BTD = layers.mlp(h_BTD, params["mlp"], config, X_BTD)
     if after:
         y_BTD = layers.norm(y_BTD, params["mlp_post_norm"], config)

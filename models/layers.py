@@ -215,7 +215,7 @@ def mlp_specs(config: ModelConfig) -> Tree:
         "up": ParamSpec((D, F), ("embed", "mlp"), D**-0.5),
         "down": ParamSpec((F, D), ("mlp", "embed"), (F * 2 * config.layers) ** -0.5),
     }
-    if config.activation != "gelu":
+    if config.activation in ("swiglu", "geglu"):
         specs["gate"] = ParamSpec((D, F), ("embed", "mlp"), D**-0.5)
     if config.out_bias:
         specs["up_bias"] = ParamSpec((F,), ("mlp",), decay=False)
@@ -224,13 +224,13 @@ def mlp_specs(config: ModelConfig) -> Tree:
 
 
 def mlp(x_BTD: jax.Array, params: Tree, config: ModelConfig, spec: P) -> jax.Array:
-    """SwiGLU or GeGLU (arXiv:2002.05202), or GELU; the tanh form of GELU."""
+    """SwiGLU or GeGLU (arXiv:2002.05202), or GELU; its tanh form unless "gelu_exact"."""
     up_BTF = matmul(x_BTD, params["up"])
     if config.out_bias:
         up_BTF = up_BTF + params["up_bias"]
     up_BTF = checkpoint_name(up_BTF, "up")
-    if config.activation == "gelu":
-        hidden_BTF = jax.nn.gelu(up_BTF, approximate=True)
+    if config.activation in ("gelu", "gelu_exact"):
+        hidden_BTF = jax.nn.gelu(up_BTF, approximate=config.activation == "gelu")
     else:
         gate_BTF = checkpoint_name(matmul(x_BTD, params["gate"]), "gate")
         act = jax.nn.silu if config.activation == "swiglu" else jax.nn.gelu

@@ -8,7 +8,21 @@ from collections.abc import Iterable
 
 
 class UsageError(ValueError):
-    """A mistake in a config, a command line or an input file: printed in one line, exit code 2."""
+    """A mistake in a config, a command line or an input file: one line and the exit status."""
+
+    status = 2
+
+
+class MismatchError(UsageError):
+    """An input that is sound but not what it has to be: another model, a tensor too many."""
+
+    status = 3
+
+
+class UnsafeInputError(UsageError):
+    """An input that is damaged, or built to do harm: nothing in it is trusted."""
+
+    status = 4
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:

@@ -13,6 +13,11 @@ LIGHT = (  # importable before JAX: what a refused command line needs
     "trainer/run.py", "trainer/packages.py", "trainer/commands/__init__.py",
     "trainer/commands/main.py", "trainer/commands/train.py", "trainer/commands/prepare.py",
     "trainer/data/prepare.py", "trainer/data/readers.py", "trainer/data/clean.py",
+    "trainer/commands/convert.py",
+    "trainer/commands/inspect.py", "trainer/commands/diff.py", "checkpoint/convert/formats.py",
+    "checkpoint/convert/mapping.py", "checkpoint/convert/fields.py",
+    "checkpoint/convert/families.py", "checkpoint/convert/safetensors.py",
+    "checkpoint/convert/huggingface.py",
 )  # fmt: skip
 FILES = [p for floor in FLOORS for p in sorted((ROOT / floor).rglob("*.py"))]
 

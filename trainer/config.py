@@ -54,6 +54,7 @@ class TrainConfig:
     accumulation: int = 1  # microbatches per step, each batch_size / accumulation rows
     seed: int = 0
     z_loss: float = 0.0
+    init_from: str = ""  # run whose newest parameters are the first ones here; "" = random ones
     stop_at: int = 0  # stop and save after this step without changing the schedule; 0 = steps
 
 

@@ -22,7 +22,8 @@ from trainer.data.rows import resume_row
 from trainer.evaluate import baselines, evaluate
 from trainer.journal import Journal
 from trainer.profiler import Profiler
-from trainer.run import CHECKPOINTS, check_workdir, write_experiment
+from trainer.restore import first_params
+from trainer.run import CHECKPOINTS, check_start, check_workdir, write_experiment
 from trainer.signals import StopSignals
 from trainer.state import abstract_state, from_stored, init_state, make_layout, to_stored
 from trainer.step import make_eval_step, make_train_step
@@ -46,6 +47,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
     """
     validate(experiment)
     check_workdir(workdir, experiment)
+    check_start(workdir, experiment)
 
     # ---------------------------------------------------------------- devices
     start_runtime()
@@ -56,7 +58,12 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
 
     # ---------------------------------------------------------------- data
     config = experiment.train
-    dataset = open_training(experiment.data, config.batch_size, experiment.model.vocab)
+    batch_size, batches, ahead = (
+        config.batch_size,
+        experiment.eval.batches,
+        experiment.data.prefetch,
+    )
+    dataset = open_training(experiment.data, batch_size, experiment.model.vocab)
     held_out = open_dataset(experiment.data, HELD_OUT) if experiment.eval.every else None
 
     # ---------------------------------------------------------------- state: restored or new
@@ -77,31 +84,20 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
             )
         else:
             state = init_state(experiment, layout)
+            if experiment.train.init_from:
+                state = state.replace(params=first_params(experiment, layout))
 
         train_step = jax.jit(make_train_step(experiment, layout), donate_argnums=0)
         eval_step = jax.jit(make_eval_step(experiment))
 
         with (
             Journal(experiment, workdir, mesh, dataset, start, int(state.skipped)) as journal,
-            Loader(
-                dataset,
-                config.batch_size,
-                rows,
-                start_row=start_row,
-                prefetch=experiment.data.prefetch,
-            ) as loader,
+            Loader(dataset, batch_size, rows, start_row=start_row, prefetch=ahead) as loader,
         ):
 
             def evaluated(step: int) -> dict[str, float]:
                 with journal.paused(state.step):
-                    result = evaluate(
-                        eval_step,
-                        state.params,
-                        held_out,
-                        config.batch_size,
-                        rows,
-                        experiment.eval.batches,
-                    )
+                    result = evaluate(eval_step, state.params, held_out, batch_size, rows, batches)
                 journal.eval(step, result)
                 return result
 

@@ -7,9 +7,10 @@ metrics.jsonl     records of steps, evaluations and events; tensorboard/ mirrors
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from checkpoint.steps import folder_path, is_remote
+from checkpoint.steps import complete_steps, folder_path, is_remote, pick_step
 from sharding.errors import UsageError
 from trainer.config import Experiment, differences, from_dict, to_json
 
@@ -55,6 +56,30 @@ def check_workdir(workdir: str, experiment: Experiment) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"--workdir={workdir} cannot be written: check {existing}")
+
+
+def check_start(workdir: str, experiment: Experiment) -> None:
+    """Refuses a `config.train.init_from` that is no run of the same model. Writes nothing.
+
+    Raises:
+      UsageError: naming the fields of the model that differ; or `workdir` itself holds converted
+        weights, which training there would pass over.
+    """
+    own, source = complete_steps(f"{workdir}/{CHECKPOINTS}"), experiment.train.init_from
+    if 0 in own:
+        raise UsageError(
+            f"{workdir} holds weights to start from, not a run: use another --workdir, and "
+            f"--config.train.init_from={workdir}"
+        )
+    if own or not source:
+        return
+    start = replace(experiment, model=read_experiment(source).model)
+    if differing := differences(start, experiment):
+        raise UsageError(
+            f"config.train.init_from = {source!r} is another model: {'; '.join(differing[:6])} — "
+            f"--config=from_run:{source} takes the model from there"
+        )
+    pick_step(f"{source}/{CHECKPOINTS}")
 
 
 def write_experiment(workdir: str, experiment: Experiment) -> None:

@@ -15,13 +15,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from checkpoint.config import CheckpointConfig
-from checkpoint.fingerprint import as_text, fingerprints, of_parts
+from checkpoint.fingerprint import as_text, fingerprints, part_sums, sums_text
 from checkpoint.manager import CheckpointManager, load_step
 from checkpoint.manifest import MANIFEST, META, integrity_record, read_manifest, read_meta
 from checkpoint.steps import CheckpointError, complete_steps
 from checkpoint.tree import flatten
 from sharding.errors import UsageError
 from tests.checkpoint.test_manager import make_mesh, odd_bits
+from trainer.commands import verify
 
 U32 = 2**32
 # Orbax leaves its other reads running when one of them fails.
@@ -78,7 +79,8 @@ def test_fingerprint_is_what_it_was(dtype, shape):
 def test_fingerprint_adds_up_from_parts():
     x = np.random.default_rng(2).normal(size=(3, 4, 5)).astype(jnp.bfloat16)
     parts = [((i, j, 0), x[i : i + 1, j : j + 2]) for i in (2, 0, 1) for j in (0, 2)]
-    assert of_parts(x.shape, parts) == fingerprint(x) == oracle(x)
+    sums = sum(part_sums(part, first, x.shape) for first, part in parts)
+    assert sums_text(sums) == fingerprint(x) == oracle(x)
 
 
 def test_fingerprint_does_not_depend_on_the_mesh():
@@ -275,3 +277,19 @@ def test_only_damaged_steps_is_an_error_that_names_them(run):
     ):
         manager.restore_newest(abstract())
     assert complete_steps(run) == [1, 2]  # nothing was touched
+
+
+def test_verify_command_names_what_is_damaged(run, capsys):
+    assert verify.main([str(run)]) == 0
+    assert capsys.readouterr().out.count("all as saved") == 2
+    part = max(
+        (p for p in files(run / "2") if "/d/" in p.as_posix()), key=lambda p: p.stat().st_size
+    )
+    damaged = bytearray(part.read_bytes())
+    damaged[damaged.find(state(2)["params"]["w"][:1].tobytes())] ^= 1
+    part.write_bytes(damaged)
+    assert verify.main([str(run)]) == 1
+    told = capsys.readouterr()
+    assert "step 1: 5 arrays" in told.out
+    assert "1 of 5 arrays are not the bits that were saved: params/w" in told.err
+    assert verify.main([str(run / "1")]) == verify.main([str(run), "--step", "1"]) == 0

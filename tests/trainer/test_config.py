@@ -41,6 +41,10 @@ REFUSED_EARLY = {  # before JAX starts
         [TINY, "--config.mesh.tensor=3"],
         r"model.heads = 4 does not divide over .*tensor = 3",
     ),
+    "parallel": (
+        [TINY, "--config.model.parallel_residual", "--config.model.norm_placement=post"],
+        r"parallel_residual needs norm_placement = 'pre', not 'post'",
+    ),
     "kv heads": ([TINY, "--config.model.kv_heads=3"], r"kv_heads = 3 does not divide heads = 4"),
     "batch not divisible": (
         [TINY, "--config.mesh.fsdp=3"],

@@ -24,11 +24,29 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "trainer.commands.plan", "say whether a config fits a TPU slice, without any TPU", "Train"
     ),
+    "convert": Command(
+        "trainer.commands.convert", "bring weights in from Hugging Face, and take them back",
+        "Use",
+    ),
     "eval": Command("trainer.commands.eval", "measure the loss of a trained model", "Use"),
     "sample": Command("trainer.commands.sample", "continue a text with a trained model", "Use"),
     "report": Command("trainer.commands.report", "draw a run as one HTML page", "Look"),
     "data": Command(
-        "trainer.commands.data", "look into a dataset, check it, convert it", "Look"
+        "trainer.commands.data",
+        "look into a dataset, check it, convert it from and to other formats",
+        "Look",
+    ),
+    "inspect": Command(
+        "trainer.commands.inspect", "list what is in a checkpoint: arrays, shapes, dtypes, steps",
+        "Look",
+    ),
+    "verify": Command(
+        "trainer.commands.verify",
+        "read a checkpoint again and compare it with what was saved",
+        "Look",
+    ),
+    "diff": Command(
+        "trainer.commands.diff", "compare two checkpoints, structure and values", "Look"
     ),
     "doctor": Command(
         "trainer.commands.doctor", "find what is wrong with this machine before it costs money",

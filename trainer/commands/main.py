@@ -1,6 +1,7 @@
 """The console script `torus`: finds the subcommand, and turns failures into one line and a status.
 
-Exit statuses: 0 success, 1 the command found a failure, 2 the user's mistake, 130 interrupted.
+Exit statuses: 0 success, 1 the command found a failure, 2 the user's mistake, 3 an input that does
+not match what it should be, 4 an input that is damaged or unsafe, 130 interrupted.
 Only the chosen command's module is imported; this file and the table it reads import no JAX.
 """
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a closed pipe must show here, not in the interpreter's shutdown
         return status
     except UsageError as error:
-        return _fail(" ".join(str(error).split()))
+        return _fail(" ".join(str(error).split()), error.status)
     except CheckpointError as error:
         print(f"torus: error: {error}", file=sys.stderr)
         return 1
@@ -91,9 +92,9 @@ def _dispatch(arguments: list[str]) -> int:
     return command.main(rest)
 
 
-def _fail(line: str) -> int:
+def _fail(line: str, status: int) -> int:
     print(f"torus: error: {line}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

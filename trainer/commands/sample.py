@@ -1,6 +1,7 @@
 """`torus sample`: continues texts with the parameters of a run's checkpoint."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharding.errors import UsageError
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     args = _arguments(argv)
     experiment = read_experiment(args.run)
     step = pick_step(f"{args.run}/{CHECKPOINTS}", args.step)
-    tokenizer = _tokenizer(experiment.data)
+    tokenizer = _tokenizer(args.run, experiment.data)
     prompts = [[tokenizer.spec.bos, *tokenizer.encode(text)] for text in args.prompt or [""]]
     if (largest := max(map(max, prompts))) >= experiment.model.vocab:
         raise UsageError(
@@ -88,11 +89,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _tokenizer(config: DataConfig) -> "Tokenizer":
-    """Returns the tokenizer of the data that the run was trained on."""
+def _tokenizer(run: str, config: DataConfig) -> "Tokenizer":
+    """Returns the tokenizer that came with converted weights, else that of the run's data."""
     from trainer.data.corpus import dataset_folder
     from trainer.data.manifest import read_manifest
-    from trainer.data.tokenizer import load_tokenizer
+    from trainer.data.tokenizer import load_tokenizer, open_tokenizer
 
+    if (Path(run) / "tokenizer").is_dir():
+        return open_tokenizer(f"{run}/tokenizer")
     folder = dataset_folder(config.path)
     return load_tokenizer(read_manifest(folder).tokenizer, folder)

@@ -1,0 +1,5 @@
+"""Moves: checkpoints of other stacks to ours and back, bit for bit, one tensor at a time.
+
+`mapping` is the language of tables, `families` the tables, `fields` their config.json half;
+`safetensors` and `huggingface` read and write folders, `native` our steps; `engine` plans and runs.
+"""

@@ -1,0 +1,185 @@
+"""Safetensors files: headers that are believed only after checking, and data in pieces.
+
+The library maps whole files into memory and writes only what is all there, so neither way stays
+within a bound; the format is a length, a JSON object and the bytes. Everything a header says is
+compared with the file before a byte is allocated for it.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from sharding.errors import UnsafeInputError
+
+HEADER_LIMIT = 100 * 2**20  # what the reference library accepts
+JSON_LIMIT = 64 * 2**20
+RANK_LIMIT = 32
+
+DTYPES = {
+    "F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype("int64"), "I32": np.dtype("int32"),
+    "I16": np.dtype("int16"), "I8": np.dtype("int8"), "U8": np.dtype("uint8"),
+    "BOOL": np.dtype("bool"), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is: its file, the offset of its first byte, dtype and shape."""
+
+    file: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """Returns a JSON object; raises UnsafeInputError for anything else, or a repeated name."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name is there twice")
+        return found
+
+    try:
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UnsafeInputError(f"{where} is not JSON: {reason}") from error
+    if not isinstance(found, dict):
+        raise UnsafeInputError(f"{where} is not a JSON object")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object of a small file; raises UnsafeInputError as `parse_json` does."""
+    if path.stat().st_size > JSON_LIMIT:
+        raise UnsafeInputError(f"{path} is larger than {JSON_LIMIT >> 20} MiB")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """Returns the tensors of a file by name, and its metadata.
+
+    Raises:
+      UnsafeInputError: the file is truncated, or its header is malformed or contradicts the file.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise UnsafeInputError(
+                f"{path} is not a safetensors file, or truncated: it has {size} bytes and declares "
+                f"a header of {length}"
+            )
+        header = parse_json(file.read(length), f"{path}: the header")
+    metadata = header.pop("__metadata__", {})
+    start, end, tensors = 8 + length, 0, {}
+    spans = []
+    for name, entry in header.items():
+        stored = _entry(path, name, entry, start)
+        tensors[name] = stored
+        spans.append((stored.offset, stored.offset + stored.nbytes, name))
+    for first, last, name in sorted(spans):
+        if first != start + end:
+            raise UnsafeInputError(f"{path}: `{name}` overlaps another tensor or leaves a gap")
+        end = last - start
+    if start + end != size:
+        raise UnsafeInputError(
+            f"{path} has {size} bytes, its header describes {start + end}: truncated or padded"
+        )
+    return tensors, metadata if isinstance(metadata, dict) else {}
+
+
+def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
+    problem = f"{path}: the header's entry of `{name[:80]}`"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise UnsafeInputError(f"{problem} is not {{dtype, shape, data_offsets}}")
+    shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
+    for numbers in (shape, offsets):
+        if (
+            not isinstance(numbers, list)
+            or len(numbers) > RANK_LIMIT
+            or not all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+        ):
+            raise UnsafeInputError(f"{problem} holds {str(numbers)[:60]}, not sizes")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UnsafeInputError(f"{problem} has dtype {str(dtype)[:20]!r}, not {', '.join(DTYPES)}")
+    stored = Stored(path, start + (offsets or [0])[0], DTYPES[dtype], tuple(shape))
+    if len(offsets) != 2 or offsets[1] - offsets[0] != stored.nbytes:
+        raise UnsafeInputError(
+            f"{problem} gives {offsets} for {dtype}{shape}, which has {stored.nbytes} bytes"
+        )
+    return stored
+
+
+class Tensors:
+    """Tensors of open files, read and written some rows at a time. Close it, or use `with`."""
+
+    def __init__(self, tensors: dict[str, Stored], mode: int = os.O_RDONLY) -> None:
+        self.tensors = tensors
+        files = dict.fromkeys(stored.file for stored in tensors.values())
+        self._files = {file: os.open(file, mode) for file in files}
+
+    def close(self) -> None:
+        """Closes the files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files = {}
+
+    def read(self, name: str, lead: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        """Returns rows start to stop; raises UnsafeInputError if the file has become shorter."""
+        stored = self.tensors[name]
+        row = stored.nbytes // max(1, stored.shape[0])
+        buffer = np.empty((stop - start) * row, np.uint8)
+        view, offset = memoryview(buffer), stored.offset + start * row
+        while view:
+            count = os.preadv(self._files[stored.file], [view], offset)
+            if count == 0:
+                raise UnsafeInputError(f"{stored.file} ends inside `{name}`")
+            view, offset = view[count:], offset + count
+        return buffer.view(stored.dtype).reshape(stop - start, *stored.shape[1:])
+
+    def put(self, name: str, lead: tuple[int, ...], array: np.ndarray) -> None:
+        """Writes a whole tensor to its place."""
+        stored = self.tensors[name]
+        view, offset = memoryview(array.reshape(-1).view(np.uint8)), stored.offset
+        while view:
+            count = os.pwrite(self._files[stored.file], view, offset)
+            view, offset = view[count:], offset + count
+
+
+def create(
+    path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]
+) -> dict[str, Stored]:
+    """Writes the header of a new file and returns where its tensors go; wide dtypes come first."""
+    ordered = sorted(tensors, key=lambda entry: -entry[1].itemsize)  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in ordered:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    data = json.dumps(header, separators=(",", ":")).encode()
+    data += b" " * (-len(data) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(data)) + data)
+        file.truncate(8 + len(data) + end)
+    return read_header(path)[0]

@@ -1,0 +1,125 @@
+"""Memory and speed of `torus convert` on a synthetic model, both ways, beside `cp`.
+
+    python -m tests.benchmarks.convert --gib 2 --rounds 2
+
+Prints the peak of resident memory above the imports, the limit of 1.5 × the largest tensor +
+300 MB, and the time as a multiple of `cp` and `sync` of the source's files, taken in turns. A
+conversion writes and reads back; `cp` only writes.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+CHILD = """
+import json, sys
+from trainer.commands.main import main
+import trainer.commands.convert, checkpoint.convert.native, checkpoint.convert.engine, rich.progress
+import jax, numpy
+jax.numpy.zeros(1)
+
+def memory(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+open("/proc/self/clear_refs", "w").write("5")
+before = memory("VmRSS")
+status = main(sys.argv[1:])
+print(json.dumps({"status": status, "peak": memory("VmHWM") - before}))
+"""
+
+
+def make_source(folder: Path, gib: float) -> int:
+    """Writes a Llama of about `gib` GiB in bfloat16; returns the bytes of its largest tensor."""
+    import ml_dtypes
+
+    from checkpoint.convert import huggingface
+    from checkpoint.convert.families import find_family
+    from checkpoint.convert.mapping import to_theirs
+    from checkpoint.convert.safetensors import Tensors
+    from models.presets import PRESETS
+
+    model = dataclasses.replace(PRESETS["llama3.2-1b"](), tie_embeddings=False)
+    per_layer = 2 * (2048 * 2048 * 2 + 2 * 2048 * 512 + 3 * 2048 * 8192)
+    head = 2 * 2 * 128256 * 2048
+    layers = max(1, round((gib * 2**30 - head) / per_layer))
+    model = dataclasses.replace(model, layers=layers)
+    family = find_family("llama")
+    sizes = family.sizes(model)
+    kind = np.dtype(ml_dtypes.bfloat16)
+    entries = [
+        (e.name, kind, e.shape) for row in family.rows_for(model) for e in to_theirs(row, sizes)
+    ]
+    folder.mkdir()
+    files: Tensors = huggingface.create_folder(folder, family.write(model), entries, 5 * 10**9)
+    rng = np.random.default_rng(0)
+    for name, _, shape in entries:
+        files.put(name, (), rng.integers(0, 2**16, shape, np.uint16).view(kind))
+    files.close()
+    return max(2 * int(np.prod(shape)) for _, _, shape in entries)
+
+
+def convert(*arguments: str) -> tuple[float, int]:
+    """Returns (seconds, peak bytes above the imports) of one conversion in a fresh process."""
+    start = time.perf_counter()
+    command = [sys.executable, "-c", CHILD, "convert", *arguments]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seconds = time.perf_counter() - start
+    facts = json.loads(out.splitlines()[-1])
+    assert facts["status"] == 0, out
+    return seconds, facts["peak"]
+
+
+def copy(source: Path, target: Path) -> float:
+    """Returns the seconds of `cp` of a folder, until the bytes are on the disk."""
+    shutil.rmtree(target, ignore_errors=True)
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    subprocess.run(["sync", "-f", target], check=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gib", type=float, default=2.0)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--folder", default=None, help="where to work; needs 3 × GIB of disk")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as work:
+        folder = Path(work)
+        largest = make_source(folder / "hf", args.gib)
+        size = sum(p.stat().st_size for p in (folder / "hf").iterdir())
+        limit = 1.5 * largest + 300e6
+        print(
+            f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, limit {limit / 1e6:.0f}"
+        )
+        for _ in range(args.rounds):
+            base = copy(folder / "hf", folder / "copy")
+            there = convert(f"{folder}/hf", f"torus:{folder}/start")
+            shutil.rmtree(folder / "copy", ignore_errors=True)
+            back = convert(f"{folder}/start", f"hf:{folder}/out")
+            same = all(
+                p.read_bytes() == (folder / "out" / p.name).read_bytes()
+                for p in (folder / "hf").glob("*.safetensors")
+            )
+            for name in ("start", "out"):
+                shutil.rmtree(folder / name)
+            print(f"cp {base:.1f} s ({size / base / 1e6:.0f} MB/s); bytes equal: {same}")
+            for way, (seconds, peak) in (("to torus", there), ("to hf", back)):
+                print(
+                    f"  {way}: {seconds:.1f} s, {seconds / base:.2f} × cp, peak {peak / 1e6:.0f} MB"
+                )
+
+
+if __name__ == "__main__":
+    main()

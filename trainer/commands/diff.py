@@ -1,0 +1,143 @@
+"""`torus diff`: how two checkpoints differ, first in structure, then in values."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sharding.errors import UsageError
+from trainer.commands.parser import CommandParser
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HELP = "compare two checkpoints, structure and values"
+USAGE = """\
+usage: torus diff A B [--json]
+
+Compares two checkpoints of one kind: runs (their newest steps), single steps, or Hugging Face
+folders. Says which arrays only one of them has or have another shape or dtype; for every array that
+differs the largest absolute and relative difference, the largest distance in units in the last
+place (0: only the sign of a zero differs) and the first index that differs. Arrays are read piece
+by piece.
+
+Exit status: 0 all bits are equal, 1 something differs.
+
+  torus diff runs/a runs/b
+  torus diff runs/a/checkpoints/500 runs/a/checkpoints/1000
+  torus diff ./Llama-3.2-1B ./out
+"""
+
+PIECE = 32 * 2**20  # bytes
+
+
+def main(argv: list[str]) -> int:
+    """Prints the differences; raises UsageError for what is not a checkpoint."""
+    from checkpoint.convert.formats import open_place
+
+    parser = CommandParser("diff")
+    parser.add_argument("a")
+    parser.add_argument("b")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse(argv)
+    places = [open_place(place) for place in (args.a, args.b)]
+    if places[0][0] != places[1][0]:
+        raise UsageError(
+            f"{args.a} is {places[0][0]}, {args.b} is {places[1][0]}: convert one of them first"
+        )
+    (a, facts_a), (b, facts_b) = (_open(*place) for place in places)
+    found = {
+        "only in A": sorted(set(facts_a) - set(facts_b)),
+        "only in B": sorted(set(facts_b) - set(facts_a)),
+        "other shape or dtype": {}, "other values": {}, "equal": 0,
+    }  # fmt: skip
+    for name in sorted(set(facts_a) & set(facts_b)):
+        (dtype, shape), other = facts_a[name], facts_b[name]
+        if other != (dtype, shape):
+            pair = [f"{d}{list(s)}" for d, s in ((dtype, shape), other)]
+            found["other shape or dtype"][name] = pair
+        elif differs := compare(a, b, name, dtype, shape):
+            found["other values"][name] = differs
+        else:
+            found["equal"] += 1
+    _print(found, as_json=args.json)
+    return int(any(value for key, value in found.items() if key != "equal"))
+
+
+def _open(kind: str, path: Path) -> tuple[Any, dict]:
+    if kind == "torus":
+        from checkpoint.convert.formats import find_step
+        from checkpoint.convert.native import NativeTensors
+
+        tensors = NativeTensors(*find_step(path), prefix="")
+        return tensors, tensors.facts
+    from checkpoint.convert import huggingface
+    from checkpoint.convert.safetensors import Tensors, read_header
+
+    stored = huggingface.find_tensors(path) if path.is_dir() else read_header(path)[0]
+    return Tensors(stored), {name: (t.dtype, t.shape) for name, t in stored.items()}
+
+
+def compare(a: Any, b: Any, name: str, dtype: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Returns {} for equal bits, else `differing` (elements), `abs`, `relative`, `ulp`, `first`."""
+    import numpy as np
+
+    rows = shape[0] if shape else 1
+    step = max(1, PIECE // max(1, math.prod(shape[1:]) * dtype.itemsize))
+    found: dict[str, Any] = {}
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        left, right = (np.asarray(x.read(name, (), start, stop)) for x in (a, b))
+        bits = [x.reshape(-1).view(f"u{dtype.itemsize}") for x in (left, right)]
+        places = np.flatnonzero(bits[0] != bits[1])
+        if not places.size:
+            continue
+        if not found:
+            index = np.unravel_index(int(places[0]), left.shape)
+            first = [int(i) for i in index]
+            first[:1] = [first[0] + start] if first else []
+            found = {"differing": 0, "abs": 0.0, "relative": 0.0, "ulp": 0, "first": first}
+        x, y = (side.reshape(-1)[places].astype(np.float64) for side in (left, right))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            absolute = np.abs(x - y)
+            relative = np.where(x == y, 0.0, absolute / np.maximum(np.abs(x), np.abs(y)))
+        found["differing"] += int(places.size)
+        found["abs"] = max(found["abs"], _largest(absolute))
+        found["relative"] = max(found["relative"], _largest(relative))
+        if dtype.kind not in "iub":
+            ordered = [_ordered(side[places], dtype.itemsize) for side in bits]
+            found["ulp"] = max(found["ulp"], int(np.max(np.abs(ordered[0] - ordered[1]))))
+    return found
+
+
+def _largest(values: "np.ndarray") -> float:
+    """Returns the largest number, infinity where there is a NaN on one side."""
+    import numpy as np
+
+    return float(np.max(np.nan_to_num(values, nan=np.inf)))
+
+
+def _ordered(bits: "np.ndarray", itemsize: int) -> "np.ndarray":
+    """Returns floats, given as bits, as integers in the order of their values; -0 equals 0."""
+    import numpy as np
+
+    sign = 1 << (8 * itemsize - 1)
+    wide = bits.astype(np.int64)
+    return np.where(wide >= sign, sign - wide, wide) if itemsize < 8 else wide
+
+
+def _print(found: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for where in ("only in A", "only in B"):
+        for name in found[where]:
+            print(f"{where}: {name}")
+    for name, (left, right) in found["other shape or dtype"].items():
+        print(f"{name}: {left} against {right}")
+    for name, d in found["other values"].items():
+        print(
+            f"{name}: {d['differing']:,} elements, abs {d['abs']:.3g}, relative "
+            f"{d['relative']:.3g}, ulp {d['ulp']:,}, first at {d['first']}"
+        )
+    print(f"{found['equal']} arrays equal in every bit")

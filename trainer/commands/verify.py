@@ -1,0 +1,67 @@
+"""`torus verify`: reads a checkpoint again and says whether it still is what was saved."""
+
+import math
+import sys
+
+from checkpoint.steps import CheckpointError
+from trainer.commands.parser import CommandParser
+
+HELP = "read a checkpoint again and compare it with what was saved"
+USAGE = """\
+usage: torus verify PATH [--step N]
+
+Reads every array of every complete step (or of step N), computes its fingerprint and compares it
+with the one that was taken from memory when the step was saved; also checks the metadata. PATH is
+a run, a folder of steps, or one step. Ends with status 1 if a step is damaged, and names what is.
+
+  torus verify runs/a
+  torus verify runs/a --step 500
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Prints a line per step; raises UsageError where there is no checkpoint."""
+    from pathlib import Path
+
+    from checkpoint.convert.formats import find_step
+    from checkpoint.steps import complete_steps
+
+    parser = CommandParser("verify")
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--step", type=int)
+    args = parser.parse(argv)
+    folder, newest = find_step(args.path, args.step)
+    one = args.step is not None or (folder != args.path and folder == args.path.parent)
+    damaged = 0
+    for step in [newest] if one else complete_steps(folder):
+        try:
+            print(f"step {step}: {_verify(folder, step)}")
+        except CheckpointError as error:
+            damaged += 1
+            print(f"torus: damaged: {error}", file=sys.stderr)
+    return 1 if damaged else 0
+
+
+def _verify(folder, step: int) -> str:
+    from rich import progress as bars
+    from rich.console import Console
+
+    from checkpoint.convert.native import NativeTensors
+    from checkpoint.manifest import read_meta
+
+    read_meta(folder, step)
+    tensors = NativeTensors(folder, step, prefix="")
+    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in tensors.facts.values()]
+    with bars.Progress(
+        bars.TextColumn(f"step {step}"),
+        bars.BarColumn(24),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task("", total=sum(sizes))
+        tensors.verify(lambda nbytes: bar.update(task, advance=nbytes))
+    tensors.close()
+    return f"{len(sizes)} arrays, {sum(sizes):,} bytes, all as saved"
