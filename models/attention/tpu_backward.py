@@ -16,99 +16,68 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from models.attention import schedule
-from models.attention.tpu_forward import F32, LANES, LN2, LOG2E, Kernel, dot, share, spans
+from models.attention.tpu_call import (
+    F32,
+    LANES,
+    LN2,
+    LOG2E,
+    Kernel,
+    dot,
+    ids_of,
+    launch,
+    load,
+    spans,
+    without_padding,
+)
 
 
 def backward(
-    q_hRH, k_hSH, v_hSH, do_hRV, lse_h1R, delta_h1R, ids_B8T, tables_BP, kernel: Kernel, scale: float
-):
-    """Returns (dq_hRH, dk_hSH, dv_hSH); `h` counts batch and kv heads, R rows are the G * T queries.
+    rows, k_hSH, v_hSV, ids_B8T, tables_BP, first_tile, *, kernel: Kernel, scale: float,
+    q_tiles: int, sum_dtype: jnp.dtype,
+) -> list[jax.Array]:  # fmt: skip
+    """Returns [dq_hRH, dk_hSH, dv_hSV]; `h` counts batch and kv heads.
 
-    q is scaled as in the forward; lse is in base 2. Every row and key block has a step in the
-    tables (`schedule.backward_table`).
+    rows: q_hRH scaled as in the forward, do_hRV, lse_h1R in base 2, delta_h1R: all G * T rows, or
+    a part that starts with block `first_tile`, an int32 (1,). Every row block and key block has a
+    step in the tables (`schedule.backward_table`). q_tiles: the blocks of one head's T rows.
+    sum_dtype: of dk and dv, which are the part's share.
     """
-    (heads, R, H), (_, S, V) = q_hRH.shape, v_hSH.shape
-    B, P = tables_BP[0].shape
-    blocks, per_row, q_tiles = kernel.blocks, heads // B, ids_B8T.shape[2] // kernel.blocks.q
-
-    def step(h, p, steps):
-        return steps[share(h, per_row, heads) * P + p]
-
-    def queries(h, p, steps, bits, targets):
-        return h, schedule.query_tile(step(h, p, steps)), 0
-
-    def keys(h, p, steps, bits, targets):
-        return h, schedule.key_tile(step(h, p, steps)), 0
-
-    def rows(h, p, steps, bits, targets):
-        return h, 0, schedule.query_tile(step(h, p, steps))
-
-    def ids(h, p, steps, bits, targets):
-        return share(h, per_row, heads), 0, 0
-
-    def emitted(h, p, steps, bits, targets):
-        return h, step(h, p, targets), 0
-
-    return pl.pallas_call(
-        partial(
-            _backward_kernel, kernel=kernel, scale=scale, per_row=per_row, heads=heads, P=P,
-            q_tiles=q_tiles,
+    q_hRH, do_hRV, lse_h1R, delta_h1R = rows
+    (_, R, H), (kv_heads, _, V), keys = q_hRH.shape, v_hSV.shape, kernel.blocks.k
+    return launch(
+        partial(_backward_kernel, scale=scale, q_tiles=q_tiles),
+        "torus_attention_backward",
+        kernel,
+        kv_heads=kv_heads,
+        tables=(*tables_BP, first_tile),
+        operands=(
+            (q_hRH, "q"), (k_hSH, "k"), (v_hSV, "k"), (do_hRV, "q"), (lse_h1R, "q row"),
+            (delta_h1R, "q row"), (ids_B8T, "ids"),
         ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(heads, P),
-            in_specs=[
-                pl.BlockSpec((1, blocks.q, H), queries),
-                pl.BlockSpec((1, blocks.k, H), keys),
-                pl.BlockSpec((1, blocks.k, V), keys),
-                pl.BlockSpec((1, blocks.q, V), queries),
-                pl.BlockSpec((1, 1, blocks.q), rows),
-                pl.BlockSpec((1, 1, blocks.q), rows),
-                pl.BlockSpec((1, *ids_B8T.shape[1:]), ids),
-            ],
-            out_specs=[
-                pl.BlockSpec((1, blocks.q, H), emitted),
-                pl.BlockSpec((1, blocks.k, H), keys),
-                pl.BlockSpec((1, blocks.k, V), keys),
-            ],
-            scratch_shapes=[
-                pltpu.VMEM((R, H), F32),
-                pltpu.VMEM((blocks.k, H), F32),
-                pltpu.VMEM((blocks.k, V), F32),
-            ],
+        results=(
+            (jax.ShapeDtypeStruct(q_hRH.shape, q_hRH.dtype), "target"),
+            (jax.ShapeDtypeStruct(k_hSH.shape, sum_dtype), "k"),
+            (jax.ShapeDtypeStruct(v_hSV.shape, sum_dtype), "k"),
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(q_hRH.shape, q_hRH.dtype),
-            jax.ShapeDtypeStruct(k_hSH.shape, k_hSH.dtype),
-            jax.ShapeDtypeStruct(v_hSH.shape, v_hSH.dtype),
-        ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=kernel.vmem_bytes,
-            disable_bounds_checks=True,  # tables are made here; a check costs more than a DMA's set-up
-        ),
-        interpret=kernel.interpret,
-        name="torus_attention_backward",
-    )(*(t.reshape(-1) for t in tables_BP), q_hRH, k_hSH, v_hSH, do_hRV, lse_h1R, delta_h1R, ids_B8T)
+        scratch=((R, H), (keys, H), (keys, V)),
+    )  # fmt: skip
 
 
 def _backward_kernel(
-    steps, bits, targets, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ids_ref, dq_ref, dk_ref,
-    dv_ref, dq_all_ref, dk_sum_ref, dv_sum_ref, *, kernel: Kernel, scale: float, per_row: int,
-    heads: int, P: int, q_tiles: int,
+    steps, bits, targets, first, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ids_ref,
+    dq_ref, dk_ref, dv_ref, dq_all_ref, dk_sum_ref, dv_sum_ref, *, kernel: Kernel,
+    index: jax.Array, scale: float, q_tiles: int,
 ):  # fmt: skip
     blocks, sub = kernel.blocks, kernel.blocks.sub
-    index = share(pl.program_id(0), per_row, heads) * P + pl.program_id(1)
     step = steps[index]
     kind = schedule.kind(step)
     row = pl.multiple_of(schedule.query_tile(step) * blocks.q, LANES)
 
-    def tile(rows: slice, columns: slice, hidden=None):
+    def tile(rows: slice, columns: slice, hidden=None, load=load):
         """Adds what the tile of queries `rows` and keys `columns` gives to the three gradients."""
-        q_RH, k_CH, do_RV = q_ref[0, rows], k_ref[0, columns], do_ref[0, rows]
+        q_RH, k_CH, do_RV = load(q_ref, rows), load(k_ref, columns), load(do_ref, rows)
         s_CR = dot(k_CH, q_RH, 1, 1)
         if kernel.softcap is not None:
             t_CR = jnp.tanh(s_CR)
@@ -117,7 +86,7 @@ def _backward_kernel(
             s_CR = hidden(s_CR)
         p_CR = jnp.exp2(s_CR - lse_ref[0, :, rows])
         dv_sum_ref[columns] += dot(p_CR.astype(do_RV.dtype), do_RV, 1, 0)
-        ds_CR = p_CR * (dot(v_ref[0, columns], do_RV, 1, 1) - delta_ref[0, :, rows])
+        ds_CR = p_CR * (dot(load(v_ref, columns), do_RV, 1, 1) - delta_ref[0, :, rows])
         if kernel.softcap is not None:
             ds_CR *= 1.0 - t_CR * t_CR
         ds_CR = ds_CR.astype(q_RH.dtype)
@@ -140,7 +109,7 @@ def _backward_kernel(
         dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
         dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
 
-    if kernel.aligned and blocks.q == blocks.k:
+    if kernel.aligned:
 
         @pl.when(kind == schedule.DIAGONAL)
         def _():
@@ -151,15 +120,20 @@ def _backward_kernel(
 
     @pl.when(kind == schedule.FULL)
     def _():
-        for columns in spans(0, blocks.k, sub):
+        for columns in spans(0, blocks.k, blocks.columns):
             for rows in spans(0, blocks.q, blocks.rows):
                 tile(rows, columns)
 
     @pl.when(kind == schedule.PART)
     def _():
         visible = bits[index]
-        q_start = lax.rem(schedule.query_tile(step), q_tiles) * blocks.q
+        q_start = lax.rem(schedule.query_tile(step) + first[0], q_tiles) * blocks.q
         k_start = schedule.key_tile(step) * blocks.k
+
+        def load_real(ref, at: slice):
+            start, row = (q_start, 6) if ref is q_ref or ref is do_ref else (k_start, 7)
+            return without_padding(ref, ids_ref, start, at, row)
+
         for i, rows in enumerate(spans(0, blocks.q, sub)):
             for j, columns in enumerate(spans(0, blocks.k, sub)):
 
@@ -169,7 +143,7 @@ def _backward_kernel(
                         _hide, ids_ref=ids_ref, q_start=q_start + rows.start,
                         k_start=k_start + columns.start, kernel=kernel,
                     )  # fmt: skip
-                    tile(rows, columns, hidden)
+                    tile(rows, columns, hidden, load_real)
 
     @pl.when(schedule.is_last(step))
     def _():
@@ -191,13 +165,13 @@ def _above(s_CR: jax.Array) -> jax.Array:
 def _hide(s_CR: jax.Array, ids_ref, q_start, k_start, kernel: Kernel) -> jax.Array:
     """As `tpu_forward.hide`, for scores with keys first."""
     columns, rows = s_CR.shape
-    q_8R = ids_ref[0, :, pl.ds(pl.multiple_of(q_start, LANES), rows)]
+    q_8R = ids_of(ids_ref, q_start, rows)
     if kernel.aligned:
         k_CR = lax.broadcasted_iota(jnp.int32, (columns, rows), 0)
         ends_8R = q_8R - k_start
         s_CR = jnp.where(k_CR >= ends_8R[0:1], s_CR, -jnp.inf)
         return jnp.where(k_CR <= ends_8R[1:2], s_CR, -jnp.inf)
-    k_C8 = ids_ref[0, :, pl.ds(pl.multiple_of(k_start, LANES), columns)].T
+    k_C8 = ids_of(ids_ref, k_start, columns).T
     s_CR = jnp.where(q_8R[0:1] == k_C8[:, 3:4], s_CR, -jnp.inf)
     if kernel.causal:
         s_CR = jnp.where(k_C8[:, 4:5] <= q_8R[1:2], s_CR, -jnp.inf)

@@ -3,70 +3,34 @@
 FULL blocks hold no mask code at all; DIAGONAL ones leave out the sub-tiles above the diagonal and
 mask those on it by row numbers; PART ones test each visible sub-tile against the tokens' reach. The
 running maximum and sum of a query block stay in VMEM from its first step to its last
-(FlashAttention-2, Dao 2023, arXiv 2307.08691). Scores are kept in base 2: exp2 is what the chip has.
+(FlashAttention-2, Dao 2023, arXiv 2307.08691). Scores are in base 2: exp2 is what the chip has.
 
-Shapes: B batch, T queries, S keys, N query heads, K kv heads, H head dim, P grid steps, R rows of a
-tile, C columns of a tile. Heads and batch are one dimension: query head h reads kv head h // (N/K).
+Shapes: T queries, S keys, H head dim, V of values, P grid steps, R rows of a tile, C columns of a
+tile, L lanes. `h` counts batch and query heads.
 """
 
-import math
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from models.attention import schedule
 from models.attention.mask import EMPTY_LSE
-
-F32 = jnp.float32
-LANES = 128
-LN2, LOG2E = math.log(2.0), math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Sizes in tokens, multiples of 128; `sub_` divide the blocks.
-
-    q, k: what one grid step loads. sub: edge of the tiles that a mask skips or tests, and the keys
-    taken at once. rows: queries taken at once where no mask is tested; fewer spill fewer registers,
-    more push weights into the matrix unit less often.
-    """
-
-    q: int
-    k: int
-    sub: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What is static about a kernel.
-
-    bounded: scores are known to stay within the range of exp2, so no maximum is kept.
-    aligned: rows are aligned, so what a query sees is one run of rows: `ids` holds its ends.
-    causal, limited: else, which sides of a query's reach PART blocks test.
-    """
-
-    blocks: Blocks
-    softcap: float | None
-    bounded: bool
-    aligned: bool
-    causal: bool
-    limited: bool
-    cores: int
-    vmem_bytes: int
-    interpret: bool
-
-
-def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    """Contracts one axis of each in float32; float32 operands are not rounded to bfloat16."""
-    precision = lax.Precision.HIGHEST if a.dtype == F32 else None
-    dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=F32)
+from models.attention.tpu_call import (
+    F32,
+    LANES,
+    LN2,
+    LOG2E,
+    Kernel,
+    dot,
+    ids_of,
+    launch,
+    load,
+    spans,
+    without_padding,
+)
 
 
 def hide(s_RC, ids_ref, q_start, k_start, kernel: Kernel) -> jax.Array:
@@ -75,12 +39,12 @@ def hide(s_RC, ids_ref, q_start, k_start, kernel: Kernel) -> jax.Array:
     One select for each condition: masks that are combined first spill out of their few registers.
     """
     rows, columns = s_RC.shape
-    q_R8 = ids_ref[0, :, pl.ds(pl.multiple_of(q_start, LANES), rows)].T
+    q_R8 = ids_of(ids_ref, q_start, rows).T
     if kernel.aligned:
         k_RC, ends_R8 = lax.broadcasted_iota(jnp.int32, (rows, columns), 1), q_R8 - k_start
         s_RC = jnp.where(k_RC >= ends_R8[:, 0:1], s_RC, -jnp.inf)
         return jnp.where(k_RC <= ends_R8[:, 1:2], s_RC, -jnp.inf)
-    k_8C = ids_ref[0, :, pl.ds(pl.multiple_of(k_start, LANES), columns)]
+    k_8C = ids_of(ids_ref, k_start, columns)
     s_RC = jnp.where(q_R8[:, 0:1] == k_8C[3:4], s_RC, -jnp.inf)
     if kernel.causal:
         s_RC = jnp.where(k_8C[4:5] <= q_R8[:, 1:2], s_RC, -jnp.inf)
@@ -90,75 +54,37 @@ def hide(s_RC, ids_ref, q_start, k_start, kernel: Kernel) -> jax.Array:
 
 
 def forward(q_hTH, k_hSH, v_hSH, ids_B8T, step_BP, bits_BP, kernel: Kernel):
-    """Returns (out_hTH in q's dtype, lse_h1T float32).
+    """Returns (out_hTH in q's dtype, lse_h1T float32), lengths being whole blocks.
 
-    q holds base-2 scores' scale (with a soft-cap: the scale divided by the cap). Lengths are whole
-    blocks.
+    q carries the scale of base-2 scores, with a soft-cap the scale divided by the cap.
     """
-    (heads, T, H), (kv_heads, _, V) = q_hTH.shape, v_hSH.shape
-    (B, P), blocks = step_BP.shape, kernel.blocks
-    group, per_row = heads // kv_heads, heads // B
-
-    def step(h, p, steps):
-        return steps[share(h, per_row, heads) * P + p]
-
-    def queries(h, p, steps, bits):
-        return h, schedule.query_tile(step(h, p, steps)), 0
-
-    def keys(h, p, steps, bits):
-        return share(h, group, heads), schedule.key_tile(step(h, p, steps)), 0
-
-    def ids(h, p, steps, bits):
-        return share(h, per_row, heads), 0, 0
-
-    def lse_rows(h, p, steps, bits):
-        return h, 0, schedule.query_tile(step(h, p, steps))
-
-    return pl.pallas_call(
-        partial(_forward_kernel, kernel=kernel, per_row=per_row, heads=heads, P=P),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(heads, P),
-            in_specs=[
-                pl.BlockSpec((1, blocks.q, H), queries),
-                pl.BlockSpec((1, blocks.k, H), keys),
-                pl.BlockSpec((1, blocks.k, V), keys),
-                pl.BlockSpec((1, *ids_B8T.shape[1:]), ids),
-            ],
-            out_specs=[
-                pl.BlockSpec((1, blocks.q, V), queries),
-                pl.BlockSpec((1, 1, blocks.q), lse_rows),
-            ],
-            scratch_shapes=[
-                pltpu.VMEM((blocks.q, V), F32),
-                pltpu.VMEM((blocks.q, LANES), F32),
-                pltpu.VMEM((blocks.q, LANES), F32),
-            ],
+    (heads, T, _), (kv_heads, _, V), rows = q_hTH.shape, v_hSH.shape, kernel.blocks.q
+    return launch(
+        _forward_kernel,
+        "torus_attention_forward",
+        kernel,
+        kv_heads=kv_heads,
+        tables=(step_BP, bits_BP),
+        operands=((q_hTH, "q"), (k_hSH, "k"), (v_hSH, "k"), (ids_B8T, "ids")),
+        results=(
+            (jax.ShapeDtypeStruct((heads, T, V), q_hTH.dtype), "q"),
+            (jax.ShapeDtypeStruct((heads, 1, T), F32), "q row"),
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((heads, T, V), q_hTH.dtype),
-            jax.ShapeDtypeStruct((heads, 1, T), F32),
-        ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=kernel.vmem_bytes, disable_bounds_checks=True,
-        ),
-        interpret=kernel.interpret,
-        name="torus_attention_forward",
-    )(step_BP.reshape(-1), bits_BP.reshape(-1), q_hTH, k_hSH, v_hSH, ids_B8T)
+        scratch=((rows, V), (rows, LANES), (rows, LANES)),
+    )
 
 
 def _forward_kernel(
-    steps, bits, q_ref, k_ref, v_ref, ids_ref, out_ref, lse_ref, acc_ref, max_ref,
-    sum_ref, *, kernel: Kernel, per_row: int, heads: int, P: int,
+    steps, bits, q_ref, k_ref, v_ref, ids_ref, out_ref, lse_ref, acc_ref, max_ref, sum_ref,
+    *, kernel: Kernel, index: jax.Array,
 ):  # fmt: skip
     blocks, sub = kernel.blocks, kernel.blocks.sub
-    index = share(pl.program_id(0), per_row, heads) * P + pl.program_id(1)
     step = steps[index]
     kind = schedule.kind(step)
 
-    def tile(rows: slice, columns: slice, hidden=None, starts: bool = False):
+    def tile(rows: slice, columns: slice, hidden=None, starts: bool = False, load=load):
         """Adds the keys of `columns` to the sums of `rows`, or starts the sums with them."""
-        s_RC = dot(q_ref[0, rows], k_ref[0, columns], 1, 1)
+        s_RC = dot(load(q_ref, rows), load(k_ref, columns), 1, 1)
         if kernel.softcap is not None:
             s_RC = jnp.tanh(s_RC) * (kernel.softcap * LOG2E)
         if hidden is not None:
@@ -175,7 +101,7 @@ def _forward_kernel(
             max_ref[rows] = max_RL
             p_RC = jnp.exp2(s_RC - widen(max_RL, s_RC.shape[1]))
             sum_RL = jnp.broadcast_to(p_RC.sum(1, keepdims=True), max_RL.shape)
-        pv_RH = dot(p_RC.astype(v_ref.dtype), v_ref[0, columns], 1, 0)
+        pv_RH = dot(p_RC.astype(v_ref.dtype), load(v_ref, columns), 1, 0)
         if starts:
             sum_ref[rows], acc_ref[rows] = sum_RL, pv_RH
         elif kernel.bounded:
@@ -191,40 +117,45 @@ def _forward_kernel(
         sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    if kernel.causal and blocks.q == blocks.k:
+    if kernel.aligned:
 
         @pl.when(kind == schedule.DIAGONAL)
         def _():
             for c in range(0, blocks.k, sub):
                 columns = slice(c, c + sub)
-                rows = min(blocks.rows, sub)
-                for r in range(c, c + sub, rows):
-                    tile(slice(r, r + rows), columns, partial(below, r - c), c == 0)
+                for rows in spans(c, c + sub, blocks.rows):
+                    tile(rows, columns, partial(below, rows.start - c), c == 0)
                 for rows in spans(c + sub, blocks.q, blocks.rows):
                     tile(rows, columns, starts=c == 0)
 
     @pl.when(kind == schedule.FULL)
     def _():
         for rows in spans(0, blocks.q, blocks.rows):
-            for columns in spans(0, blocks.k, sub):
+            for columns in spans(0, blocks.k, blocks.columns):
                 tile(rows, columns)
 
     @pl.when(kind == schedule.PART)
     def _():
         visible = bits[index]
+        q_start = schedule.query_tile(step) * blocks.q
+        k_start = schedule.key_tile(step) * blocks.k
+
+        def load_real(ref, at: slice):
+            start, row = (q_start, 6) if ref is q_ref else (k_start, 7)
+            return without_padding(ref, ids_ref, start, at, row)
+
         for i, rows in enumerate(spans(0, blocks.q, sub)):
             for j, columns in enumerate(spans(0, blocks.k, sub)):
                 bit = i * (blocks.k // sub) + j
 
                 @pl.when((visible >> bit) & 1 == 1)
                 def _(rows=rows, columns=columns):
-                    q_start = schedule.query_tile(step) * blocks.q
-                    k_start = schedule.key_tile(step) * blocks.k + columns.start
                     for part in spans(rows.start, rows.stop, blocks.rows):
                         hidden = partial(
-                            hide, ids_ref=ids_ref, q_start=q_start + part.start, k_start=k_start, kernel=kernel
-                        )
-                        tile(part, columns, hidden)
+                            hide, ids_ref=ids_ref, q_start=q_start + part.start,
+                            k_start=k_start + columns.start, kernel=kernel,
+                        )  # fmt: skip
+                        tile(part, columns, hidden, load=load_real)
 
     @pl.when(schedule.is_last(step))
     def _():
@@ -243,21 +174,6 @@ def _forward_kernel(
         sum_1R, max_1R = both_LR[:1], both_LR[LANES // 2 : LANES // 2 + 1]
         lse_1R = jnp.log(jnp.maximum(sum_1R, 1e-30)) + (0.0 if kernel.bounded else max_1R * LN2)
         lse_ref[0] = jnp.where(sum_1R == 0, EMPTY_LSE, lse_1R)
-
-
-def share(h, group, heads):
-    if group == 1:
-        return h
-    if heads == group:
-        return 0
-    if group & (group - 1) == 0:
-        return h >> (group.bit_length() - 1)
-    return lax.div(h, jnp.int32(group))
-
-
-def spans(start: int, stop: int, size: int) -> list[slice]:
-    """Cuts start .. stop into slices of at most `size`."""
-    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
 def below(offset: int, s_RC: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ POSITIONS_BT = np.tile(
 ).astype(np.int32)
 SEGMENTS_BT = np.tile(np.repeat([1, 2, 0], (*DOCUMENTS, PADDING)), (B, 1)).astype(np.int32)
 
-pytestmark = pytest.mark.parametrize("backend", ["blockwise", "reference"])
+pytestmark = pytest.mark.parametrize("backend", ["blockwise", "reference", "pallas"])
 
 
 @pytest.fixture(autouse=True)
