@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 CONSTRAINTS := constraints/py$(VERSION).txt
 RUN ?= runs/quickstart
-STOP ?= 600
+STOP ?= 400
+JOBS ?= 2
 ARGS ?=
 
 # XLA:CPU asks for its whole temporary memory anew at every step; huge pages make that cheap.
@@ -46,7 +47,7 @@ train: $(VENV)/.installed
 	$(BIN)/torus report $(RUN)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.loader
@@ -54,6 +55,7 @@ bench: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m soak $(ARGS)

@@ -30,6 +30,9 @@ class CheckpointConfig:
     chunk_mib: int = 16
     """Largest piece, in MiB, that one read fetches; small pieces suit restoring on another mesh."""
 
+    verify: bool = True
+    """Compare restored arrays with the fingerprints of what was saved, and refuse other bits."""
+
 
 def validate(config: CheckpointConfig) -> None:
     """Raises UsageError naming the first field whose value makes no sense."""

@@ -3,30 +3,44 @@
 The only module that imports Orbax. Orbax writes and reads one step; when to save, what to keep,
 what counts as complete and how a failure is told are decided here, because its own manager skips
 steps below the newest one without a word, forgets retired steps after a failed save, and deletes
-in place. Each step holds `state` (arrays, in Orbax's format), `manifest` and `meta` (JSON files),
-committed together by one rename.
+in place. Each step holds `state` (arrays, in Orbax's format), `manifest`, `meta` and `integrity`
+(JSON files), committed together by one rename.
 
-Missing, truncated or misplaced data is refused by name. A flipped bit inside array data is not
-noticed here: Orbax stores no digest of it.
+Missing, truncated or misplaced data is refused by name, and so are arrays whose bits are not those
+that were in memory when they were saved: Orbax itself returns flipped bits without a word.
 """
 
+import asyncio
 import json
 import logging as python_logging
 import os
 import time
+from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from checkpoint import steps
 from checkpoint.config import CheckpointConfig, validate
-from checkpoint.manifest import FORMAT, MANIFEST, META, read_manifest, read_meta
+from checkpoint.fingerprint import as_text, fingerprints
+from checkpoint.manifest import (
+    FORMAT,
+    INTEGRITY,
+    MANIFEST,
+    META,
+    integrity_record,
+    read_fingerprints,
+    read_manifest,
+    read_meta,
+)
 from checkpoint.steps import CheckpointError
 from checkpoint.tree import check_storable, flatten
 from sharding.errors import UsageError
@@ -34,6 +48,16 @@ from sharding.errors import UsageError
 Tree = Any
 
 _STATE = "state"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A step brought back, and what was wrong with newer ones that were passed over."""
+
+    step: int
+    state: Tree
+    meta: dict[str, Any]
+    damaged: tuple[str, ...]
 
 
 class CheckpointManager:
@@ -118,9 +142,12 @@ class CheckpointManager:
             )
         check_storable(state)
         _check_json(meta)
+        manifest = _manifest(state)
+        # Enqueued before the caller's next update may reuse the buffers; fetched while writing.
+        record = _Record(step, list(flatten(state)), fingerprints(state), manifest, meta)
         try:
             with self._context:
-                items = {_STATE: state, MANIFEST: _manifest(state), META: meta}
+                items = {_STATE: state, MANIFEST: manifest, META: meta, INTEGRITY: record}
                 response = ocp.save_checkpointables_async(self.folder / str(step), items)
         except Exception as error:
             raise self._failed(step, error) from error
@@ -160,9 +187,43 @@ class CheckpointManager:
         """Returns (state, meta) of `step` (None: the newest); see `load_step`."""
         self.wait()
         step = steps.pick_step(self.folder, step)
-        loaded = load_step(self.folder, step, abstract)
+        loaded = load_step(self.folder, step, abstract, verify=self._config.verify)
         self._current = step
         return loaded
+
+    def restore_newest(self, abstract: Tree) -> Restored | None:
+        """Returns the newest step that can be read and verified, or None if there are no steps.
+
+        Damaged newer steps are told in the log, and their folders renamed to `<step>.damaged` so
+        that the run can save those steps again.
+
+        Raises:
+            UsageError: a step holds other arrays than `abstract` asks for.
+            CheckpointError: every step is damaged, or a damaged one cannot be renamed.
+        """
+        damaged: list[tuple[int, str]] = []
+        for step in reversed(self.steps()):
+            problem, loaded = "", None
+            try:
+                loaded = self.restore(step, abstract)
+            except CheckpointError as error:
+                problem = str(error)
+            if _anywhere(bool(problem)):
+                damaged.append((step, problem or "another process could not read it"))
+                logging.error("checkpoint: %s", damaged[-1][1])
+                continue
+            self._set_aside([number for number, _ in damaged])
+            return Restored(step, *loaded, damaged=tuple(text for _, text in damaged))
+        if damaged:
+            raise CheckpointError("; ".join(text for _, text in damaged))
+        return None
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        if jax.process_index() == 0:
+            for step in damaged:
+                steps.set_aside(self.folder, step)
+        if damaged and jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {damaged}")
 
     def discard_after(self, step: int) -> None:
         """Deletes the steps newer than `step`: a run that goes back must not find them again."""
@@ -206,7 +267,12 @@ class CheckpointManager:
 
 
 def load_step(
-    folder: str | os.PathLike, step: int, abstract: Tree, *, partial: bool = False
+    folder: str | os.PathLike,
+    step: int,
+    abstract: Tree,
+    *,
+    partial: bool = False,
+    verify: bool = True,
 ) -> tuple[Tree, dict[str, Any]]:
     """Returns the state stored as `step`, placed as `abstract` says, and its JSON object.
 
@@ -215,11 +281,12 @@ def load_step(
         step: a complete step (`steps.pick_step` finds one).
         abstract: nested dict of jax.ShapeDtypeStruct with shardings, for any mesh.
         partial: `abstract` names only some of the arrays; the others stay unread on disk.
+        verify: compare what was read with the fingerprints of what was saved.
 
     Raises:
         UsageError: the step does not exist, or an array's name, shape or dtype differs from what
             `abstract` wants (nothing is cast, padded or dropped).
-        CheckpointError: the step is damaged.
+        CheckpointError: the step is damaged; the message names files or arrays.
     """
     _quiet_orbax()
     path = steps.folder_path(folder) / str(steps.pick_step(folder, step))
@@ -235,10 +302,70 @@ def load_step(
     context.pytree.loading.partial_load = partial
     try:
         with context:
-            return ocp.load(path, abstract, checkpointable_name=_STATE), meta
+            state = ocp.load(path, abstract, checkpointable_name=_STATE)
     except Exception as error:
         text = f"cannot read step {step} in {folder}: {steps.reason(error)}"
         raise CheckpointError(text) from error
+    if verify:
+        _check_fingerprints(state, read_fingerprints(folder, step), f"step {step} in {folder}")
+    return state, meta
+
+
+def _check_fingerprints(state: Tree, saved: dict[str, str], where: str) -> None:
+    found = as_text(fingerprints(state), list(flatten(state)))
+    wrong = [name for name, text in found.items() if saved.get(name) != text]
+    if wrong:
+        raise CheckpointError(
+            f"{where}: {len(wrong)} of {len(found)} arrays are not the bits that were saved: "
+            f"{steps.listing(wrong)}"
+        )
+
+
+def _anywhere(flag: bool) -> bool:
+    """Whether `flag` is set in any process; every process must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The integrity record of a step, its fingerprints still being computed on the devices."""
+
+    step: int
+    names: list[str]
+    fingerprints: jax.Array
+    manifest: dict[str, Any]
+    meta: dict[str, Any]
+
+    def text(self) -> str:
+        arrays = as_text(self.fingerprints, self.names)
+        return json.dumps(integrity_record(self.step, arrays, self.manifest, self.meta))
+
+
+class _RecordHandler:
+    """Writes a `_Record` in the background, where waiting for the devices holds nobody up."""
+
+    async def save(self, directory: Any, record: _Record) -> Awaitable[None]:
+        return self._write(directory, record)
+
+    async def _write(self, directory: Any, record: _Record) -> None:
+        folder = await directory.await_creation()
+        if jax.process_index() == 0:
+            text = await asyncio.to_thread(record.text)
+            await asyncio.to_thread((folder / "data.json").write_text, text)
+
+    async def load(self, directory: Any, abstract: None = None) -> Awaitable[None]:
+        raise TypeError("the integrity record is read without Orbax: checkpoint/manifest.py")
+
+    async def metadata(self, directory: Any) -> None:
+        return None
+
+    def is_handleable(self, item: Any) -> bool:
+        return isinstance(item, _Record)
+
+    def is_abstract_handleable(self, item: Any) -> None:
+        return None
 
 
 def _context(config: CheckpointConfig) -> ocp.Context:
@@ -246,6 +373,7 @@ def _context(config: CheckpointConfig) -> ocp.Context:
     # Without this a dict of numbers counts as a tree of arrays and its lists, bools and Nones bend.
     for item in (MANIFEST, META):
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=item)
+    registry.add(_RecordHandler, checkpointable_name=INTEGRITY)
     context = ocp.Context()
     context.checkpointables.registry = registry
     context.array.saving.use_compression = config.compression

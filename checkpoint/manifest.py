@@ -1,10 +1,13 @@
 """What a stored step says about itself, read without JAX, Orbax or the arrays.
 
-Beside its arrays each step holds two JSON files, committed with them: the manifest (every array's
-name, shape and dtype, as they were in memory) and the run's own `meta`. Comparing with the manifest
-is what keeps a restore from casting: Orbax turns float32 into bfloat16 without a word.
+Beside its arrays each step holds three JSON files, committed with them: the manifest (every array's
+name, shape and dtype, as they were in memory), the run's own `meta`, and the integrity record (the
+step's number, every array's fingerprint, a digest of the other two files and one of itself).
+Comparing with the manifest is what keeps a restore from casting: Orbax turns float32 into bfloat16
+without a word. Comparing with the record is what keeps it from returning other bits.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,7 +18,30 @@ from checkpoint.steps import CheckpointError
 
 MANIFEST = "manifest"
 META = "meta"
-FORMAT = 1
+INTEGRITY = "integrity"
+FORMAT = 2
+
+
+def integrity_record(
+    step: int, arrays: dict[str, str], manifest: dict[str, Any], meta: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the integrity record of a step whose arrays have the fingerprints `arrays`."""
+    record = {
+        "step": step,
+        "arrays": arrays,
+        MANIFEST: _digest(manifest),
+        META: _digest(meta),
+    }
+    return record | {"record": _digest(record)}
+
+
+def read_fingerprints(folder: str | os.PathLike, step: int) -> dict[str, str]:
+    """Returns name → fingerprint of the arrays stored as `step`.
+
+    Raises:
+        CheckpointError: the integrity record is missing, damaged, or another step's.
+    """
+    return _read_record(folder, step)["arrays"]
 
 
 def read_meta(folder: str | os.PathLike, step: int) -> dict[str, Any]:
@@ -24,7 +50,7 @@ def read_meta(folder: str | os.PathLike, step: int) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    return _read(folder, step, META)
+    return _checked(folder, step, META, _read(folder, step, META))
 
 
 def read_manifest(folder: str | os.PathLike, step: int) -> dict[str, Any]:
@@ -39,7 +65,7 @@ def read_manifest(folder: str | os.PathLike, step: int) -> dict[str, Any]:
             f"cannot read step {step} in {folder}: manifest format {manifest.get('format')}, "
             f"this version reads {FORMAT}"
         )
-    return manifest
+    return _checked(folder, step, MANIFEST, manifest)
 
 
 def describe(folder: str | os.PathLike) -> dict[str, Any]:
@@ -81,6 +107,37 @@ def _read(folder: str | os.PathLike, step: int, item: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"cannot read step {step} in {folder}: {item} is not an object")
     return found
+
+
+def _checked(
+    folder: str | os.PathLike, step: int, item: str, found: dict[str, Any]
+) -> dict[str, Any]:
+    if _digest(found) != _read_record(folder, step).get(item):
+        raise CheckpointError(
+            f"step {step} in {folder}: {item} is not what was saved (damaged or edited)"
+        )
+    return found
+
+
+def _read_record(folder: str | os.PathLike, step: int) -> dict[str, Any]:
+    record = _read(folder, step, INTEGRITY)
+    own = record.pop("record", None)
+    if _digest(record) != own or not isinstance(record.get("arrays"), dict):
+        raise CheckpointError(
+            f"step {step} in {folder}: {INTEGRITY} is not what was saved (damaged or edited)"
+        )
+    if record.get("step") != step:
+        raise CheckpointError(
+            f"step {step} in {folder}: its files were saved as step {record.get('step')}"
+        )
+    return record
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Returns the SHA-256 of JSON content, however it is spelled."""
+    plain = json.loads(json.dumps(content))  # keys as they will be read: always strings
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _total_bytes(path: Path) -> int:

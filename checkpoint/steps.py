@@ -101,6 +101,20 @@ def delete_step(folder: str | os.PathLike, step: int) -> None:
     shutil.rmtree(doomed)
 
 
+def set_aside(folder: str | os.PathLike, step: int) -> None:
+    """Renames a damaged step to `<step>.damaged`, where it can be looked at but not restored.
+
+    Raises:
+        CheckpointError: the folder is in an object store, which cannot rename.
+    """
+    root = folder_path(folder)
+    if is_remote(folder):
+        raise CheckpointError(f"step {step} in {folder} is damaged: delete or move it, then resume")
+    target = root / f"{step}.damaged"
+    shutil.rmtree(target, ignore_errors=True)
+    (root / str(step)).rename(target)
+
+
 def clean_interrupted(folder: str | os.PathLike, step: int | None = None) -> list[str]:
     """Deletes what interrupted saves left (of one step, if given) and returns the names."""
     names = interrupted_saves(folder)

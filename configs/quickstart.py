@@ -1,10 +1,11 @@
-"""The experiment behind `make train`: a byte-level decoder on the standard library's own text.
+"""The experiment behind `make train`: a small decoder on the standard library's own text.
 
-About 0.9M parameters, sized for two CPU cores: see docs/benchmarks.md for what it reaches.
+About a million parameters and a BPE vocabulary of 2,048, sized for two CPU cores: see
+docs/benchmarks.md for what it reaches.
 
     torus train --config=quickstart --workdir=runs/quickstart
 
-The 30-minute run of the same config is `--config.train.steps=12000`.
+The 30-minute run of the same config is `--config.train.steps=6000`.
 """
 
 from models.config import ModelConfig
@@ -12,19 +13,30 @@ from trainer.config import Experiment
 
 
 def get_config() -> Experiment:
-    """Returns the quickstart: 2,048 bytes a step for 1,200 steps."""
+    """Returns the quickstart: 2,048 tokens (6 KB of text) a step for 800 steps."""
     exp = Experiment(name="quickstart")
     exp.model = ModelConfig(
-        vocab=259, layers=4, width=128, heads=2, kv_heads=1, head_dim=64, mlp=384,
-        max_length=2048, tie_embeddings=True, dtype="float32", remat="none", scan_layers=False,
+        vocab=2048,
+        layers=4,
+        width=128,
+        heads=2,
+        kv_heads=1,
+        head_dim=64,
+        mlp=384,
+        max_length=2048,
+        tie_embeddings=True,
+        dtype="float32",
+        remat="none",
+        scan_layers=False,
     )
+    exp.data.path = "builtin:2048"
     exp.data.seq_len = 256
     exp.optimizer.peak_lr = 6e-3
     exp.optimizer.warmup_steps = 50
     exp.optimizer.final_lr_fraction = 0.02
-    exp.train.steps = 1200
+    exp.train.steps = 800
     exp.train.batch_size = 8
-    exp.eval.every = 600
-    exp.checkpoint.every = 300
+    exp.eval.every = 400
+    exp.checkpoint.every = 200
     exp.log.every = 20
     return exp

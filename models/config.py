@@ -13,7 +13,14 @@ from sharding.errors import UsageError, nearest
 SAVEABLE = ("rotated_qk", "v", "attention", "residual", "gate", "up")
 
 # Fields that may differ between two runs of the same experiment.
-COMPUTATION = ("attention", "dtype", "loss_chunks", "remat", "scan_layers")
+COMPUTATION = (
+    "attention", "dtype", "loss_chunks", "remat", "scan_layers", "seq_head_devices", "seq_order",
+    "seq_strategy",
+)  # fmt: skip
+
+# How attention is spread over the `seq` mesh axis: models/attention/sequence_plan.py.
+SEQ_STRATEGIES = ("auto", "gather", "ulysses", "ring", "bidirectional", "hybrid")
+SEQ_ORDERS = ("auto", "contiguous", "zigzag", "striped")
 
 CHOICES = {
     "norm": ("rmsnorm", "rmsnorm_plus_one", "layernorm"),
@@ -22,6 +29,8 @@ CHOICES = {
     "qk_norm": ("none", "head", "full"),
     "activation": ("swiglu", "geglu", "gelu"),
     "dtype": ("float32", "bfloat16"),
+    "seq_strategy": SEQ_STRATEGIES,
+    "seq_order": SEQ_ORDERS,
     "rope.scaling": ("none", "linear", "llama3", "yarn"),
 }
 
@@ -79,6 +88,9 @@ class ModelConfig:
     remat: str = "full"  # none | full | names from SAVEABLE joined by ",", "@host" offloads one
     scan_layers: bool = True
     attention: str = "auto"  # backend; models/attention/dispatch.py lists them
+    seq_strategy: str = "auto"  # over seq: gather | ulysses | ring | bidirectional | hybrid
+    seq_order: str = "auto"  # of columns over seq: contiguous | zigzag | striped
+    seq_head_devices: int = 0  # of seq, those that exchange heads in a hybrid; 0 = chosen
     loss_chunks: int = 0  # token chunks of the cross-entropy; 0 = chosen by size
     pad_vocab_to: int = 128  # stored vocabulary is rounded up to a multiple of this
 
@@ -123,10 +135,21 @@ class ModelConfig:
                     f"config.model.{path} = {value!r}: choose {', '.join(choices)}"
                     f"{nearest(value, choices)}"
                 )
-        for name in ("vocab", "layers", "width", "heads", "kv_heads", "head_dim", "mlp",
-                     "max_length", "pad_vocab_to"):
+        for name in (
+            "vocab",
+            "layers",
+            "width",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "mlp",
+            "max_length",
+            "pad_vocab_to",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"config.model.{name} = {getattr(self, name)}: at least 1")
+        if self.seq_head_devices < 0:
+            raise UsageError(f"config.model.seq_head_devices = {self.seq_head_devices}: at least 0")
         if self.heads % self.kv_heads:
             raise UsageError(
                 f"config.model.kv_heads = {self.kv_heads} does not divide heads = {self.heads}"

@@ -20,6 +20,7 @@ from jax.sharding import reshard
 from models import layers
 from models.attention.dispatch import attention
 from models.attention.mask import Mask
+from models.attention.sequence import Rows, plan_for, sequence_attention
 from models.config import ModelConfig
 from models.spec import ParamSpec, Tree
 from sharding.rules import BATCH, SEQ
@@ -108,46 +109,56 @@ jax.tree_util.register_dataclass(
 
 
 def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelConfig):
-    """Attention on each device's own batch rows, query positions and heads.
-
-    Keys and values are gathered over the `seq` axis; the kernel sees local arrays only.
-    """
+    """Attention on each device's own batch rows, query positions and heads."""
     mask = Mask(causal=True, window=config.window if kind == "local" else None)
-    kv_axis = jax.typeof(k_BSKH).sharding.spec[2]
-    kv_spec = P(BATCH, None, kv_axis, None)
-    k_BSKH, v_BSKH = reshard(k_BSKH, kv_spec), reshard(v_BSKH, kv_spec)
+    plan = plan_for(config, q_BTNH.shape[1])
     cache = context.cache
-    k_positions = context.positions_BT if cache is None else cache["positions_BS"]
-    k_segments = context.segments_BT if cache is None else cache["segments_BS"]
-    whole = P(BATCH, None)
-    k_positions, k_segments = reshard(k_positions, whole), reshard(k_segments, whole)
-    aligned = cache is None and jax.sharding.get_abstract_mesh().shape[SEQ] == 1
+    q_rows = Rows(context.positions_BT, context.segments_BT)
+    k_rows = q_rows if cache is None else Rows(cache["positions_BS"], cache["segments_BS"])
+    options = dict(
+        scale=config.attention_scale or config.head_dim**-0.5,
+        softcap=config.attention_softcap or None,
+        backend=config.attention,
+    )
 
-    def local(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, q_segments_BT, k_positions, k_segments):
+    def local(q_BTNH, k_BSKH, v_BSKH, q_rows: Rows, k_rows: Rows):
+        if plan.devices > 1:
+            return sequence_attention(q_BTNH, k_BSKH, v_BSKH, q_rows, mask, plan, **options)
         out_BTNH, _ = attention(
-            q_BTNH, k_BSKH, v_BSKH, mask,
-            q_positions_BT=q_positions_BT, k_positions_BS=k_positions,
-            q_segments_BT=q_segments_BT, k_segments_BS=k_segments,
-            scale=config.attention_scale or config.head_dim**-0.5,
-            softcap=config.attention_softcap or None,
-            backend=config.attention,
-            rows_aligned=aligned,
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            mask,
+            q_positions_BT=q_rows.positions_BT,
+            k_positions_BS=k_rows.positions_BT,
+            q_segments_BT=q_rows.segments_BT,
+            k_segments_BS=k_rows.segments_BT,
+            rows_aligned=cache is None,
+            **options,
         )
         return out_BTNH
 
     q_spec = P(BATCH, SEQ, "tensor", None)
+    kv_spec = P(BATCH, SEQ, jax.typeof(k_BSKH).sharding.spec[2], None)
     rows = P(BATCH, SEQ)
+    k_BSKH, v_BSKH = reshard(k_BSKH, kv_spec), reshard(v_BSKH, kv_spec)
+    k_rows = jax.tree.map(lambda x: reshard(x, rows), k_rows)
     return jax.shard_map(
         local,
-        in_specs=(q_spec, kv_spec, kv_spec, rows, rows, whole, whole),
+        in_specs=(q_spec, kv_spec, kv_spec, rows, rows),
         out_specs=q_spec,
         check_vma=False,  # custom gradients inside carry no varying-axes types
-    )(q_BTNH, k_BSKH, v_BSKH, context.positions_BT, context.segments_BT, k_positions, k_segments)
+    )(q_BTNH, k_BSKH, v_BSKH, q_rows, k_rows)
 
 
 def _layer(
-    x_BTD: jax.Array, params: Tree, context: Context, cache: Tree | None, layer: jax.Array | None,
-    kind: str, config: ModelConfig,
+    x_BTD: jax.Array,
+    params: Tree,
+    context: Context,
+    cache: Tree | None,
+    layer: jax.Array | None,
+    kind: str,
+    config: ModelConfig,
 ) -> tuple[jax.Array, Tree | None]:
     """One layer; returns the residual stream and the cache with this layer's keys and values."""
     params = gathered(params, jnp.dtype(config.dtype))
@@ -158,8 +169,10 @@ def _layer(
     tables = context.tables[kind] if context.tables is not None else None
     q_BTNH, k_BSKH, v_BSKH = layers.project_qkv(h_BTD, params["attention"], tables, config)
     if cache is not None:
-        cache = {n: _write(cache[n], new_BTKH, layer, context.cache["offset"])
-                 for n, new_BTKH in (("k", k_BSKH), ("v", v_BSKH))}
+        cache = {
+            n: _write(cache[n], new_BTKH, layer, context.cache["offset"])
+            for n, new_BTKH in (("k", k_BSKH), ("v", v_BSKH))
+        }
         k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[n], layer, 0, False) for n in "kv")
     out_BTNH = _attend(q_BTNH, k_BSKH, v_BSKH, context, kind, config)
     y_BTD = layers.matmul(out_BTNH, params["attention"]["wo"], 2, X_BTD)
@@ -190,8 +203,10 @@ def _with_remat(layer, config: ModelConfig):
     kept, offloaded = ([v for n in ns for v in REMAT_VALUES.get(n, (n,))] for ns in names)
     if offloaded:
         policy = checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=kept, names_which_can_be_offloaded=offloaded,
-            offload_src="device", offload_dst="pinned_host",
+            names_which_can_be_saved=kept,
+            names_which_can_be_offloaded=offloaded,
+            offload_src="device",
+            offload_dst="pinned_host",
         )
     else:
         policy = checkpoint_policies.save_only_these_names(*kept)
@@ -320,8 +335,11 @@ def logits(params: Tree, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
     """Returns float32 logits_BTV over the true vocabulary, soft-capped if the family does so."""
     table = gathered({"head": head_VD(params)}, jnp.dtype(config.dtype))["head"]
     out_BTV = jnp.einsum(
-        "BTD,VD->BTV", x_BTD, table,
-        preferred_element_type=jnp.float32, out_sharding=P(BATCH, SEQ, "tensor"),
+        "BTD,VD->BTV",
+        x_BTD,
+        table,
+        preferred_element_type=jnp.float32,
+        out_sharding=P(BATCH, SEQ, "tensor"),
     )
     out_BTV = reshard(out_BTV, P(BATCH, SEQ, None))[..., : config.vocab]
     if config.final_softcap:

@@ -68,8 +68,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, kind: str) -> tuple[jax.Ar
         return frequency_R * (blend_R + (1 - blend_R) / rope.factor), 1.0
 
     def dimension(turns: float) -> float:  # the dimension that makes `turns` turns
-        return rotated * math.log(rope.original_length / (turns * 2 * math.pi)) / (
-            2 * math.log(theta)
+        return (
+            rotated * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
         )
 
     low = max(math.floor(dimension(rope.beta_fast)), 0)
@@ -90,7 +90,9 @@ def rotate(x_BTNH: jax.Array, tables: Tree) -> jax.Array:
     """Rotates pairs (i, i + R) of the first 2R head dimensions; the rest passes through."""
     half = tables["cos"].shape[-1]
     first, second, rest = (
-        x_BTNH[..., :half], x_BTNH[..., half : 2 * half], x_BTNH[..., 2 * half :]
+        x_BTNH[..., :half],
+        x_BTNH[..., half : 2 * half],
+        x_BTNH[..., 2 * half :],
     )
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     cos, sin = tables["cos"], tables["sin"]
@@ -187,7 +189,9 @@ def project_qkv(
     v_BTKH = matmul(x_BTD, params["wv"])
     if config.qkv_bias:
         q_BTNH, k_BTKH, v_BTKH = (
-            q_BTNH + params["bq"], k_BTKH + params["bk"], v_BTKH + params["bv"]
+            q_BTNH + params["bq"],
+            k_BTKH + params["bk"],
+            v_BTKH + params["bv"],
         )
     if config.qk_norm != "none":
         q_BTNH = qk_norm(q_BTNH, params["q_norm"], config)

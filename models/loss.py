@@ -41,6 +41,11 @@ class LossOptions:
         return cls(config.vocab, config.dtype, config.final_softcap, z_loss, config.loss_chunks)
 
 
+def loss_weights(targets_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Returns float32 weights: 0 on padding (segment 0) and negative targets, 1 elsewhere."""
+    return ((segment_ids_BT > 0) & (targets_BT >= 0)).astype(jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
     x_BTD: jax.Array,
@@ -56,7 +61,7 @@ def cross_entropy(
     Args:
       x_BTD: hidden states after the final norm.
       head_VD: output projection, float32, rows over `tensor`, columns over `fsdp` or whole.
-      targets_BT: int32 token ids.
+      targets_BT: int32 token ids; what they are does not matter where the weight is 0.
       weights_BT: float32 weight of each token; padding has 0.
     """
     objective, nll, _, _ = _sharded(x_BTD, head_VD, targets_BT, weights_BT, options, False)
@@ -87,9 +92,7 @@ def _sharded(x_BTD, head_VD, targets_BT, weights_BT, options, with_gradient):
     rows = P(BATCH, SEQ)
     gradients = (X_BTD, head_spec) if with_gradient else (None, None)
     return jax.shard_map(
-        functools.partial(
-            _local, options=options, gathered=gathered, with_gradient=with_gradient
-        ),
+        functools.partial(_local, options=options, gathered=gathered, with_gradient=with_gradient),
         in_specs=(X_BTD, head_spec, rows, rows),
         out_specs=(P(), P(), *gradients),
         check_vma=False,
@@ -114,9 +117,7 @@ def _local(x_BTD, head_VD, targets_BT, weights_BT, *, options, gathered, with_gr
         )
 
     xs = (by_chunk(x_BTD), by_chunk(targets_BT), by_chunk(weights_BT.astype(jnp.float32)))
-    one = functools.partial(
-        _chunk, head_VD=head, options=options, with_gradient=with_gradient
-    )
+    one = functools.partial(_chunk, head_VD=head, options=options, with_gradient=with_gradient)
     zero = jnp.zeros((), jnp.float32)
     if chunks == 1:
         objective, nll, dx_CD, dhead = one(*(a[0] for a in xs))

@@ -63,7 +63,9 @@ def abstract(specs: Tree, shardings_: Tree, dtype: jnp.dtype = jnp.float32) -> T
     """Returns ShapeDtypeStructs with shardings: what restore and AOT compilation take."""
     return jax.tree.map(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sh),
-        specs, shardings_, is_leaf=is_spec,
+        specs,
+        shardings_,
+        is_leaf=is_spec,
     )
 
 
@@ -90,6 +92,4 @@ def decay_mask(specs: Tree) -> Tree:
 
 def count(specs: Tree) -> int:
     """Returns the number of parameters, without vocabulary padding."""
-    return sum(
-        math.prod(s.unpadded or s.shape) for s in jax.tree.leaves(specs, is_leaf=is_spec)
-    )
+    return sum(math.prod(s.unpadded or s.shape) for s in jax.tree.leaves(specs, is_leaf=is_spec))

@@ -68,7 +68,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             ici = tuple(s // d for s, d in zip(shape, dcn, strict=True))
             slices = {getattr(d, "slice_index", 0) for d in devices}
             grid = mesh_utils.create_hybrid_device_mesh(
-                ici, dcn, devices,
+                ici,
+                dcn,
+                devices,
                 process_is_granule=len(slices) == 1,
                 allow_split_physical_axes=True,
             )

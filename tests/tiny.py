@@ -7,8 +7,17 @@ from trainer.config import Experiment
 def get_config() -> Experiment:
     exp = Experiment(name="tiny")
     exp.model = ModelConfig(
-        vocab=259, layers=2, width=32, heads=4, kv_heads=4, head_dim=8, mlp=64, max_length=64,
-        dtype="float32", remat="none", tie_embeddings=True,
+        vocab=259,
+        layers=2,
+        width=32,
+        heads=4,
+        kv_heads=4,
+        head_dim=8,
+        mlp=64,
+        max_length=64,
+        dtype="float32",
+        remat="none",
+        tie_embeddings=True,
     )
     exp.data.seq_len = 32
     exp.train.steps = 20

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.config import validate as validate_checkpoint
+from models.attention.sequence_plan import Sizes, sequence_plan
 from models.config import COMPUTATION, ModelConfig
 from sharding.config import AXES, MeshConfig
 from sharding.errors import UsageError, nearest
@@ -80,8 +81,20 @@ class Experiment:
 
 
 # Fields that a resumed run may change: they alter speed, place or reporting, not the experiment.
-FREE = ("mesh", "eval", "checkpoint", "log", "name", "train.stop_at", "data.prefetch",
-        "data.allow_change", "data.path", *(f"model.{f}" for f in COMPUTATION))
+FREE = (
+    "mesh",
+    "eval",
+    "checkpoint",
+    "log",
+    "name",
+    "train.stop_at",
+    "data.prefetch",
+    "data.allow_change",
+    "data.path",
+    "data.mixture",
+    "data.remote",
+    *(f"model.{f}" for f in COMPUTATION),
+)
 
 
 # ---------------------------------------------------------------- checks
@@ -90,7 +103,10 @@ FREE = ("mesh", "eval", "checkpoint", "log", "name", "train.stop_at", "data.pref
 def validate(experiment: Experiment) -> None:
     """Checks each part and the parts against one another; raises UsageError on the first fault."""
     model, data, train, optimizer = (
-        experiment.model, experiment.data, experiment.train, experiment.optimizer
+        experiment.model,
+        experiment.data,
+        experiment.train,
+        experiment.optimizer,
     )
     model.validate()
     experiment.mesh.validate()
@@ -107,9 +123,15 @@ def validate(experiment: Experiment) -> None:
                 f"config.{path} = {value!r}: choose {', '.join(choices)}{nearest(value, choices)}"
             )
     for path, least in {
-        "train.steps": 1, "train.batch_size": 1, "train.accumulation": 1, "train.stop_at": 0,
-        "eval.every": 0, "eval.batches": 0,
-        "optimizer.warmup_steps": 0, "optimizer.peak_lr": 0, "optimizer.clip_norm": 0,
+        "train.steps": 1,
+        "train.batch_size": 1,
+        "train.accumulation": 1,
+        "train.stop_at": 0,
+        "eval.every": 0,
+        "eval.batches": 0,
+        "optimizer.warmup_steps": 0,
+        "optimizer.peak_lr": 0,
+        "optimizer.clip_norm": 0,
     }.items():
         if (value := _get(experiment, path)) < least:
             raise UsageError(f"config.{path} = {value}: at least {least}")
@@ -136,7 +158,8 @@ def check_sizes(experiment: Experiment, sizes: dict[str, int]) -> None:
     """Checks that batch, sequence, heads, MLP and vocabulary divide over the mesh axes `sizes`.
 
     Raises:
-      UsageError: naming the field, its value, the axis and the axis size.
+      UsageError: naming the field, its value, the axis and the axis size; or why the strategy
+        asked for cannot spread attention over seq.
     """
     model, train = experiment.model, experiment.train
     rows = train.batch_size // train.accumulation
@@ -148,8 +171,16 @@ def check_sizes(experiment: Experiment, sizes: dict[str, int]) -> None:
             f"= {sizes['data']} × {sizes['fsdp']} devices; the next multiple is "
             f"{-(-rows // shards) * shards * train.accumulation}"
         )
+    for length in experiment.data.buckets:
+        micro = experiment.data.rows_per_step(length, train.batch_size) / train.accumulation
+        if micro % shards:
+            raise UsageError(
+                f"config.data.buckets: {micro:g} rows of {length} in a microbatch do not divide "
+                f"over data × fsdp = {shards} devices"
+            )
     tensor = sizes["tensor"]
     for name, value, axis in (
+        *(("data.buckets", length, "seq") for length in experiment.data.buckets),
         ("data.seq_len", experiment.data.seq_len, "seq"),
         ("model.heads", model.heads, "tensor"),
         ("model.kv_heads", model.kv_heads if model.kv_heads > 1 else tensor, "tensor"),
@@ -160,6 +191,7 @@ def check_sizes(experiment: Experiment, sizes: dict[str, int]) -> None:
             raise UsageError(
                 f"config.{name} = {value} does not divide over mesh axis {axis} = {sizes[axis]}"
             )
+    sequence_plan(model, Sizes.of(model, sizes, experiment.data.seq_len, chip=None))
 
 
 # ---------------------------------------------------------------- trees, JSON, differences
@@ -195,9 +227,14 @@ def from_dict(data: dict, cls: type = Experiment) -> Any:
     def value(name: str, raw: Any) -> Any:
         if dataclasses.is_dataclass(hints[name]):
             return from_dict(raw, hints[name])
-        return tuple(raw) if isinstance(raw, list) else raw
+        return _tuples(raw)
 
     return cls(**{name: value(name, raw) for name, raw in data.items()})
+
+
+def _tuples(raw: Any) -> Any:
+    """Returns JSON lists as the tuples they were."""
+    return tuple(map(_tuples, raw)) if isinstance(raw, list) else raw
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:

@@ -12,7 +12,7 @@ from models.flops import train_flops_per_token
 from sharding.hardware import peak_flops
 from trainer.config import Experiment
 from trainer.console import Console
-from trainer.data.dataset import Dataset
+from trainer.data.rows import Steps
 from trainer.evaluate import to_bits_per_byte
 from trainer.metrics import MetricsWriter, StepTimer, memory_gib
 from trainer.packages import library_versions
@@ -24,25 +24,39 @@ class Journal:
     """Records of one run of `train`: a context manager around console, files and step timer."""
 
     def __init__(
-        self, experiment: Experiment, workdir: str, mesh: Mesh, dataset: Dataset, start: int,
+        self,
+        experiment: Experiment,
+        workdir: str,
+        mesh: Mesh,
+        dataset: Steps,
+        start: int,
         skipped: int,
     ) -> None:
         """Opens the records; `start` is the step resumed from (0 for a new run), `skipped` the
         number of updates left out until then."""
         train = experiment.train
         self._dataset = dataset
+        self._batch_size = train.batch_size
         self._every = experiment.log.every
         self._first = start + 1
         self._skipped = skipped
         self._console = Console(train.steps)
         self._writer = MetricsWriter(
-            workdir, console=self._console, tensorboard=experiment.log.tensorboard,
-            resumed_from=start or None, process_index=jax.process_index(),
+            workdir,
+            console=self._console,
+            tensorboard=experiment.log.tensorboard,
+            resumed_from=start or None,
+            process_index=jax.process_index(),
         )
         tokens = train.batch_size * experiment.data.seq_len
-        flops = train_flops_per_token(experiment.model, experiment.data.seq_len) * tokens
+        flops = tokens * sum(
+            share * train_flops_per_token(experiment.model, length)
+            for length, share in dataset.lengths().items()
+        )
         self._timer = StepTimer(
-            total_steps=train.steps, tokens_per_step=tokens, flops_per_step=flops,
+            total_steps=train.steps,
+            tokens_per_step=tokens,
+            flops_per_step=flops,
             peak_flops=peak_flops(jax.devices(), CPU_RATE_SECONDS, experiment.model.dtype),
             device_count=mesh.size,
         )
@@ -71,7 +85,9 @@ class Journal:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         record = {
             "loss": values["loss"],
-            "bits_per_byte": to_bits_per_byte(values["loss"], self._dataset),
+            "bits_per_byte": to_bits_per_byte(
+                values["loss"], self._dataset, step * self._batch_size
+            ),
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
             "skipped_steps": values["skipped"] - self._skipped,
@@ -87,7 +103,7 @@ class Journal:
         self._writer.event(step, name, **details)
 
 
-def _facts(experiment: Experiment, mesh: Mesh, dataset: Dataset, tokens: int) -> dict[str, Any]:
+def _facts(experiment: Experiment, mesh: Mesh, dataset: Steps, tokens: int) -> dict[str, Any]:
     """What the report says about a run."""
     return {
         "parameters": spec.count(param_specs(experiment.model)),

@@ -16,8 +16,9 @@ from sharding.mesh import make_mesh, start_runtime
 from sharding.rules import BATCH, SEQ
 from trainer.config import Experiment, check_sizes, validate
 from trainer.data.corpus import HELD_OUT
-from trainer.data.dataset import open_dataset, resume_row
+from trainer.data.dataset import open_dataset, open_training
 from trainer.data.loader import Loader
+from trainer.data.rows import resume_row
 from trainer.evaluate import baselines, evaluate
 from trainer.journal import Journal
 from trainer.profiler import Profiler
@@ -55,8 +56,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
 
     # ---------------------------------------------------------------- data
     config = experiment.train
-    dataset = open_dataset(experiment.data)
-    dataset.check_vocab(experiment.model.vocab)
+    dataset = open_training(experiment.data, config.batch_size, experiment.model.vocab)
     held_out = open_dataset(experiment.data, HELD_OUT) if experiment.eval.every else None
 
     # ---------------------------------------------------------------- state: restored or new
@@ -68,11 +68,13 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         CheckpointManager(f"{workdir}/{CHECKPOINTS}", experiment.checkpoint) as checkpoints,
         Profiler(f"{workdir}/profile", experiment.log) as profiler,
     ):
-        start, start_row = checkpoints.latest() or 0, 0
-        if start:
-            stored, meta = checkpoints.restore(start, to_stored(abstract_state(experiment, layout)))
-            state = from_stored(stored, experiment, layout)
-            start_row = resume_row(meta["data"], dataset, allow_change=experiment.data.allow_change)
+        start, start_row = 0, 0
+        restored = checkpoints.restore_newest(to_stored(abstract_state(experiment, layout)))
+        if restored:
+            start, state = restored.step, from_stored(restored.state, experiment, layout)
+            start_row = resume_row(
+                restored.meta["data"], dataset, allow_change=experiment.data.allow_change
+            )
         else:
             state = init_state(experiment, layout)
 
@@ -82,15 +84,22 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         with (
             Journal(experiment, workdir, mesh, dataset, start, int(state.skipped)) as journal,
             Loader(
-                dataset, config.batch_size, rows,
-                start_row=start_row, prefetch=experiment.data.prefetch,
+                dataset,
+                config.batch_size,
+                rows,
+                start_row=start_row,
+                prefetch=experiment.data.prefetch,
             ) as loader,
         ):
 
             def evaluated(step: int) -> dict[str, float]:
                 with journal.paused(state.step):
                     result = evaluate(
-                        eval_step, state.params, held_out, config.batch_size, rows,
+                        eval_step,
+                        state.params,
+                        held_out,
+                        config.batch_size,
+                        rows,
                         experiment.eval.batches,
                     )
                 journal.eval(step, result)
@@ -104,6 +113,9 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
 
             if not start and held_out is not None and (found := baselines(held_out)):
                 journal.event(0, "baseline", **found)
+
+            for reason in restored.damaged if restored else ():
+                journal.event(start, "damaged checkpoint passed over", reason=reason)
 
             # -------------------------------------------------------- the loop
             step, last = start, config.stop_at or config.steps

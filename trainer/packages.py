@@ -46,9 +46,7 @@ def check_platform_packages(lookup: Lookup | None = None) -> list[str]:
     return _conflicts(tuple(_PLATFORM), lookup or _installed, ())
 
 
-def _conflicts(
-    names: tuple[str, ...], lookup: Lookup, declared: Iterable[str] | None
-) -> list[str]:
+def _conflicts(names: tuple[str, ...], lookup: Lookup, declared: Iterable[str] | None) -> list[str]:
     found = {name: lookup(name) for name in (*STACK, *_PLATFORM)}
     if declared is None:
         declared = declared_requirements()

@@ -27,7 +27,6 @@ from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
 from sharding.topology import FAMILIES, Slice, parse_slice, slice_devices
 from trainer.config import Experiment, check_sizes, from_dict, validate
-from trainer.data.dataset import FIELDS
 from trainer.state import abstract_state, make_layout
 from trainer.step import make_train_step
 
@@ -129,7 +128,7 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDty
     sharding = NamedSharding(mesh, PartitionSpec(BATCH, SEQ))
     return {
         name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-        for name in FIELDS
+        for name in experiment.data.fields
     }
 
 

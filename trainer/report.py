@@ -239,9 +239,7 @@ def _draw_loss(axes: Any, run: Run) -> None:
     )
     for label, look, chosen in marks:
         for index, event in enumerate(filter(chosen, run.events)):
-            axes.axvline(
-                event["step"], linewidth=1.1, label=label if index == 0 else None, **look
-            )
+            axes.axvline(event["step"], linewidth=1.1, label=label if index == 0 else None, **look)
     axes.legend(frameon=False, loc="upper right")
 
 

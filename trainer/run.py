@@ -1,8 +1,8 @@
 """The folder of one run: which experiment it holds, and where its parts are.
 
-    experiment.json   the resolved experiment, enough to repeat the run
-    checkpoints/      one folder per step
-    metrics.jsonl     records of steps, evaluations and events; tensorboard/ mirrors them
+experiment.json   the resolved experiment, enough to repeat the run
+checkpoints/      one folder per step
+metrics.jsonl     records of steps, evaluations and events; tensorboard/ mirrors them
 """
 
 import json

@@ -73,7 +73,10 @@ def abstract_state(experiment: Experiment, layout: Layout) -> TrainState:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     opt_state = optax.tree_map_params(
-        tx, placed, jax.eval_shape(tx.init, params), layout.shards,
+        tx,
+        placed,
+        jax.eval_shape(tx.init, params),
+        layout.shards,
         transform_non_params=lambda leaf: placed(leaf, layout.replicated),
     )
     return TrainState(step=scalar, skipped=scalar, params=params, opt_state=opt_state)

@@ -13,8 +13,9 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
+from models.attention.sequence import in_order, plan_for
 from models.decoder import forward, head_VD, param_specs
-from models.loss import LossOptions, cross_entropy
+from models.loss import LossOptions, cross_entropy, loss_weights
 from models.spec import Tree
 from sharding.rules import BATCH, SEQ
 from trainer.config import Experiment
@@ -27,17 +28,18 @@ Batch = dict[str, jax.Array]
 
 def loss_sums(params: Tree, batch: Batch, experiment: Experiment) -> tuple[jax.Array, jax.Array]:
     """Returns (objective, nll) summed over the real tokens of a batch, in nats."""
+    batch = in_order(batch, plan_for(experiment.model, batch["tokens"].shape[1]))
     x_BTD, _ = forward(
         params, batch["tokens"], batch["positions"], batch["segment_ids"], experiment.model
     )
-    weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
+    weights_BT = loss_weights(batch["targets"], batch["segment_ids"])
     options = LossOptions.of(experiment.model, experiment.train.z_loss)
     return cross_entropy(x_BTD, head_VD(params), batch["targets"], weights_BT, options)
 
 
 def real_tokens(batch: Batch) -> jax.Array:
     """Returns the number of tokens that carry loss, over all devices."""
-    return jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+    return jnp.sum(loss_weights(batch["targets"], batch["segment_ids"]))
 
 
 def _gradients(params: Tree, batch: Batch, experiment: Experiment, layout: Layout):
@@ -57,9 +59,7 @@ def _gradients(params: Tree, batch: Batch, experiment: Experiment, layout: Layou
         return one(batch)
 
     def split(a_BT):  # row b goes to microbatch b % count, so that no row changes device
-        rows = a_BT.reshape(
-            -1, count, a_BT.shape[1], out_sharding=P(BATCH, None, SEQ)
-        )
+        rows = a_BT.reshape(-1, count, a_BT.shape[1], out_sharding=P(BATCH, None, SEQ))
         return jnp.swapaxes(rows, 0, 1)
 
     def body(total, micro):

@@ -63,6 +63,7 @@ def blockwise_attention(
     reach: Reach,
     extras: Extras,
     problem: Problem,
+    given: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out_BTNV in q's dtype, lse_BTN float32): the contract is `dispatch.attention`'s.
 
@@ -80,18 +81,19 @@ def blockwise_attention(
         Extras(bias, slopes, q_positions, k_positions),
     )
     out_BTNV, lse_BTN = _attend(
-        _pad(q_BTNH, q_pad), _pad(k_BSKH, k_pad), _pad(v_BSKV, k_pad), tokens, problem
-    )
+        _pad(q_BTNH, q_pad), _pad(k_BSKH, k_pad), _pad(v_BSKV, k_pad), tokens,
+        jax.tree.map(lambda x: _pad(x, q_pad), given), problem,
+    )  # fmt: skip
     return out_BTNV[:, :T], lse_BTN[:, :T]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, problem: Problem):
-    return _forward(q_BTNH, k_BSKH, v_BSKV, tokens, problem)
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, given, problem: Problem):
+    return given or _forward(q_BTNH, k_BSKH, v_BSKV, tokens, problem)
 
 
-def _attend_fwd(q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, problem: Problem):
-    out_BTNV, lse_BTN = _forward(q_BTNH, k_BSKH, v_BSKV, tokens, problem)
+def _attend_fwd(q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, given, problem: Problem):
+    out_BTNV, lse_BTN = given or _forward(q_BTNH, k_BSKH, v_BSKV, tokens, problem)
     # Named here, on the value that is both result and residual: a policy that saves the two names
     # then leaves the backward nothing to rerun the forward for.
     out_BTNV = checkpoint_name(out_BTNV, "attention_out")
@@ -198,6 +200,7 @@ def _attend_bwd(problem: Problem, residuals, cotangents):
         dk_BKSH.transpose(0, 2, 1, 3).astype(k_BSKH.dtype),
         dv_BKSV.transpose(0, 2, 1, 3).astype(v_BSKV.dtype),
         _Tokens(None, Extras(None if bias is None else dbias.astype(bias.dtype))),
+        None,
     )
 
 

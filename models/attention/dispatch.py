@@ -33,7 +33,8 @@ _LOG = logging.getLogger(__name__)
 class Backend:
     """One way to compute attention.
 
-    run: takes q, k, v, the mask's `Reach`, `Extras` and the `Problem`; returns (out_BTNV, lse_BTN).
+    run: takes q, k, v, the mask's `Reach`, `Extras`, the `Problem` and `given`; returns
+        (out_BTNV, lse_BTN).
     refusal: returns why it cannot do a problem, or None when it can.
     fewest_queries: `auto` passes it over for calls with fewer, where another is faster.
     tpu_only: `auto` takes it only where a TPU is compiled for.
@@ -75,6 +76,7 @@ def attention(
     logit_bound: float | None = None,
     backend: str = "auto",
     rows_aligned: bool = False,
+    given: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out_BTNV in q's dtype, lse_BTN float32), both differentiable.
 
@@ -97,12 +99,19 @@ def attention(
         rules out are then skipped. Leave False for a KV cache or for queries that are a part of a
         longer sequence.
 
+    given: (out, lse) of these queries over all the keys that they see, of which these are a part.
+        The call is then for its gradients only, and they are what these keys add to the whole: no
+        forward pass is repeated, and dq of the whole is the sum over its parts. Without sinks:
+        they are applied to the whole.
+
     Under rematerialisation, save the names `attention_out` and `attention_lse`.
 
     Raises ValueError for shapes that do not fit together, and UsageError for an unknown backend or
     one that cannot do this call.
     """
     _check_shapes(q_BTNH, k_BSKH, v_BSKV, bias_BNTS, rows_aligned)
+    if given is not None and sinks_N is not None:
+        raise ValueError("attention: sinks belong to the whole, so not to a part with `given`")
     B, T, N, H = q_BTNH.shape
     S, K, V = v_BSKV.shape[1:]
     problem = Problem(
@@ -131,16 +140,16 @@ def attention(
         extras = Extras(bias_BNTS, slopes_N, q_positions_BT, k_positions_BS)
     tokens = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, prefix_BS)
     run = chosen.run if chosen.skips_padding else functools.partial(_without_padding, chosen.run)
-    out_BTNV, lse_BTN = run(q_BTNH, k_BSKH, v_BSKV, reach(mask, *tokens), extras, problem)
+    out_BTNV, lse_BTN = run(q_BTNH, k_BSKH, v_BSKV, reach(mask, *tokens), extras, problem, given)
     return (out_BTNV, lse_BTN) if sinks_N is None else _with_sinks(out_BTNV, lse_BTN, sinks_N)
 
 
-def _without_padding(run, q_BTNH, k_BSKH, v_BSKV, reach: Reach, extras: Extras, problem: Problem):
+def _without_padding(run, q_BTNH, k_BSKH, v_BSKV, reach: Reach, *others):
     """Runs a backend on zeros in the place of padding: a probability of 0 times NaN is NaN."""
     q_real_BT11 = (reach.q_segments_BT > 0)[:, :, None, None]
     k_real_BS11 = (reach.k_segments_BS > 0)[:, :, None, None]
     arrays = (jnp.where(k_real_BS11, x, 0) for x in (k_BSKH, v_BSKV))
-    out_BTNV, lse_BTN = run(jnp.where(q_real_BT11, q_BTNH, 0), *arrays, reach, extras, problem)
+    out_BTNV, lse_BTN = run(jnp.where(q_real_BT11, q_BTNH, 0), *arrays, reach, *others)
     # No change to the values; it stops cotangents of padded rows before they meet the scores.
     out_BTNV = jnp.where(q_real_BT11, out_BTNV, 0)
     return out_BTNV, jnp.where(q_real_BT11[..., 0], lse_BTN, EMPTY_LSE)

@@ -29,6 +29,7 @@ def reference_attention(
     reach: Reach,
     extras: Extras,
     problem: Problem,
+    given: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out_BTNV in q's dtype, lse_BTN float32): the contract is `dispatch.attention`'s."""
     B, T, N, H = q_BTNH.shape
@@ -42,6 +43,15 @@ def reference_attention(
         s_BNTS += alibi_BNTS(extras.slopes_N, extras.q_positions_BT, extras.k_positions_BS)
     s_BNTS = jnp.where(visible_BTS(problem.mask, reach)[:, None], s_BNTS, -jnp.inf)
     s_BKGTS = s_BNTS.reshape(s_BKGTS.shape)
+
+    if given is not None:  # functions of q, k and v whose gradients are those that are asked for
+        out_BTNV, lse_BTN = (jax.lax.stop_gradient(x.astype(F32)) for x in given)
+        lse_BKGT = lse_BTN.reshape(B, T, K, N // K).transpose(0, 2, 3, 1)
+        p_BKGTS = jnp.exp(s_BKGTS - lse_BKGT[..., None])
+        sum_BTN = p_BKGTS.sum(-1).transpose(0, 3, 1, 2).reshape(B, T, N)
+        pv_BTKGV = jnp.einsum("BKGTS,BSKV->BTKGV", p_BKGTS, v_BSKV.astype(F32))
+        moved_BTNV = pv_BTKGV.reshape(B, T, N, V) - out_BTNV * sum_BTN[..., None]
+        return moved_BTNV.astype(q_BTNH.dtype), sum_BTN
 
     max_BKGT = jax.lax.stop_gradient(jnp.maximum(s_BKGTS.max(-1), EMPTY_LSE))
     p_BKGTS = jnp.exp(s_BKGTS - max_BKGT[..., None])

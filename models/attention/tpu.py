@@ -38,10 +38,11 @@ def tpu_attention(
     reach: Reach,
     extras: Extras,
     problem: Problem,
+    given: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out_BTNV in q's dtype, lse_BTN float32): the contract is `dispatch.attention`'s."""
     del extras  # `refusal` lets none pass
-    return _attend(q_BTNH, k_BSKH, v_BSKV, reach, problem)
+    return _attend(q_BTNH, k_BSKH, v_BSKV, reach, given, problem)
 
 
 def refusal(problem: Problem) -> str | None:
@@ -84,13 +85,13 @@ def _kernel(problem: Problem, blocks: Blocks) -> Kernel:
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BTNH, k_BSKH, v_BSKV, reach: Reach, problem: Problem):
-    return _forward(q_BTNH, k_BSKH, v_BSKV, reach, problem)
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_BTNH, k_BSKH, v_BSKV, reach: Reach, given, problem: Problem):
+    return given or _forward(q_BTNH, k_BSKH, v_BSKV, reach, problem)
 
 
-def _attend_fwd(q_BTNH, k_BSKH, v_BSKV, reach: Reach, problem: Problem):
-    out_BTNV, lse_BTN = _forward(q_BTNH, k_BSKH, v_BSKV, reach, problem)
+def _attend_fwd(q_BTNH, k_BSKH, v_BSKV, reach: Reach, given, problem: Problem):
+    out_BTNV, lse_BTN = given or _forward(q_BTNH, k_BSKH, v_BSKV, reach, problem)
     # Named on the value that is both result and residual, see blockwise.py.
     out_BTNV = checkpoint_name(out_BTNV, "attention_out")
     lse_BTN = checkpoint_name(lse_BTN, "attention_lse")
@@ -137,7 +138,7 @@ def _attend_bwd(problem: Problem, residuals, cotangents):
         return x_hxH.reshape(B, heads, -1, x_hxH.shape[2])[:, :, :length].transpose(0, 2, 1, 3)
 
     gradients = tokens_first(dq_hRH, N, T), tokens_first(dk_hSH, K, S), tokens_first(dv_hSV, K, S)
-    return *gradients, None
+    return *gradients, None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -77,9 +77,17 @@ def torus_experiment(size: dict, dtype: str):
     from trainer.config import Experiment, validate
 
     model = ModelConfig(
-        vocab=size["vocab"], layers=size["layers"], width=size["width"], heads=size["heads"],
-        kv_heads=size["heads"], head_dim=size["head_dim"], mlp=size["mlp"],
-        max_length=size["seq"], dtype=dtype, remat="none", scan_layers=False,
+        vocab=size["vocab"],
+        layers=size["layers"],
+        width=size["width"],
+        heads=size["heads"],
+        kv_heads=size["heads"],
+        head_dim=size["head_dim"],
+        mlp=size["mlp"],
+        max_length=size["seq"],
+        dtype=dtype,
+        remat="none",
+        scan_layers=False,
     )
     experiment = Experiment(model=model)
     experiment.train.batch_size = size["batch"]
@@ -131,7 +139,8 @@ def torus_job(job: dict) -> dict:
         shape = (size["batch"], size["seq"])
         tokens = np.random.default_rng(0).integers(1, size["vocab"], (shape[0], shape[1] + 1))
         batch = {
-            "tokens": tokens[:, :-1], "targets": tokens[:, 1:],
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
             "positions": np.tile(np.arange(shape[1]), (shape[0], 1)),
             "segment_ids": np.ones(shape),
         }
@@ -143,8 +152,10 @@ def torus_job(job: dict) -> dict:
             seconds.append(time.perf_counter() - wall)
             processor.append(time.process_time() - cpu)
     return {
-        "seconds": seconds[WARM_UP:], "processor_seconds": processor[WARM_UP:],
-        "loss": float(metrics["loss"]), "matmul_flops": rate,
+        "seconds": seconds[WARM_UP:],
+        "processor_seconds": processor[WARM_UP:],
+        "loss": float(metrics["loss"]),
+        "matmul_flops": rate,
     }
 
 
@@ -156,8 +167,12 @@ def run(contender: Contender, size: dict, steps: int) -> dict:
     job = {"size": size, "dtype": contender.dtype, "steps": steps, **contender.job}
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     done = subprocess.run(
-        [*contender.command, json.dumps(job)], env=environment, cwd=HERE.parent.parent,
-        capture_output=True, text=True, check=False,
+        [*contender.command, json.dumps(job)],
+        env=environment,
+        cwd=HERE.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         sys.stderr.write(done.stderr[-4000:])
@@ -169,8 +184,10 @@ def table(results: dict[Contender, list[dict]], size: dict) -> str:
     """Returns one line per contender."""
     tokens, flops = size["batch"] * size["seq"], step_flops(size)
     rates = {
-        dtype: max((r.get("matmul_flops", 0) for c, rs in results.items() for r in rs
-                    if c.dtype == dtype), default=0)
+        dtype: max(
+            (r.get("matmul_flops", 0) for c, rs in results.items() for r in rs if c.dtype == dtype),
+            default=0,
+        )
         for dtype in ("float32", "bfloat16")
     }
     lines = [
@@ -178,8 +195,10 @@ def table(results: dict[Contender, list[dict]], size: dict) -> str:
         f"{'tokens/cpu-s':>13s}{'Torus is':>10s}"
     ]
     for contender, rounds in results.items():
-        torus = next((rs for c, rs in results.items()
-                      if c.name == "torus" and c.dtype == contender.dtype), None)
+        torus = next(
+            (rs for c, rs in results.items() if c.name == "torus" and c.dtype == contender.dtype),
+            None,
+        )
 
         def ratio(field, rounds=rounds, torus=torus) -> str:
             if not torus:
@@ -212,8 +231,9 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="60m")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="timed steps per process")
-    parser.add_argument("--only", default="", help="contenders whose name or dtype contains this; "
-                        "Torus always runs")
+    parser.add_argument(
+        "--only", default="", help="contenders whose name or dtype contains this; Torus always runs"
+    )
     parser.add_argument("--maxtext-python", default=os.environ.get("TORUS_MAXTEXT_PYTHON"))
     parser.add_argument("--torch-python", default=sys.executable if has_torch() else None)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -223,7 +243,8 @@ def main() -> None:
         return
     size = SIZES[options.size] | BATCH
     chosen = [
-        c for c in contenders(options.maxtext_python, options.torch_python)
+        c
+        for c in contenders(options.maxtext_python, options.torch_python)
         if c.name == "torus" or options.only in f"{c.dtype} {c.name}"
     ]
     results: dict[Contender, list[dict]] = {c: [] for c in chosen}

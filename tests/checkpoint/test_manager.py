@@ -437,7 +437,7 @@ def test_describe_reports_damage_and_goes_on(copied):
     [
         ("{", "manifest: Expecting"),
         ("[]", "manifest is not an object"),
-        ('{"format": 9}', r"manifest format 9, this version reads 1"),
+        ('{"format": 9}', r"manifest format 9, this version reads 2"),
     ],
 )
 def test_manifest_that_cannot_be_used(copied, text, message):

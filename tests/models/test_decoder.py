@@ -100,7 +100,8 @@ def test_gradients_are_the_same_on_every_mesh(axes):
 
 
 @pytest.mark.parametrize(
-    "remat", ["full", ",".join(SAVEABLE), "attention,gate@host,residual@host"],
+    "remat",
+    ["full", ",".join(SAVEABLE), "attention,gate@host,residual@host"],
     ids=["full", "names", "host"],
 )
 def test_remat_does_not_change_gradients(remat):

@@ -37,8 +37,17 @@ def _shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
 def test_no_value_is_quadratic_in_the_length(pattern, remat):
     length = 2048
     config = ModelConfig(
-        vocab=64, layers=7, width=16, heads=2, kv_heads=1, head_dim=8, mlp=16, remat=remat,
-        pattern=pattern, window=256, max_length=length,
+        vocab=64,
+        layers=7,
+        width=16,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        mlp=16,
+        remat=remat,
+        pattern=pattern,
+        window=256,
+        max_length=length,
     )
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     params = spec.abstract(param_specs(config), spec.shardings(param_specs(config), mesh))

@@ -20,7 +20,8 @@ REFUSED_EARLY = {  # before JAX starts
     "no config": ([], r"--config=FILE is missing"),
     "unknown config": (["--config=quickstrt"], r"no config file 'quickstrt'.*`quickstart`"),
     "unknown field": (
-        [TINY, "--config.model.layer=3"], r"no field 'layer' in config.model.*mean `layers`",
+        [TINY, "--config.model.layer=3"],
+        r"no field 'layer' in config.model.*mean `layers`",
     ),
     "unknown group": ([TINY, "--config.modle.layers=3"], r"no field 'modle'.*mean `model`"),
     "group as value": ([TINY, "--config.model=3"], r"config.model is a group of fields"),
@@ -28,22 +29,27 @@ REFUSED_EARLY = {  # before JAX starts
     "fraction for int": ([TINY, "--config.train.batch_size=2.5"], r"'2.5' is not of type int"),
     "wrong bool": ([TINY, "--config.data.shuffle=maybe"], r"'maybe' is not of type bool"),
     "wrong choice": (
-        [TINY, "--config.model.norm=rmsnrm"], r"'rmsnrm': choose rmsnorm.*mean `rmsnorm`",
+        [TINY, "--config.model.norm=rmsnrm"],
+        r"'rmsnrm': choose rmsnorm.*mean `rmsnorm`",
     ),
     "remat name": ([TINY, "--config.model.remat=gate,upp"], r"'upp'.*rotated_qk.*mean `up`"),
     "heads over tensor": (
-        [TINY, "--config.mesh.tensor=3", "--config.model.padded=0"], r"no field 'padded'",
+        [TINY, "--config.mesh.tensor=3", "--config.model.padded=0"],
+        r"no field 'padded'",
     ),
     "heads not divisible": (
-        [TINY, "--config.mesh.tensor=3"], r"model.heads = 4 does not divide over .*tensor = 3",
+        [TINY, "--config.mesh.tensor=3"],
+        r"model.heads = 4 does not divide over .*tensor = 3",
     ),
     "kv heads": ([TINY, "--config.model.kv_heads=3"], r"kv_heads = 3 does not divide heads = 4"),
     "batch not divisible": (
-        [TINY, "--config.mesh.fsdp=3"], r"batch_size = 8 .*1 × 3 devices; the next multiple is 9",
+        [TINY, "--config.mesh.fsdp=3"],
+        r"batch_size = 8 .*1 × 3 devices; the next multiple is 9",
     ),
     "accumulation": ([TINY, "--config.train.accumulation=3"], r"batch_size = 8 .*accumulation = 3"),
     "sequence too long": (
-        [TINY, "--config.data.seq_len=128"], r"seq_len = 128 is longer .*max_length = 64",
+        [TINY, "--config.data.seq_len=128"],
+        r"seq_len = 128 is longer .*max_length = 64",
     ),
     "two free axes": ([TINY, "--config.mesh.data=-1"], r"only one axis may be -1"),
     "zero stage": ([TINY, "--config.mesh.zero=4"], r"zero = 4: choose 1, 2 or 3"),
@@ -101,7 +107,8 @@ def test_workdir_of_another_experiment_names_the_fields(tmp_path, capsys):
     arguments = [TINY, "--config.model.layers=3", "--config.train.seed=1", "--config.log.every=7"]
     refused(
         [*arguments, f"--workdir={tmp_path / 'run'}"],
-        r"holds another experiment: config.model.layers: 2 → 3; config.train.seed: 0 → 1 —", capsys,
+        r"holds another experiment: config.model.layers: 2 → 3; config.train.seed: 0 → 1 —",
+        capsys,
     )
     assert (tmp_path / "run/experiment.json").read_bytes() == before
 

@@ -56,9 +56,7 @@ def test_all_fit():
 
 def test_outside_our_range():
     (line,) = check_packages(_lookup(), ["jax>=1.1,<2"])
-    assert line == (
-        'torus needs jax>=1.1,<2, but 1.0 is installed: pip install "jax>=1.1,<2"'
-    )
+    assert line == ('torus needs jax>=1.1,<2, but 1.0 is installed: pip install "jax>=1.1,<2"')
 
 
 def test_outside_the_range_of_another_package():

@@ -62,6 +62,7 @@ def test_other_failures_are_not_refusals():
 
 def test_bytes_per_device():
     mesh = make_mesh(get_config().mesh)
+
     def place(*axes):
         return NamedSharding(mesh, PartitionSpec(*axes))
 

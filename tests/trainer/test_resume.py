@@ -43,7 +43,7 @@ def trained(tmp_path_factory) -> tuple[Path, dict, dict]:
     folder = tmp_path_factory.mktemp("runs")
     half = job(folder / "half", {"data": 2, "fsdp": 4}, 8, **{"train.stop_at": 10})
     shutil.copytree(folder / "half", folder / "whole")
-    whole = job(folder / "whole", {"data": 2, "fsdp": 4}, 8, **{"train.stop_at": 15})
+    whole = job(folder / "whole", {"data": 2, "fsdp": 4}, 8, **{"train.stop_at": 20})
     return folder / "half", half, whole
 
 
@@ -60,6 +60,32 @@ def test_a_checkpoint_moves_to_any_mesh(trained, tmp_path, mesh, devices, proces
     assert moved["before"] == half["after"]  # bit-equal state
     for step in range(11, 16):
         np.testing.assert_allclose(moved["losses"][step], whole["losses"][step], rtol=TOLERANCE)
+
+
+def test_losses_do_not_depend_on_the_number_of_processes(trained, tmp_path):
+    _, half, whole = trained
+    two = job(tmp_path / "run", {"data": 2, "fsdp": 4}, 8, 2, **{"train.stop_at": 20})
+    one = half["losses"] | whole["losses"]
+    assert sorted(one) == sorted(two["losses"]) == list(range(1, 21))
+    for step in range(1, 21):
+        np.testing.assert_allclose(two["losses"][step], one[step], rtol=TOLERANCE)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path):
+    whole = job(tmp_path / "whole", {"fsdp": 2}, 2, **{"train.stop_at": 12})
+    job(tmp_path / "hurt", {"fsdp": 2}, 2, **{"train.stop_at": 8})
+    newest = tmp_path / "hurt/checkpoints/8"
+    data = max((newest / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    hurt = job(tmp_path / "hurt", {"fsdp": 2}, 2, **{"train.stop_at": 12})
+    assert hurt["after"] == whole["after"]
+    assert (tmp_path / "hurt/checkpoints/8.damaged").is_dir()
+    events = read_metrics(tmp_path / "hurt", "event")
+    passed_over = [e for e in events if e["event"] == "damaged checkpoint passed over"]
+    assert [event["step"] for event in passed_over] == [4]
+    assert "step 8" in passed_over[0]["reason"]
 
 
 def command(workdir: Path) -> list[str]:
@@ -101,7 +127,10 @@ def test_killed_runs_end_on_the_same_bits(tmp_path, kills):
 def test_ctrl_c_saves_and_exits_130(tmp_path):
     process = subprocess.Popen(
         [*command(tmp_path / "run"), "--config.train.steps=5000", "--config.checkpoint.every=0"],
-        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     while last_step(tmp_path / "run") < 2 and process.poll() is None:
         time.sleep(0.01)

@@ -21,14 +21,23 @@ TOLERANCE = 2e-5  # relative, float32: what reordering the sums of 20 steps may 
 ROWS, LENGTH = 16, 64
 
 MODEL = ModelConfig(
-    vocab=250, layers=3, width=64, heads=4, kv_heads=4, head_dim=16, mlp=128, max_length=LENGTH,
-    dtype="float32", remat="none",
+    vocab=250,
+    layers=3,
+    width=64,
+    heads=4,
+    kv_heads=4,
+    head_dim=16,
+    mlp=128,
+    max_length=LENGTH,
+    dtype="float32",
+    remat="none",
 )
 
 
 def experiment(mesh: MeshConfig, accumulation: int = 1) -> Experiment:
     return Experiment(
-        model=MODEL, mesh=mesh,
+        model=MODEL,
+        mesh=mesh,
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=4),
         train=TrainConfig(steps=STEPS, batch_size=ROWS, accumulation=accumulation),
     )

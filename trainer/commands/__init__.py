@@ -15,6 +15,9 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "prepare": Command(
+        "trainer.commands.prepare", "turn text, JSONL or Parquet into a dataset", "Data"
+    ),
     "train": Command(
         "trainer.commands.train", "train a model from a config, or resume its run", "Train"
     ),
@@ -24,6 +27,9 @@ COMMANDS: dict[str, Command] = {
     "eval": Command("trainer.commands.eval", "measure the loss of a trained model", "Use"),
     "sample": Command("trainer.commands.sample", "continue a text with a trained model", "Use"),
     "report": Command("trainer.commands.report", "draw a run as one HTML page", "Look"),
+    "data": Command(
+        "trainer.commands.data", "look into a dataset, check it, convert it", "Look"
+    ),
     "doctor": Command(
         "trainer.commands.doctor", "find what is wrong with this machine before it costs money",
         "Look",

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     experiment = read_experiment(args.run)
     step = pick_step(f"{args.run}/{CHECKPOINTS}", args.step)
     if args.data:
-        experiment.data.path = args.data
+        experiment.data.path, experiment.data.mixture = args.data, ()
 
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
@@ -59,7 +59,8 @@ def main(argv: list[str]) -> int:
         result = evaluate(eval_step, params, dataset, batch_size, rows, args.batches)
     print(f"{args.run} step {step}: {result['tokens']:,} held-out tokens")
     print(f"  loss           {result['loss']:.4f} nats per token")
-    print(f"  bits per byte  {result['bits_per_byte']:.4f}")
+    if result["bits_per_byte"] is not None:
+        print(f"  bits per byte  {result['bits_per_byte']:.4f}")
     for name, bits in (baselines(dataset) or {}).items():
         print(f"  {name.removesuffix('_bits_per_byte') + ' -9':13}  {bits:.4f}")
     return 0

@@ -77,8 +77,11 @@ def _compile(experiment: Experiment, target: Slice) -> tuple[int, dict[str, Any]
         _spinner(f"compiling {experiment.name} for {target.name}"),
         subprocess.Popen(
             [sys.executable, "-m", "trainer.plan"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         ) as process,
     ):
         try:

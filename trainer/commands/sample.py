@@ -1,7 +1,6 @@
 """`torus sample`: continues texts with the parameters of a run's checkpoint."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharding.errors import UsageError
@@ -91,9 +90,9 @@ def main(argv: list[str]) -> int:
 
 def _tokenizer(config: DataConfig) -> "Tokenizer":
     """Returns the tokenizer of the data that the run was trained on."""
+    from trainer.data.corpus import dataset_folder
     from trainer.data.manifest import read_manifest
-    from trainer.data.tokenizer import ByteTokenizer, load_tokenizer
+    from trainer.data.tokenizer import load_tokenizer
 
-    if config.path == "builtin":
-        return ByteTokenizer()
-    return load_tokenizer(read_manifest(Path(config.path).expanduser()).tokenizer)
+    folder = dataset_folder(config.path)
+    return load_tokenizer(read_manifest(folder).tokenizer, folder)

@@ -3,7 +3,8 @@
 Python carries about 12 MB of text: the language reference behind `help()` and the sources of the
 standard library. One topic or file is one document, about 1.5% of them held out by a digest of
 their content. It depends on the Python version, so losses compare only within one; the manifest
-records which. Also the compressors that a model on this corpus should beat.
+records which. `builtin` is its bytes; `builtin:4096` is the same documents in a BPE vocabulary of
+4,096 ids learned from the training split. Also the compressors that a model here should beat.
 """
 
 import gzip
@@ -18,11 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint.steps import is_remote
 from sharding.config import cache_folder
+from sharding.errors import UsageError
+from trainer.data.config import RemoteConfig
 from trainer.data.manifest import FILE
 from trainer.data.shards import DatasetWriter, TokenShards
-from trainer.data.tokenizer import ByteTokenizer, load_tokenizer
+from trainer.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
+BUILTIN = "builtin"  # in `data.path`
 TRAIN, HELD_OUT = "train", "val"
 _HELD_OUT_PER_MILLE = 15
 _EDITION = 1  # part of the folder's name: raise it when the choice of documents changes
@@ -30,12 +35,31 @@ _SKIPPED = {"__pycache__", "dist-packages", "site-packages", "test", "tests", "i
 _MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ between installations
 
 
-def builtin_folder() -> Path:
-    """Returns the folder of the built-in dataset, writing it on first use (about a second)."""
-    folder = cache_folder() / f"builtin-{_EDITION}-python-{platform.python_version()}"
+def dataset_folder(path: str) -> Path:
+    """Returns the folder behind `data.path`, writing the built-in corpus on first use (seconds).
+
+    For object storage it is a local folder with manifest and tokenizer.
+
+    Raises:
+      UsageError: `builtin:` with something else than a vocabulary size.
+    """
+    if is_remote(path):
+        from trainer.data.remote import Bucket
+
+        return Bucket(path, RemoteConfig.patience).mirror()
+    if path != BUILTIN and not path.startswith(f"{BUILTIN}:"):
+        return Path(path).expanduser()
+    _, _, vocab = path.partition(":")
+    if path != BUILTIN and not (vocab.isdecimal() and int(vocab) <= 1 << 16):
+        raise UsageError(
+            f"config.data.path = {path!r}: `{BUILTIN}` for bytes, or `{BUILTIN}:N` for a BPE "
+            "vocabulary of N ids, at most 65,536"
+        )
+    name = f"builtin-{_EDITION}-python-{platform.python_version()}{vocab and '-bpe-' + vocab}"
+    folder = cache_folder() / name
     if not (folder / FILE).exists():
         try:
-            build(folder)
+            build(folder, int(vocab) if vocab else None)
         except OSError:
             # Another process was faster; anything else is the machine's trouble.
             if not (folder / FILE).exists():
@@ -43,16 +67,22 @@ def builtin_folder() -> Path:
     return folder
 
 
-def build(folder: Path) -> None:
-    """Writes the built-in corpus as a dataset of bytes to `folder`."""
-    tokenizer = ByteTokenizer()
+def build(folder: Path, bpe: int | None = None) -> None:
+    """Writes the built-in corpus to `folder`, in bytes or in a BPE of `bpe` ids of its own."""
+    texts: dict[str, list[bytes]] = {TRAIN: [], HELD_OUT: []}
+    for data in documents():
+        digest = hashlib.blake2b(data, digest_size=8).digest()
+        held_out = int.from_bytes(digest, "little") % 1000 < _HELD_OUT_PER_MILLE
+        texts[HELD_OUT if held_out else TRAIN].append(data)
+    tokenizer: Tokenizer = ByteTokenizer()
+    if bpe is not None:
+        tokenizer = train_bpe((data.decode() for data in texts[TRAIN]), bpe)
     source = f"pydoc_data.topics and standard library sources of Python {platform.python_version()}"
-    with DatasetWriter(folder, tokenizer.spec, source=source) as writer:
-        for data in documents():
-            digest = hashlib.blake2b(data, digest_size=8).digest()
-            held_out = int.from_bytes(digest, "little") % 1000 < _HELD_OUT_PER_MILLE
-            tokens = np.concatenate(([tokenizer.BOS], tokenizer.encode(data)))
-            writer.add(HELD_OUT if held_out else TRAIN, tokens, len(data))
+    with DatasetWriter(folder, tokenizer, source=source) as writer:
+        for split, documents_ in texts.items():
+            encoded = tokenizer.encode_batch([data.decode() for data in documents_])
+            for data, tokens in zip(documents_, encoded, strict=True):
+                writer.add(split, np.concatenate(([tokenizer.spec.bos], tokens)), len(data))
 
 
 def documents() -> Iterator[bytes]:
@@ -82,7 +112,7 @@ def _sources(root: Path) -> Iterator[Path]:
 def held_out_bytes(folder: Path) -> bytes:
     """Returns the text of the held-out split, documents end to end."""
     shards = TokenShards(folder, HELD_OUT)
-    tokenizer = load_tokenizer(shards.manifest.tokenizer)
+    tokenizer = load_tokenizer(shards.manifest.tokenizer, folder)
     return b"".join(
         tokenizer.decode_bytes(shards.document(number)) for number in range(len(shards))
     )

@@ -1,44 +1,38 @@
 """A dataset as an endless array of rows: token shards read through a packing plan.
 
 `rows(ids)` is a pure function of (dataset, config); it knows no batch, host, mesh or position in a
-run. Loader.py turns it into batches on devices. Anything else that offers `Rows` (a mixture, a
-transformed dataset) loads the same way. Does not import JAX.
+run. `open_dataset` gives the rows that a config names and `open_training` the steps made of them,
+which loader.py turns into batches on devices. Does not import JAX.
 """
 
+import dataclasses
+import hashlib
+import itertools
+import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
+from absl import logging
 
+from checkpoint.steps import is_remote
 from sharding.errors import UsageError
-from trainer.data.config import DataConfig
-from trainer.data.corpus import TRAIN, builtin_folder
+from trainer.data.collate import make_collate, mix
+from trainer.data.config import CollateConfig, DataConfig
+from trainer.data.corpus import BUILTIN, TRAIN, dataset_folder
+from trainer.data.mixture import Balanced, Buckets, Mixture, in_units
+from trainer.data.packing import Pieces
 from trainer.data.plan import Plan
+from trainer.data.rows import Identity, Rows, Steps
 from trainer.data.shards import TokenShards
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import grain
 
-FIELDS = ("tokens", "targets", "positions", "segment_ids")
 
-
-class Rows(Protocol):
-    """What a loader reads from."""
-
-    seq_len: int
-    rows_per_epoch: int
-
-    def rows(self, ids: np.ndarray, columns: slice = ...) -> dict[str, np.ndarray]:
-        """Returns int32 (len(ids), columns) arrays of the global rows `ids`."""
-
-    def identity(self) -> dict[str, int | str | bool]:
-        """Returns what decides the rows, by name; equal identities mean equal rows."""
-
-
-class Dataset:
+class Dataset(Rows):
     """One split of a dataset, packed as a DataConfig says.
 
     Attributes:
@@ -47,10 +41,18 @@ class Dataset:
       seq_len, rows_per_epoch: shape of one epoch.
     """
 
-    def __init__(self, shards: TokenShards, config: DataConfig) -> None:
+    def __init__(
+        self, shards: TokenShards, config: DataConfig, only: tuple[int, int] = (0, 1 << 62)
+    ) -> None:
+        """Plans rows over the documents with more positions than only[0], not than only[1]."""
         self.shards = shards
+        self._announced = 0  # rows from here on have not been announced to the shards
         self.seq_len = config.seq_len
-        self._identity = {
+        self.fields = config.fields
+        self._seed = mix(np.asarray([config.seed], np.uint64))
+        self._collate = make_collate(config.collate, config.seed)
+        self._sentinels = config.collate.sentinels if config.collate.kind == "fim" else ()
+        self._identity: Identity = {
             "fingerprint": shards.manifest.fingerprint(),
             "split": shards.split,
             "seq_len": config.seq_len,
@@ -59,6 +61,8 @@ class Dataset:
             "shuffle": config.shuffle,
             "seed": config.seed,
         }
+        if self._collate:
+            self._identity["collate"] = json.dumps(vars(config.collate))
         try:
             self.plan = Plan(
                 shards.lengths,
@@ -67,73 +71,137 @@ class Dataset:
                 window=config.window,
                 shuffle=config.shuffle,
                 seed=config.seed,
+                only=only,
+                added=self._collate.added if self._collate else np.zeros_like,
+                key=hashlib.sha256(json.dumps(self._identity).encode()).hexdigest(),
             )
         except UsageError as error:
-            raise UsageError(f"dataset {shards.folder}, split {shards.split}: {error}") from None
+            raise UsageError(f"dataset {shards.name}, split {shards.split}: {error}") from None
         self.rows_per_epoch = self.plan.rows_per_epoch
+        self._identity["plan"] = self.plan.digest()
 
     def rows(self, ids: np.ndarray, columns: slice = slice(None)) -> dict[str, np.ndarray]:
         """Returns the global rows `ids` (any order, epochs without end), or some columns of them.
 
         Returns:
-          int32 (len(ids), columns) arrays: tokens, targets (the next token of the document),
-          positions (from 0 in each piece of a document), segment_ids (from 1 in each row; 0 is
-          padding, and there the others are 0 too).
+          int32 (len(ids), columns) arrays: tokens, targets (the next token of the document, or -1
+          where the collate function puts no loss), positions (from 0 in each piece of a document),
+          segment_ids (from 1 in each row; 0 is padding, and there the others are 0 too), and
+          prefix (1 where attention goes both ways) if the collate function is "prefix".
         """
         begin, end, _ = columns.indices(self.seq_len)
         pieces = self.plan.rows(ids)
+        if self.shards.ahead and len(ids):
+            self._announce(int(ids.max()) + 1)
+        if self.shards.ahead or self.shards.skipped:
+            pieces = pieces.take(self.shards.readable(pieces.documents))
         segments = np.arange(1, len(pieces) + 1) - np.searchsorted(pieces.rows, pieces.rows)
         skipped = np.maximum(begin - pieces.columns, 0)
         counts = np.minimum(pieces.counts, end - pieces.columns) - skipped
         offsets = pieces.rows * (end - begin) + pieces.columns + skipped - begin
-        documents, starts = pieces.documents, pieces.starts + skipped
         if end - begin < self.seq_len:
             seen = counts > 0
-            documents, starts, counts = documents[seen], starts[seen], counts[seen]
+            pieces, counts = pieces.take(seen), counts[seen]
             segments, skipped, offsets = segments[seen], skipped[seen], offsets[seen]
 
-        out = {name: np.zeros((len(ids), end - begin), np.int32) for name in FIELDS}
-        tokens, targets, positions, segment_ids = (out[name].reshape(-1) for name in FIELDS)
+        out = {name: np.zeros((len(ids), end - begin), np.int32) for name in self.fields}
+        flat = {name: array.reshape(-1) for name, array in out.items()}
+        tokens, targets, positions, segment_ids = list(flat.values())[:4]
+        collated = self._collated(pieces, np.asarray(ids)) if self._collate else None
+        read = collated or self.shards.pieces(pieces.documents, pieces.starts + skipped, counts + 1)
         running = np.arange(self.seq_len, dtype=np.int32)
         # Slices, not index arrays: documents of 40 tokens still load at 12 M tokens/s on a core.
-        for piece, to, past, segment in zip(
-            self.shards.pieces(documents, starts, counts + 1),
-            offsets.tolist(),
-            skipped.tolist(),
-            segments.tolist(),
-            strict=True,
-        ):
-            count = len(piece) - 1
-            tokens[to : to + count] = piece[:-1]
-            targets[to : to + count] = piece[1:]
+        places = (array.tolist() for array in (offsets, skipped, counts, segments))
+        for piece, to, past, count, segment in zip(read, *places, strict=True):
+            if collated:
+                for name, values in piece.items():
+                    flat[name][to : to + count] = values[past : past + count]
+            else:
+                tokens[to : to + count] = piece[:-1]
+                targets[to : to + count] = piece[1:]
             positions[to : to + count] = running[past : past + count]
             segment_ids[to : to + count] = segment
         return out
+
+    def _collated(self, pieces: Pieces, ids: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """Returns what the collate function makes of every piece."""
+        counts = pieces.counts - pieces.added
+        epochs = ids[pieces.rows] // self.rows_per_epoch
+        draws = self._seed
+        for part in (epochs, pieces.documents, pieces.starts):
+            draws = mix(draws + part.astype(np.uint64))
+        starts = pieces.starts
+        if self._collate.whole:
+            zeros, lengths = np.zeros_like(starts), self.shards.lengths[pieces.documents]
+            read = self.shards.pieces(pieces.documents, zeros, lengths)
+        else:
+            read = self.shards.pieces(pieces.documents, starts, counts + 1)
+            starts = np.zeros_like(starts)
+        places = (array.tolist() for array in (starts, counts, pieces.added, draws))
+        return [
+            self._collate(tokens.astype(np.int32), *place)
+            for tokens, *place in zip(read, *places, strict=True)
+        ]
+
+    def costs(self, ids: np.ndarray) -> np.ndarray:
+        return self.plan.costs(ids)
+
+    def _announce(self, first: int) -> None:
+        """Tells the shards what the rows from `first` on will read, each row once."""
+        end = first + self.shards.ahead
+        begin = self._announced if first <= self._announced <= end else first
+        self._announced = end
+        self.shards.expect(self.plan.rows(np.arange(begin, end)).documents)
 
     def row(self, number: int) -> dict[str, np.ndarray]:
         """Returns one global row: int32 (seq_len,) arrays."""
         return {name: array[0] for name, array in self.rows(np.asarray([number])).items()}
 
-    def identity(self) -> dict[str, int | str | bool]:
-        """Returns what decides the rows: the dataset's fingerprint and the plan's arguments."""
+    def identity(self) -> Identity:
+        """Returns the dataset's fingerprint, the plan's arguments and its digest."""
         return dict(self._identity)
+
+    def skipped(self) -> dict[str, list[str]]:
+        """Returns the shards that were found damaged and are padding, by dataset fingerprint."""
+        files = sorted(self.shards.skipped)
+        return {str(self._identity["fingerprint"]): files} if files else {}
+
+    def adopt(self, skipped: Mapping[str, list[str]]) -> None:
+        """Skips the shards that a run had skipped, so that its rows stay the same."""
+        for file in skipped.get(str(self._identity["fingerprint"]), []):
+            self.shards.skip(file)
+
+    def cancel(self) -> None:
+        """Ends a `rows` that waits for object storage in another thread."""
+        self.shards.cancel()
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that wrote the dataset."""
-        return load_tokenizer(self.shards.manifest.tokenizer)
+        return load_tokenizer(self.shards.manifest.tokenizer, self.shards.folder)
 
     @property
     def vocab_size(self) -> int:
         return self.shards.manifest.tokenizer.vocab_size
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises UsageError when a model with `vocab_size` embeddings cannot read the dataset."""
-        if self.shards.max_token >= vocab_size:
+        shards = self.shards.manifest.shards  # of all splits: held-out text is read too
+        largest = max((*(shard.max_token for shard in shards), *self._sentinels))
+        if largest >= vocab_size:
             raise UsageError(
-                f"dataset {self.shards.folder} holds token {self.shards.max_token}, the model's "
-                f"vocabulary has {vocab_size}: set --config.model.vocab={self.vocab_size}"
+                f"dataset {self.shards.name} holds token {largest}, the model's "
+                f"vocabulary has {vocab_size}: set --config.model.vocab="
+                f"{max(self.vocab_size, largest + 1)}"
             )
+
+    def bytes_per_token(self, row: int = 0) -> float | None:
+        if self._collate:  # not all text is predicted, or not in its order
+            return None
+        shards = self.shards.manifest.split(self.shards.split)
+        return self.shards.text_bytes / sum(shard.tokens - shard.docs for shard in shards)
+
+    def sources(self, row: int = 0) -> list[tuple[Steps, float]]:
+        return [(self, 1 - self.plan.padding)]
 
     def as_grain(self) -> "grain.MapDataset":
         """Returns the endless rows as a grain MapDataset, to map, mix or batch with grain."""
@@ -155,44 +223,76 @@ class _Endless:
         return self._dataset.row(int(number))
 
 
-def open_dataset(config: DataConfig, split: str = TRAIN) -> Dataset:
-    """Opens and checks one split of the dataset that `config` names.
+def open_dataset(config: DataConfig, split: str = TRAIN) -> Rows:
+    """Opens and checks one split of the dataset or mixture that `config` names: rows of `seq_len`.
 
-    Only the training split is shuffled: others are packed alike for every seed, so that their loss
-    compares between runs.
+    Only the training split is shuffled and filled in the middle: others are packed alike for every
+    seed, so that their loss compares between runs. Of a mixture they hold every row of every
+    source once an epoch.
 
     Raises:
       UsageError: a config no dataset could satisfy, or a dataset that is missing or damaged.
     """
     config.validate()
-    builtin = config.path == "builtin"
-    folder = builtin_folder() if builtin else Path(config.path).expanduser()
-    try:
-        shards = TokenShards(folder, split)
-    except UsageError as error:
-        if builtin:
-            raise UsageError(f"{error}; remove the folder and it is written anew") from None
-        raise
     if split != TRAIN:
-        config = DataConfig(**{**vars(config), "shuffle": False, "seed": 0})
-    return Dataset(shards, config)
+        plain = CollateConfig() if config.collate.kind == "fim" else config.collate
+        config = dataclasses.replace(config, shuffle=False, seed=0, collate=plain)
+    if not config.mixture:
+        return Dataset(open_shards(config.path, split, config), config)
+    members = [Dataset(open_shards(path, split, config), config) for path, _ in config.mixture]
+    if split == TRAIN:
+        return Mixture(members, [(row, in_units(weights)) for row, weights in config.weights()])
+    return Mixture(members, [(0, [member.rows_per_epoch for member in members])])
 
 
-def resume_row(state: Mapping[str, object], dataset: Rows, *, allow_change: bool = False) -> int:
-    """Returns the row that a run continues with, given the loader state of its checkpoint.
+def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.maxsize) -> Steps:
+    """Opens what training reads: the training split in buckets and balanced, as `config` says.
 
-    With `allow_change` the run continues at the same row number of the changed sequence of rows.
+    Args:
+      batch_size: rows of `seq_len` in a step.
+      vocab_size: of the model.
 
     Raises:
-      UsageError: the state is of another version, or the rows are not those it was saved for.
+      UsageError: as `open_dataset`; a bucket with less than one step of documents, or whose rows do
+        not divide the tokens of a step; a token outside the vocabulary.
     """
-    if state.get("version") != 1 or not isinstance(state.get("next_row"), int):
-        raise UsageError(f"data state {dict(state)!r} is not one this version reads")
-    if not allow_change:
-        for name, now in dataset.identity().items():
-            if state.get(name) != now:
-                raise UsageError(
-                    f"data {name} is {now}, the checkpoint was trained with {state.get(name)}; "
-                    "accept the change with --config.data.allow_change=True"
-                )
-    return int(state["next_row"])
+    config.validate()
+    if config.buckets:
+        shards = open_shards(config.path, TRAIN, config)
+        edges = (0, *config.buckets, 1 << 62)
+        parts: list[Rows] = [
+            Dataset(shards, dataclasses.replace(config, seq_len=length, buckets=()), only)
+            for length, only in zip(config.lengths, itertools.pairwise(edges), strict=True)
+        ]
+    else:
+        parts = [open_dataset(config)]
+    parts[0].check_vocab(vocab_size)
+    counts = [config.rows_per_step(part.seq_len, batch_size) for part in parts]
+    if config.balance:
+        parts = [
+            Balanced(part, config.balance, count, config.seed)
+            for part, count in zip(parts, counts, strict=True)
+        ]
+    return Buckets(parts, counts) if config.buckets else parts[0]
+
+
+def open_shards(path: str, split: str, config: DataConfig) -> TokenShards:
+    """Opens and checks the documents of one split, on the disk or in object storage."""
+    if is_remote(path):
+        from trainer.data.remote import RemoteShards
+
+        shards = RemoteShards(path, split, config.remote)
+        if config.shuffle and not shards.fits:
+            logging.warning(
+                "%s: shuffled rows read all shards in turn, and config.data.remote.cache_gb = %g "
+                "does not hold them: they will be fetched again and again",
+                path,
+                config.remote.cache_gb,
+            )
+        return shards
+    try:
+        return TokenShards(dataset_folder(path), split)
+    except UsageError as error:
+        if path.startswith(BUILTIN):
+            raise UsageError(f"{error}; remove the folder and it is written anew") from None
+        raise

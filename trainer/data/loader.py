@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from sharding.errors import UsageError
-from trainer.data.dataset import FIELDS, Rows
+from trainer.data.collate import mix
+from trainer.data.rows import Identity, Rows, Steps
 
 Batch = dict[str, jax.Array]
 
@@ -33,7 +34,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Rows,
+        dataset: Steps,
         batch_size: int,
         sharding: NamedSharding,
         *,
@@ -43,9 +44,9 @@ class Loader:
         """Prepares to read from `start_row`; in a job of several processes, all must call this.
 
         Args:
-          dataset: rows of `seq_len` positions.
-          batch_size: rows of a global batch.
-          sharding: of a (batch_size, seq_len) array.
+          dataset: rows of `seq_len` positions, or steps of shorter rows and more of them.
+          batch_size: rows of `seq_len` in a global batch.
+          sharding: of a (rows, columns) array.
           start_row: first row of batch 0, from `resume_row` or 0.
           prefetch: batches held ready by the background thread; 0 reads in the caller.
 
@@ -61,7 +62,10 @@ class Loader:
         self._dataset = dataset
         self._batch_size = batch_size
         self._start_row = start_row
-        self._blocks = _Blocks(dataset, batch_size, sharding)
+        self._blocks = {
+            length: _Blocks((batch_size * dataset.seq_len // length, length), sharding)
+            for length in dataset.lengths()
+        }
         _check_agreement({**dataset.identity(), "batch_size": batch_size, "start_row": start_row})
         self._taken = 0
         self._prefetch = prefetch
@@ -72,8 +76,10 @@ class Loader:
             self._ahead.append(self._thread.submit(self.batch, step))
 
     def batch(self, step: int) -> Batch:
-        """Returns the `step`-th batch after `start_row`: int32 (batch_size, seq_len) arrays."""
-        return self._blocks.read(self._start_row + step * self._batch_size)
+        """Returns the `step`-th batch after `start_row`: int32 (rows, columns) arrays."""
+        first = self._start_row + step * self._batch_size
+        rows, first = self._dataset.step(first, self._batch_size)
+        return self._blocks[rows.seq_len].read(rows, first)
 
     def __iter__(self) -> Self:
         return self
@@ -91,14 +97,17 @@ class Loader:
         self._taken += 1
         return batch
 
-    def state(self) -> dict[str, int | str | bool]:
+    def state(self) -> Identity:
         """Returns what a checkpoint keeps: the next row to take, and what decides the rows."""
         next_row = self._start_row + self._taken * self._batch_size
-        return {"version": 1, "next_row": next_row, **self._dataset.identity()}
+        skipped = self._dataset.skipped()
+        found = {"skipped": skipped} if skipped else {}
+        return {"version": 1, "next_row": next_row, **self._dataset.identity(), **found}
 
     def close(self) -> None:
         """Ends the background thread; batches it holds are dropped. Safe to call twice."""
         self._closed = True
+        self._dataset.cancel()
         self._thread.shutdown(cancel_futures=True)
         self._ahead.clear()
 
@@ -116,23 +125,22 @@ class Loader:
 
 def eval_batches(dataset: Rows, batch_size: int, sharding: NamedSharding) -> Iterator[Batch]:
     """Yields one epoch in batches of one shape; the last is filled up with rows of padding."""
-    blocks = _Blocks(dataset, batch_size, sharding)
+    blocks = _Blocks((batch_size, dataset.seq_len), sharding)
     for first in range(0, dataset.rows_per_epoch, batch_size):
-        yield blocks.read(first, end=dataset.rows_per_epoch)
+        yield blocks.read(dataset, first, end=dataset.rows_per_epoch)
 
 
 class _Blocks:
     """The (row, column) blocks of a global batch that live on this process's devices."""
 
-    def __init__(self, dataset: Rows, batch_size: int, sharding: NamedSharding) -> None:
-        self._dataset = dataset
-        self._shape = (batch_size, dataset.seq_len)
+    def __init__(self, shape: tuple[int, int], sharding: NamedSharding) -> None:
+        self._shape = shape
         self._sharding = sharding
         try:
             sharding.shard_shape(self._shape)
         except ValueError as error:
             raise UsageError(
-                f"a batch of {batch_size} rows of {dataset.seq_len} does not divide over "
+                f"a batch of {shape[0]} rows of {shape[1]} does not divide over "
                 f"{sharding.spec} of mesh {dict(sharding.mesh.shape)}"
             ) from error
         rows_of: dict[tuple[int, int], set[int]] = {}  # columns -> rows
@@ -141,13 +149,13 @@ class _Blocks:
             rows_of.setdefault(columns, set()).update(range(*rows))
         self._rows = {columns: np.asarray(sorted(rows)) for columns, rows in rows_of.items()}
 
-    def read(self, first: int, end: int | None = None) -> Batch:
-        """Returns the batch that starts at global row `first`; rows from `end` on are padding."""
+    def read(self, source: Rows, first: int, end: int | None = None) -> Batch:
+        """Returns the batch that starts at row `first` of `source`, padding from `end` on."""
         blocks = {}
         for columns, rows in self._rows.items():
             ids = first + rows
             real = len(ids) if end is None else int(np.searchsorted(ids, end))
-            block = self._dataset.rows(ids[:real], slice(*columns))
+            block = source.rows(ids[:real], slice(*columns))
             fill = ((0, len(ids) - real), (0, 0))
             blocks[columns] = {
                 name: np.pad(array, fill) if real < len(ids) else array
@@ -163,7 +171,7 @@ class _Blocks:
             name: jax.make_array_from_callback(
                 self._shape, self._sharding, lambda index, name=name: shard(name, index)
             )
-            for name in FIELDS
+            for name in source.fields
         }
 
     def _ranges(self, index: tuple[slice, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -228,13 +236,5 @@ def _distinct_shards(
 def _place_hash(rows: np.ndarray, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Returns two uint64 sums of a hash of (row, column, value) over all elements."""
     place = (rows[:, None] << np.uint64(32)) | columns[None, :]
-    mixed = _mix(_mix(place) + values.astype(np.int64).astype(np.uint64))
-    return np.stack([mixed.sum(dtype=np.uint64), _mix(mixed).sum(dtype=np.uint64)])
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed = mix(mix(place) + values.astype(np.int64).astype(np.uint64))
+    return np.stack([mixed.sum(dtype=np.uint64), mix(mixed).sum(dtype=np.uint64)])

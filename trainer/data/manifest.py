@@ -7,7 +7,7 @@ documents in tokens, docs + 1 of them). Reading and checking the shards is shard
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -48,6 +48,7 @@ class Manifest:
     python: str = ""  # version of the Python that wrote it
     complete: bool = False
     version: int = VERSION
+    preparation: dict = field(default_factory=dict)  # inputs, settings, rejections; for people
 
     @property
     def dtype(self) -> np.dtype:
@@ -84,12 +85,20 @@ def read_manifest(folder: Path) -> Manifest:
       UsageError: no manifest, broken JSON, another version, missing or mistyped fields, a
         preparation that did not finish, a shard outside the folder, ids beyond the vocabulary.
     """
-    path = folder / FILE
     try:
-        content = json.loads(path.read_text())
+        text = (folder / FILE).read_text()
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"dataset {folder}: no {FILE} there, so it is not a dataset") from None
     except (OSError, ValueError) as error:
+        raise UsageError(f"dataset {folder}: {FILE} cannot be read: {error}") from None
+    return parse_manifest(text, str(folder))
+
+
+def parse_manifest(text: str | bytes, folder: str) -> Manifest:
+    """Checks the text of a manifest as `read_manifest` does; `folder` is for the errors."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
         raise UsageError(f"dataset {folder}: {FILE} cannot be read: {error}") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
@@ -117,7 +126,7 @@ def _typed(kind: type, content: dict) -> object:
     return kind(**content)
 
 
-def _check(manifest: Manifest, folder: Path) -> None:
+def _check(manifest: Manifest, folder: str) -> None:
     if manifest.complete is not True:
         raise UsageError(
             f"dataset {folder}: {FILE} says complete: false, its preparation did not finish; "

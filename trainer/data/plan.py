@@ -1,48 +1,37 @@
-"""Packing as a plan: which pieces of which documents make up row r, computed from lengths alone.
+"""The plan: which pieces of which documents make up row r, computed from lengths alone.
 
-A document of n + 1 tokens has n positions (token i predicts token i + 1) and is cut into pieces of
-at most seq_len of them; a piece reads one token more than it has positions, so that neighbours
-overlap by one and every token but a document's first is predicted exactly once per epoch.
-
-Which documents share a window is drawn once from the seed; inside a window the order is drawn anew
-each epoch. How many rows a window needs depends only on the lengths in it, so every epoch has the
-same number of rows and global row r is row r mod R of epoch r div R, without looking at any other.
+Which documents share a window is drawn once from the seed, over the whole dataset; every epoch
+draws the order of the windows, of the documents in a window and of its rows anew. How many rows a
+window needs depends only on the lengths in it, so all epochs have the same number of rows R, and
+global row r is row r mod R of epoch r div R. A window is packed when one of its rows is asked for:
+what is kept is one number per window and the last two windows, for any number of documents.
 Nothing here depends on hosts, batch sizes or the numpy version.
 """
 
+import contextlib
+import dataclasses
 import functools
-import itertools
-from dataclasses import dataclass
+import hashlib
+import math
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+from absl import logging
+from rich.console import Console
+from rich.progress import track
 
+from sharding.config import cache_folder
 from sharding.errors import UsageError, nearest
+from trainer.data import packing
 from trainer.data.config import PACKINGS
+from trainer.data.packing import Pieces, join, sorting_order
 
-_MEMBERS, _ORDER, _ROWS = range(3)  # what a random stream is for
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Pieces of documents, row after row; the fields are arrays of one length."""
-
-    documents: np.ndarray  # int64
-    starts: np.ndarray  # int64, first token read, counted in the document
-    counts: np.ndarray  # int64, positions; tokens read are one more
-    rows: np.ndarray  # int64, never falls
-    columns: np.ndarray  # int64, where the piece begins in its row
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """All pieces of one epoch; row i holds pieces `bounds[order[i]] : bounds[order[i] + 1]`."""
-
-    pieces: Pieces
-    bounds: np.ndarray  # int64 (rows + 1,)
-    order: np.ndarray  # int64 (rows,)
+_MEMBERS, _ORDER, _ROWS, _WINDOWS = range(4)  # what a random stream is for
+_CACHED_FROM = 1 << 17  # documents; the rows of fewer are counted sooner than a file is read
+_SHOWN_FROM = 128  # windows; counting the rows of fewer takes seconds
 
 
 class Plan:
@@ -60,11 +49,20 @@ class Plan:
         *,
         seq_len: int,
         how: str = "bestfit",
-        window: int = 1 << 17,
+        window: int = 1 << 15,
         shuffle: bool = True,
         seed: int = 0,
+        only: tuple[int, int] = (0, 1 << 62),
+        added: Callable[[np.ndarray], np.ndarray] = np.zeros_like,
+        key: str = "",
     ) -> None:
         """Plans rows of `seq_len` positions over documents of `lengths` tokens, window by window.
+
+        Args:
+          lengths: int64 (documents,), or anything that has a length and is indexed by arrays alike.
+          only: documents are used that have more positions than the first, not than the second.
+          added: gives the positions that a collate function adds to a piece of each document.
+          key: names the lengths and `added`; with it the row counts of large datasets are cached.
 
         Raises:
           UsageError: an unknown way of packing, or no document with a token to predict.
@@ -73,64 +71,109 @@ class Plan:
             raise UsageError(
                 f"packing {how!r}: choose {' or '.join(PACKINGS)}{nearest(how, PACKINGS)}"
             )
-        self._positions = np.maximum(np.asarray(lengths, np.int64) - 1, 0)
         self.seq_len = seq_len
-        self._pack = _best_fit if how == "bestfit" else _concatenate
-        self._shuffle = shuffle
-        self._seed = seed
-        members = np.flatnonzero(self._positions)
-        if not len(members):
-            raise UsageError("no document has two tokens or more: there is nothing to predict")
-        if shuffle:
-            members = members[permutation(len(members), seed, 0, _MEMBERS)]
-        self._windows = np.split(members, range(window, len(members), window))
-        # Bound to the instance, so that the cache goes when the plan goes.
-        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
-        self.rows_per_epoch = len(self.epoch(0).order)
-        self.positions_per_epoch = int(self._positions.sum())
+        self._lengths, self._window_size, self._only, self._added = lengths, window, only, added
+        self._shuffle, self._seed = shuffle, seed
+        self._pack, self._count = {
+            "bestfit": (packing.best_fit, packing.count_best_fit),
+            "concat": (packing.concatenate, packing.count_concatenated),
+        }[how]
+        self._scattered = Scatter(len(lengths), seed) if shuffle else np.asarray
+        # Bound to the instance, so that the caches go when the plan goes.
+        self._window = functools.lru_cache(maxsize=2)(self._packed_window)
+        self._windows = functools.lru_cache(maxsize=2)(self._ordered_windows)
+
+        if key and len(lengths) >= _CACHED_FROM:
+            settings = (1, key, seq_len, how, window, shuffle, seed, only)
+            name = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+            counts = _cached(cache_folder() / "plans" / name, self._count_rows)
+        else:
+            counts = self._count_rows()
+        self._counts = counts[:-1]
+        self.rows_per_epoch, self.positions_per_epoch = int(counts[:-1].sum()), int(counts[-1])
+        if not self.rows_per_epoch:
+            span = f"{only[0] + 1} {'or more' if only[1] >= 1 << 62 else f'to {only[1]}'} positions"
+            raise UsageError(f"no document of {span}: there is nothing to predict")
         self.padding = 1 - self.positions_per_epoch / (self.rows_per_epoch * seq_len)
 
     def rows(self, ids: np.ndarray) -> Pieces:
         """Returns the pieces of the global rows `ids`, `rows` numbered by place in `ids`."""
-        ids = np.asarray(ids, np.int64)
-        numbers, locals_ = np.divmod(ids, self.rows_per_epoch)
+        epochs, local = np.divmod(np.asarray(ids, np.int64), self.rows_per_epoch)
         parts = []
-        # A batch may begin in one epoch and end in the next.
-        for number in np.unique(numbers).tolist():
-            places = np.flatnonzero(numbers == number)
-            epoch = self.epoch(number)
-            stored = epoch.order[locals_[places]]
-            firsts = epoch.bounds[stored]
-            sizes = epoch.bounds[stored + 1] - firsts
-            chosen = np.repeat(firsts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-            pieces = epoch.pieces
-            parts.append(
-                Pieces(
-                    pieces.documents[chosen],
-                    pieces.starts[chosen],
-                    pieces.counts[chosen],
-                    np.repeat(places, sizes),
-                    pieces.columns[chosen],
+        # A batch may begin in one window or epoch and end in the next.
+        for epoch in np.unique(epochs).tolist():
+            order, begins = self._windows(epoch)
+            place = np.where(epochs == epoch, np.searchsorted(begins, local, side="right") - 1, -1)
+            for nth in np.unique(place[place >= 0]).tolist():
+                places = np.flatnonzero(place == nth)
+                pieces, bounds, rows = self._window(epoch, int(order[nth]))
+                stored = rows[local[places] - begins[nth]]
+                firsts = bounds[stored]
+                sizes = bounds[stored + 1] - firsts
+                chosen = pieces.take(
+                    np.repeat(firsts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
                 )
-            )
-        if not parts:
-            return Pieces(*np.zeros((5, 0), np.int64))
-        return _join(parts)
+                parts.append(dataclasses.replace(chosen, rows=np.repeat(places, sizes)))
+        return join(parts) if parts else Pieces(*np.zeros((6, 0), np.int64))
 
-    def _epoch(self, number: int) -> Epoch:
-        parts, first = [], 0
-        for index, members in enumerate(self._windows):
-            if self._shuffle:
-                members = members[permutation(len(members), self._seed, number, _ORDER, index)]
-            part, rows = self._pack(members, self._positions[members], self.seq_len, first)
-            parts.append(part)
-            first += rows
-        pieces = _join(parts)
-        bounds = np.searchsorted(pieces.rows, np.arange(first + 1))
-        order = np.arange(first)
+    def costs(self, ids: np.ndarray) -> np.ndarray:
+        """Returns the attention cost of each row: the squared lengths of its pieces, added up."""
+        pieces = self.rows(ids)
+        return np.bincount(pieces.rows, pieces.counts.astype(float) ** 2, minlength=len(ids))
+
+    def digest(self) -> str:
+        """Returns a digest of the row counts and of all pieces of the first window."""
+        pieces, _, rows = self._window(0, int(self._windows(0)[0][0]))
+        digest = hashlib.sha256(self._counts.astype("<i8").tobytes())
+        for array in (*vars(pieces).values(), rows):
+            digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
+    def members(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the documents of a window that are used, and the positions of each."""
+        first = window * self._window_size
+        numbers = np.arange(first, min(first + self._window_size, len(self._lengths)))
+        documents = self._scattered(numbers)
+        positions = np.asarray(self._lengths[documents], np.int64) - 1
+        used = (positions > self._only[0]) & (positions <= self._only[1])
+        return documents[used], positions[used]
+
+    def _count_rows(self) -> np.ndarray:
+        """Returns the rows of every window, and behind them the positions of an epoch."""
+        windows = -(-len(self._lengths) // self._window_size)
+        counts = np.zeros(windows + 1, np.int64)
+        console = Console(stderr=True)
+        quiet = windows < _SHOWN_FROM or not console.is_terminal
+        for window in track(
+            range(windows), "counting rows", console=console, transient=True, disable=quiet
+        ):
+            documents, positions = self.members(window)
+            counts[window] = self._count(positions, self._added(documents), self.seq_len)
+            counts[-1] += positions.sum()
+        return counts
+
+    def _packed_window(self, epoch: int, window: int) -> tuple[Pieces, np.ndarray, np.ndarray]:
+        """Returns pieces, bounds and order: the window's row i is pieces bounds[order[i]] on."""
+        documents, positions = self.members(window)
+        rows = int(self._counts[window])
+        order = np.arange(rows)
         if self._shuffle:
-            order = permutation(first, self._seed, number, _ROWS)
-        return Epoch(pieces, bounds, order)
+            drawn = permutation(len(documents), self._seed, epoch, _ORDER, window)
+            documents, positions = documents[drawn], positions[drawn]
+            order = permutation(rows, self._seed, epoch, _ROWS, window)
+        pieces = self._pack(documents, positions, self._added(documents), self.seq_len)
+        return pieces, np.searchsorted(pieces.rows, np.arange(rows + 1)), order
+
+    def _ordered_windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the windows in the order of an epoch, and the first row of each."""
+        order = np.arange(len(self._counts))
+        if self._shuffle:
+            order = permutation(len(order), self._seed, epoch, _WINDOWS)
+        order = order[self._counts[order] > 0]
+        return order, np.cumsum(self._counts[order]) - self._counts[order]
+
+
+# ---------------------------------------------------------------- random orders
 
 
 def permutation(size: int, seed: int, epoch: int, purpose: int, index: int = 0) -> np.ndarray:
@@ -139,115 +182,73 @@ def permutation(size: int, seed: int, epoch: int, purpose: int, index: int = 0) 
     Sorts raw Philox output: numpy promises to keep the bits of its generators, not those of
     `Generator.permutation`.
     """
+    bits = np.uint64(size.bit_length() + 1)
+    return sorting_order((_raw(size, seed, epoch, purpose, index) >> bits).astype(np.int64))
+
+
+class Scatter:
+    """A random permutation of range(size) of which any part can be computed alone.
+
+    A Feistel network over mixed radices (Black and Rogaway, "Ciphers with Arbitrary Finite
+    Domains", 2002): a number is two digits, and four rounds add to each in turn a random function,
+    kept as a table of about sqrt(size) entries, of the other.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size = size
+        self._high = math.isqrt(max(size - 1, 0)) + 1
+        self._low = max(-(-size // self._high), 1)
+        radices = (self._low, self._high) * 2
+        self._tables = [
+            (_raw(of, seed, 0, _MEMBERS, turn) % np.uint64(to)).astype(np.int64)
+            for turn, (of, to) in enumerate(zip(radices, radices[1:] + radices[:1], strict=True))
+        ]
+
+    def __call__(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns where each of `numbers` goes."""
+        high, low = np.divmod(numbers, self._low)
+        for to_high, to_low in zip(self._tables[::2], self._tables[1::2], strict=True):
+            high = high + to_high[low]
+            high -= self._high * (high >= self._high)
+            low = low + to_low[high]
+            low -= self._low * (low >= self._low)
+        out = high * self._low + low
+        # The two digits reach a little further than size: walk on until inside.
+        outside = np.flatnonzero(out >= self._size)
+        if len(outside):
+            out[outside] = self(out[outside])
+        return out
+
+
+def _raw(size: int, seed: int, epoch: int, purpose: int, index: int) -> np.ndarray:
     key = np.asarray([seed, epoch], np.uint64)
     counter = np.asarray([0, 0, purpose, index], np.uint64)
-    raw = np.random.Philox(key=key, counter=counter).random_raw(size)
-    bits = np.uint64(size.bit_length())
-    return _order((raw >> (bits + np.uint64(1))).astype(np.int64))
+    return np.random.Philox(key=key, counter=counter).random_raw(size)
 
 
-def _order(values: np.ndarray) -> np.ndarray:
-    """Returns the stable sorting order of non-negative `values` below 2**63 / 2·len(values).
-
-    Sorting values with their places in the low bits is several times faster than argsort, and no
-    two keys are equal, so that no sorting algorithm can disagree.
-    """
-    bits = len(values).bit_length()
-    keys = np.sort((values.astype(np.int64) << bits) | np.arange(len(values)))
-    return keys & ((1 << bits) - 1)
+# ---------------------------------------------------------------- the counts on disk
 
 
-def _join(parts: list[Pieces]) -> Pieces:
-    if len(parts) == 1:
-        return parts[0]
-    names = ("documents", "starts", "counts", "rows", "columns")
-    joined = Pieces(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
-    if (joined.rows[1:] >= joined.rows[:-1]).all():
-        return joined
-    order = _order(joined.rows)
-    return Pieces(*(getattr(joined, name)[order] for name in names))
-
-
-def _concatenate(
-    documents: np.ndarray, positions: np.ndarray, seq_len: int, first: int
-) -> tuple[Pieces, int]:
-    """Lays documents end to end and cuts at every row; only the window's last row has padding."""
-    ends = np.cumsum(positions)
-    begins = ends - positions
-    total = int(ends[-1])
-    # The stable sort merges two sorted runs; np.union1d would hash and sort from nothing.
-    cuts = np.sort(np.concatenate([begins, np.arange(0, total, seq_len)]), kind="stable")
-    cuts = cuts[np.diff(cuts, prepend=-1) > 0]
-    owners = np.searchsorted(begins, cuts, side="right") - 1
-    rows, columns = np.divmod(cuts, seq_len)
-    counts = np.diff(cuts, append=total)
-    pieces = Pieces(documents[owners], cuts - begins[owners], counts, first + rows, columns)
-    return pieces, -(-total // seq_len)
-
-
-def _best_fit(
-    documents: np.ndarray, positions: np.ndarray, seq_len: int, first: int
-) -> tuple[Pieces, int]:
-    """Gives full pieces rows of their own and best-fits what is left of each document."""
-    full, rest = np.divmod(positions, seq_len)
-    rows = int(full.sum())
-    owners = np.repeat(np.arange(len(documents)), full)
-    nth = np.arange(rows) - np.repeat(np.cumsum(full) - full, full)
-
-    tails = np.flatnonzero(rest)
-    tails = tails[_order(seq_len - rest[tails])]
-    counts = rest[tails]
-    bins, opened = _fit(counts, seq_len)
-    by_bin = _order(bins)
-    tails, counts, bins = tails[by_bin], counts[by_bin], bins[by_bin]
-    before = np.cumsum(counts) - counts
-    columns = before - before[np.searchsorted(bins, bins)]
-
-    pieces = Pieces(
-        documents=documents[np.concatenate([owners, tails])],
-        starts=np.concatenate([nth, full[tails]]) * seq_len,
-        counts=np.concatenate([np.full(rows, seq_len), counts]),
-        rows=first + np.concatenate([np.arange(rows), rows + bins]),
-        columns=np.concatenate([np.zeros(rows, np.int64), columns]),
-    )
-    return pieces, rows + opened
-
-
-def _fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """Best-fit-decreasing: returns the bin of each size, largest first, and the number of bins.
-
-    Each size goes into the fullest bin with room for it. Equal sizes are placed together, so the
-    work grows with the number of distinct sizes and of distinct rooms left, not of documents.
-    """
-    bins = np.empty(len(sizes), np.int64)
-    room: dict[int, list[np.ndarray]] = {}  # room left -> bins
-    has_room = np.zeros(capacity + 1, bool)
-    opened = 0
-
-    def keep(left: int, which: np.ndarray) -> None:
-        if left and len(which):
-            room.setdefault(left, []).append(which)
-            has_room[left] = True
-
-    firsts = np.flatnonzero(np.diff(sizes, prepend=capacity + 1))
-    for at, end in itertools.pairwise([*firsts.tolist(), len(sizes)]):
-        size = int(sizes[at])
-        while at < end:
-            left = size + int(has_room[size:].argmax())
-            if has_room[left]:
-                which = np.concatenate(room.pop(left))
-                has_room[left] = False
-            else:
-                left = capacity
-                which = np.arange(opened, opened - (at - end) // (capacity // size))
-                opened += len(which)
-            each = left // size
-            needed = min(len(which), -((at - end) // each))
-            keep(left, which[needed:])
-            placed = min(end - at, needed * each)
-            bins[at : at + placed] = np.repeat(which[:needed], each)[:placed]
-            whole, part = divmod(placed, each)
-            keep(left - each * size, which[:whole])
-            keep(left - part * size, which[whole:needed])
-            at += placed
-    return bins, opened
+def _cached(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Returns the int64 array stored at `path` with its digest, or computes and stores it."""
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            return np.frombuffer(content[32:], "<i8").astype(np.int64)
+        logging.warning("plan: %s is damaged and is built anew", path)
+    except FileNotFoundError:
+        pass  # the usual first time
+    except OSError as error:
+        logging.warning("plan: %s cannot be read and is built anew: %s", path, error)
+    counts = compute()
+    content = counts.astype("<i8").tobytes()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(hashlib.sha256(content).digest() + content)
+        os.replace(temporary, path)
+    except OSError as error:
+        logging.warning("plan: not kept for the next start: %s", error)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return counts

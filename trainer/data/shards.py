@@ -10,6 +10,7 @@ import os
 import platform
 import secrets
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -17,69 +18,95 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from sharding.errors import UsageError, nearest
-from trainer.data.manifest import Manifest, Shard, read_manifest
-from trainer.data.tokenizer import TokenizerSpec
+from trainer.data.manifest import FILE, Manifest, Shard, read_manifest
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 HASH_AT_OPEN = 64 << 20  # bytes; about 60 ms of SHA-256, so small datasets are always checked whole
 _BLOCK = 1 << 22
+
+
+class ShardError(UsageError):
+    """A file of a dataset that is not what its manifest says."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(f"{file} {reason}")
+        self.file = file
+        self.reason = reason
 
 
 class TokenShards:
     """One split of a dataset folder: documents 0..docs-1 over all its shards, in manifest order.
 
     Attributes:
+      folder: where manifest and tokenizer are.
+      name: what errors call the dataset.
       starts: int64 (docs + 1,), where each document begins when the shards are laid end to end.
       lengths: int64 (docs,), tokens of each document, BOS included.
+      skipped: files of shards that are not read: the places of their documents become padding.
+      ahead: rows that a reader should announce to `expect` before it reads them.
     """
 
-    def __init__(self, folder: Path, split: str) -> None:
-        """Opens and checks the split.
+    ahead = 0
+
+    def __init__(self, folder: Path, split: str, *, name: str = "") -> None:
+        """Opens and checks the split; `name` says whose local stand-in the folder is.
 
         Raises:
           UsageError: no such split, or a shard that is not what the manifest says.
         """
         self.folder = folder
+        self.name = name or str(folder)
         self.split = split
         self.manifest = read_manifest(folder)
-        shards = self.manifest.split(split)
+        self.skipped: set[str] = set()
+        self._shards = shards = self.manifest.split(split)
         if not shards:
             choices = self.manifest.splits
             raise UsageError(
-                f"dataset {folder}: no split {split!r}, there is {', '.join(choices) or 'none'}"
+                f"dataset {self.name}: no split {split!r}, there is {', '.join(choices) or 'none'}"
                 f"{nearest(split, choices)}"
             )
-        dtype = self.manifest.dtype
-        hashed = sum(shard.bytes for shard in shards) <= HASH_AT_OPEN
-        starts, bases, arrays = [np.zeros(1, np.int64)], [0], []
-        for shard in shards:
-            index = _open_index(folder, shard)
-            _check_size(folder, shard)
-            if hashed:
-                _check_digests(folder, shard)
-            starts.append(index[1:] + bases[-1])
-            bases.append(bases[-1] + shard.tokens)
-            # Slicing np.memmap costs a microsecond more than slicing the plain array behind it.
-            tokens = np.memmap(folder / shard.file, dtype, "r") if shard.tokens else []
-            arrays.append(np.asarray(tokens, dtype))
-        self.starts = np.concatenate(starts)
+        try:
+            indices = self._open()
+        except ShardError as error:
+            raise UsageError(f"dataset {self.name}: {error}") from None
+        self._ends = np.cumsum([shard.tokens for shard in shards])
+        self._begins = self._ends - [shard.tokens for shard in shards]
+        self.starts = np.concatenate(
+            [[0], *(index[1:] + at for index, at in zip(indices, self._begins, strict=True))]
+        )
         self.lengths = np.diff(self.starts)
         self.text_bytes = sum(shard.text_bytes for shard in shards)
         self.max_token = max(shard.max_token for shard in shards)
-        self._arrays = arrays
-        self._begins, self._ends = np.asarray(bases[:-1]), np.asarray(bases[1:])
+
+    def _open(self) -> list[np.ndarray]:
+        """Checks the shards, maps them into memory and returns their indices."""
+        folder, dtype = self.folder, self.manifest.dtype
+        hashed = sum(shard.bytes for shard in self._shards) <= HASH_AT_OPEN
+        indices, self._arrays = [], []
+        for shard in self._shards:
+            indices.append(open_index(folder, shard))
+            _check_size(folder, shard)
+            if hashed:
+                check_digest(folder / shard.file, shard.file, shard.sha256)
+                check_digest(folder / shard.index_file, shard.index_file, shard.index_sha256)
+            self._arrays.append(map_tokens(folder, shard, dtype))
+        return indices
 
     def pieces(
         self, documents: np.ndarray, starts: np.ndarray, counts: np.ndarray
     ) -> list[np.ndarray]:
-        """Returns views of `counts[k]` tokens from token `starts[k]` of document `documents[k]`."""
+        """Returns `counts[k]` tokens from token `starts[k]` of document `documents[k]`."""
         positions = self.starts[documents] + starts
         owners = np.searchsorted(self._ends, positions, side="right")
-        local = positions - self._begins[owners]
+        return self._cut(owners, positions - self._begins[owners], counts)
+
+    def _cut(self, owners: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
         arrays = self._arrays
         return [
             arrays[owner][start : start + count]
             for owner, start, count in zip(
-                owners.tolist(), local.tolist(), counts.tolist(), strict=True
+                owners.tolist(), begins.tolist(), counts.tolist(), strict=True
             )
         ]
 
@@ -89,6 +116,32 @@ class TokenShards:
             return np.zeros(0, self.manifest.dtype)
         one = np.asarray([number])
         return self.pieces(one, np.zeros_like(one), self.lengths[one])[0]
+
+    def skip(self, file: str) -> None:
+        """Reads the shard `file` of this split as padding from now on.
+
+        Raises:
+          UsageError: no such shard.
+        """
+        files = [shard.file for shard in self._shards]
+        if file not in files:
+            raise UsageError(f"dataset {self.name}, split {self.split}: no shard {file!r}")
+        self.skipped.add(file)
+
+    def readable(self, documents: np.ndarray) -> np.ndarray:
+        """Returns for each document whether it can be read: bool, false in skipped shards."""
+        bad = [k for k, shard in enumerate(self._shards) if shard.file in self.skipped]
+        return np.isin(self._owners(documents), bad, invert=True)
+
+    def _owners(self, documents: np.ndarray) -> np.ndarray:
+        """Returns the number of the shard that holds each document."""
+        return np.searchsorted(self._ends, self.starts[documents], side="right")
+
+    def expect(self, documents: np.ndarray) -> None:
+        """Says which documents will be read next; what is on the disk needs no preparing."""
+
+    def cancel(self) -> None:
+        """Ends a `pieces` that waits in another thread; what is on the disk never waits."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -100,68 +153,103 @@ def verify(folder: Path) -> Manifest:
     Raises:
       UsageError: the first shard whose size, index, digest or largest token differs.
     """
+    for error in faults(folder):
+        raise UsageError(f"dataset {folder}: {error}")
+    return read_manifest(folder)
+
+
+def faults(
+    folder: Path, advance: Callable[[int], None] = lambda size: None
+) -> Iterator[ShardError]:
+    """Re-reads every shard and yields what differs from the manifest, at most one a file.
+
+    Args:
+      folder: the dataset.
+      advance: called with the bytes of shards that were dealt with since the last call.
+    """
     manifest = read_manifest(folder)
     for shard in manifest.shards:
-        _open_index(folder, shard)
-        _check_size(folder, shard)
-        _check_digests(folder, shard)
-        if shard.tokens:
-            largest = int(np.memmap(folder / shard.file, manifest.dtype, "r").max())
-            if largest != shard.max_token:
-                raise UsageError(
-                    f"dataset {folder}: {shard.file} holds token {largest}, manifest says at most "
-                    f"{shard.max_token}"
-                )
-    return manifest
+        for check in (_check_index, _check_tokens):
+            try:
+                check(folder, shard, manifest.dtype)
+            except ShardError as error:
+                yield error
+        advance(shard.bytes)
+    try:
+        load_tokenizer(manifest.tokenizer, folder)
+    except UsageError as error:
+        yield ShardError(FILE, f"names another tokenizer than the folder has: {error}")
+
+
+def _check_index(folder: Path, shard: Shard, dtype: np.dtype) -> None:
+    open_index(folder, shard)
+    check_digest(folder / shard.index_file, shard.index_file, shard.index_sha256)
+
+
+def _check_tokens(folder: Path, shard: Shard, dtype: np.dtype) -> None:
+    _check_size(folder, shard)
+    check_digest(folder / shard.file, shard.file, shard.sha256)
+    largest = int(map_tokens(folder, shard, dtype).max(initial=0))
+    if largest != shard.max_token:
+        raise ShardError(
+            shard.file, f"holds token {largest}, manifest says at most {shard.max_token}"
+        )
 
 
 def _check_size(folder: Path, shard: Shard) -> None:
     try:
         size = (folder / shard.file).stat().st_size
     except OSError as error:
-        raise UsageError(f"dataset {folder}: {shard.file}: {error.strerror}") from None
+        raise ShardError(shard.file, f"cannot be read: {error.strerror}") from None
     if size != shard.bytes:
         hint = " (truncated copy?)" if size < shard.bytes else ""
-        raise UsageError(
-            f"dataset {folder}: {shard.file} has {size:,} bytes, manifest says "
-            f"{shard.bytes:,}{hint}"
+        raise ShardError(shard.file, f"has {size:,} bytes, manifest says {shard.bytes:,}{hint}")
+
+
+def check_digest(path: Path, file: str, wanted: str) -> None:
+    """Raises ShardError when the sha256 of `path` is not the one that the manifest has for it."""
+    with open(path, "rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != wanted:
+        raise ShardError(
+            file,
+            f"has sha256 {found[:12]}…, manifest says {wanted[:12]}… (damaged or replaced)",
         )
 
 
-def _check_digests(folder: Path, shard: Shard) -> None:
-    for file, wanted in ((shard.file, shard.sha256), (shard.index_file, shard.index_sha256)):
-        with open(folder / file, "rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != wanted:
-            raise UsageError(
-                f"dataset {folder}: {file} has sha256 {found[:12]}…, manifest says {wanted[:12]}… "
-                "(damaged or replaced)"
-            )
+def map_tokens(folder: Path, shard: Shard, dtype: np.dtype) -> np.ndarray:
+    """Returns the tokens of a shard, mapped into memory and not read."""
+    # Slicing np.memmap costs a microsecond more than slicing the plain array behind it.
+    tokens = np.memmap(folder / shard.file, dtype, "r") if shard.tokens else []
+    return np.asarray(tokens, dtype)
 
 
-def _open_index(folder: Path, shard: Shard) -> np.ndarray:
+def open_index(folder: Path, shard: Shard) -> np.ndarray:
+    """Returns the offsets of a shard's documents: int64 (docs + 1,).
+
+    Raises:
+      ShardError: the file is missing, no index, or not that of the shard.
+    """
     name = shard.index_file
     try:
         index = np.load(folder / name, allow_pickle=False)
     except OSError as error:
-        raise UsageError(f"dataset {folder}: {name}: {error.strerror or error}") from None
+        raise ShardError(name, f"cannot be read: {error.strerror or error}") from None
     except (ValueError, EOFError) as error:
-        raise UsageError(f"dataset {folder}: {name} is not an index: {error}") from None
+        raise ShardError(name, f"is not an index: {error}") from None
     if index.dtype != np.int64 or index.shape != (shard.docs + 1,):
-        raise UsageError(
-            f"dataset {folder}: {name} holds {index.dtype} {index.shape}, manifest says int64 "
-            f"({shard.docs + 1},)"
+        raise ShardError(
+            name, f"holds {index.dtype} {index.shape}, manifest says int64 ({shard.docs + 1},)"
         )
     if index[0] != 0 or index[-1] != shard.tokens:
-        raise UsageError(
-            f"dataset {folder}: {name} runs from {index[0]:,} to {index[-1]:,}, "
-            f"{shard.file} holds tokens 0 to {shard.tokens:,}"
+        raise ShardError(
+            name,
+            f"runs from {index[0]:,} to {index[-1]:,}, {shard.file} holds tokens 0 to "
+            f"{shard.tokens:,}",
         )
     falls = np.flatnonzero(index[1:] < index[:-1])
     if len(falls):
-        raise UsageError(
-            f"dataset {folder}: {name} is not monotone: document {falls[0]} ends before it begins"
-        )
+        raise ShardError(name, f"is not monotone: document {falls[0]} ends before it begins")
     return index
 
 
@@ -174,12 +262,15 @@ class DatasetWriter:
     def __init__(
         self,
         folder: Path,
-        tokenizer: TokenizerSpec,
+        tokenizer: Tokenizer,
         *,
         source: str = "",
         shard_tokens: int = 1 << 28,
+        scratch: Path | None = None,
     ) -> None:
-        """Prepares to write `folder`, which must not exist or be empty.
+        """Prepares to write `folder`, which must not exist or be empty, by way of `scratch`.
+
+        What is put into `preparation` or into `scratch` until the end is part of the dataset.
 
         Raises:
           UsageError: the folder holds something.
@@ -187,17 +278,22 @@ class DatasetWriter:
         if folder.exists() and any(folder.iterdir()):
             raise UsageError(f"dataset {folder}: the folder is not empty; choose another")
         self._folder = folder
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer.spec
+        self._files = tokenizer.files()
         self._source = source
         self._shard_tokens = shard_tokens
-        self._dtype = Manifest(tokenizer, ()).dtype
-        self._temporary = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+        self._dtype = Manifest(tokenizer.spec, ()).dtype
+        beside = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+        self._temporary = scratch or beside
+        self.preparation: dict = {}
         self._open: dict[str, _OpenShard] = {}
         self._count: dict[str, int] = {}
         self._shards: list[Shard] = []
 
     def __enter__(self) -> Self:
         self._temporary.mkdir(parents=True)
+        for name, content in self._files.items():
+            (self._temporary / name).write_bytes(content)
         return self
 
     def add(self, split: str, tokens: np.ndarray, text_bytes: int) -> None:
@@ -233,8 +329,9 @@ class DatasetWriter:
             if kind is None:
                 shards = sorted(self._shards, key=lambda shard: shard.file)
                 Manifest(
-                    self._tokenizer, tuple(shards), self._source, platform.python_version(), True
-                ).write(self._temporary)
+                    self._tokenizer, tuple(shards), self._source, platform.python_version(), True,
+                    preparation=self.preparation,
+                ).write(self._temporary)  # fmt: skip
                 os.rename(self._temporary, self._folder)
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)

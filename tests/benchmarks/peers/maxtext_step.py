@@ -37,14 +37,25 @@ def arguments(job: dict, folder: str) -> list[str]:
     """Returns MaxText's command line for one job."""
     size = job["size"]
     return [
-        "train", "run_name=benchmark", f"base_output_directory={folder}", "hardware=cpu",
-        "skip_jax_distributed_system=true", "enable_checkpointing=false",
-        "dataset_type=synthetic", f"steps={job['steps'] + WARM_UP + 1}",
-        f"per_device_batch_size={size['batch']}", f"max_target_length={size['seq']}",
-        f"base_emb_dim={size['width']}", f"base_num_query_heads={size['heads']}",
-        f"base_num_kv_heads={size['heads']}", f"head_dim={size['head_dim']}",
-        f"base_mlp_dim={size['mlp']}", f"base_num_decoder_layers={size['layers']}",
-        f"vocab_size={size['vocab']}", f"dtype={job['dtype']}", f"remat_policy={job['remat']}",
+        "train",
+        "run_name=benchmark",
+        f"base_output_directory={folder}",
+        "hardware=cpu",
+        "skip_jax_distributed_system=true",
+        "enable_checkpointing=false",
+        "dataset_type=synthetic",
+        f"steps={job['steps'] + WARM_UP + 1}",
+        f"per_device_batch_size={size['batch']}",
+        f"max_target_length={size['seq']}",
+        f"base_emb_dim={size['width']}",
+        f"base_num_query_heads={size['heads']}",
+        f"base_num_kv_heads={size['heads']}",
+        f"head_dim={size['head_dim']}",
+        f"base_mlp_dim={size['mlp']}",
+        f"base_num_decoder_layers={size['layers']}",
+        f"vocab_size={size['vocab']}",
+        f"dtype={job['dtype']}",
+        f"remat_policy={job['remat']}",
     ]
 
 
@@ -71,11 +82,15 @@ def main() -> None:
                 raise
     ends = list(zip(clock.wall, clock.processor, strict=True))[WARM_UP:]
     pairs = list(itertools.pairwise(ends))
-    print(json.dumps({
-        "seconds": [b[0] - a[0] for a, b in pairs],
-        "processor_seconds": [b[1] - a[1] for a, b in pairs],
-        "loss": clock.loss,
-    }))
+    print(
+        json.dumps(
+            {
+                "seconds": [b[0] - a[0] for a, b in pairs],
+                "processor_seconds": [b[1] - a[1] for a, b in pairs],
+                "loss": clock.loss,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -21,10 +21,16 @@ def make_step(job: dict):
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=size["vocab"], hidden_size=size["width"], intermediate_size=size["mlp"],
-            num_hidden_layers=size["layers"], num_attention_heads=size["heads"],
-            num_key_value_heads=size["heads"], head_dim=size["head_dim"],
-            max_position_embeddings=size["seq"], tie_word_embeddings=False, use_cache=False,
+            vocab_size=size["vocab"],
+            hidden_size=size["width"],
+            intermediate_size=size["mlp"],
+            num_hidden_layers=size["layers"],
+            num_attention_heads=size["heads"],
+            num_key_value_heads=size["heads"],
+            head_dim=size["head_dim"],
+            max_position_embeddings=size["seq"],
+            tie_word_embeddings=False,
+            use_cache=False,
             attn_implementation="sdpa",
         )
     ).train()
@@ -70,12 +76,16 @@ def main() -> None:
         loss = step()
         seconds.append(time.perf_counter() - wall)
         processor.append(time.process_time() - cpu)
-    print(json.dumps({
-        "seconds": seconds[WARM_UP:],
-        "processor_seconds": processor[WARM_UP:],
-        "loss": loss,
-        "matmul_flops": matmul_rate(job["size"], job["dtype"]),
-    }))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds[WARM_UP:],
+                "processor_seconds": processor[WARM_UP:],
+                "loss": loss,
+                "matmul_flops": matmul_rate(job["size"], job["dtype"]),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

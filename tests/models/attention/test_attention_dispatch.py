@@ -98,6 +98,11 @@ def test_kernels_name_what_they_cannot_add():
         call(alibi_slopes_N=jnp.ones(4), backend="pallas")
 
 
+def test_sinks_of_a_part():
+    with pytest.raises(ValueError, match="sinks belong to the whole"):
+        call(sinks_N=jnp.zeros(4), given=(jnp.ones((1, 64, 4, 8)), jnp.ones((1, 64, 4))))
+
+
 def test_a_bias_that_does_not_fit():
     with pytest.raises(ValueError, match=r"bias of shape \(1, 3, 64, 64\) does not fit scores"):
         call(bias_BNTS=jnp.zeros((1, 3, 64, 64)))

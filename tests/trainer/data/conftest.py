@@ -25,7 +25,7 @@ def make_dataset(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         random = np.random.default_rng(seed)
         folder = tmp_path / name
-        with DatasetWriter(folder, ByteTokenizer().spec, shard_tokens=shard_tokens) as writer:
+        with DatasetWriter(folder, ByteTokenizer(), shard_tokens=shard_tokens) as writer:
             for split in ("train", "val"):
                 for length in lengths:
                     document = random.integers(0, 256, length)

@@ -16,7 +16,7 @@ from trainer.data.tokenizer import ByteTokenizer
 def builtin(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORUS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield corpus.builtin_folder()
+        yield corpus.dataset_folder("builtin")
 
 
 def test_it_is_deterministic(builtin, tmp_path):
@@ -50,7 +50,7 @@ def test_held_out_bytes_are_what_the_rows_predict(builtin):
 
 def test_a_damaged_cache_says_how_to_repair_it(builtin, monkeypatch, tmp_path):
     monkeypatch.setenv("TORUS_CACHE", str(tmp_path))
-    folder = corpus.builtin_folder()
+    folder = corpus.dataset_folder("builtin")
     (folder / "train-00000.bin").write_bytes(b"")
     with pytest.raises(UsageError, match="remove the folder and it is written anew"):
         open_dataset(DataConfig())

@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from sharding.errors import UsageError
 from tests.processes import run_processes
-from trainer.data.config import DataConfig
-from trainer.data.dataset import FIELDS, open_dataset, resume_row
+from trainer.data.config import FIELDS, DataConfig
+from trainer.data.dataset import open_dataset
 from trainer.data.loader import Loader, batch_digest, eval_batches
+from trainer.data.rows import Rows, resume_row
 
 LAYOUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 BATCH = 8
@@ -112,9 +113,9 @@ def test_replicated_axes_and_transfer_guard(dataset):
 def test_only_held_columns_are_read(dataset):
     asked = []
 
-    class Spy:
+    class Spy(Rows):
         seq_len, rows_per_epoch = dataset.seq_len, dataset.rows_per_epoch
-        identity = dataset.identity
+        fields, identity = FIELDS, dataset.identity
 
         def rows(self, ids, columns=slice(None)):
             asked.append((ids.tolist(), columns.start, columns.stop))
@@ -290,8 +291,9 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from sharding.errors import UsageError
 from trainer.data.config import DataConfig
-from trainer.data.dataset import open_dataset, resume_row
+from trainer.data.dataset import open_dataset
 from trainer.data.loader import Loader, batch_digest
+from trainer.data.rows import resume_row
 
 folder, state, steps = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 dataset = open_dataset(DataConfig(path=folder, seq_len=16))
@@ -334,3 +336,25 @@ def test_batches_survive_a_change_of_process_count(make_dataset):
     assert start == 6 * BATCH
     with Loader(dataset, BATCH, batch_sharding(2, 4), start_row=start) as loader:  # one process
         assert [batch_digest(next(loader)) for _ in range(3)] == unbroken[6:]
+
+
+def test_skipped_shards_are_in_the_state(dataset):
+    with Loader(dataset, BATCH, batch_sharding()) as loader:
+        assert "skipped" not in loader.state()
+        file = dataset.shards.manifest.split("train")[0].file
+        dataset.shards.skip(file)
+        state = loader.state()
+    assert state["skipped"] == {dataset.identity()["fingerprint"]: [file]}
+    again = open_dataset(config_for(dataset.shards.folder))
+    resume_row(state | again.identity(), again)
+    assert again.skipped() == state["skipped"]
+    assert (again.rows(np.arange(8))["segment_ids"] == 0).any()
+
+
+def test_closing_ends_a_read_that_waits(dataset, monkeypatch):
+    cancelled = threading.Event()
+    monkeypatch.setattr(dataset.shards, "cancel", cancelled.set)
+    monkeypatch.setattr(dataset, "rows", lambda ids, columns=None: cancelled.wait(30) and {})
+    begin = time.monotonic()
+    Loader(dataset, BATCH, batch_sharding()).close()
+    assert cancelled.is_set() and time.monotonic() - begin < 10
