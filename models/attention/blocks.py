@@ -1,6 +1,6 @@
 """Block sizes of the TPU kernels, by chip, direction and head size.
 
-The table is made offline: `python -m tests.benchmarks.attention_tpu tune` compiles the candidates
+Chosen by estimates made offline: `python -m tests.benchmarks.attention_tpu tune` compiles candidates
 for every chip and keeps the one with the lowest estimate (docs/benchmarks.md, bundle counts).
 Compiling is also what proves that an entry fits the chip's VMEM.
 
