@@ -79,3 +79,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     except (ValueError, NotImplementedError, AssertionError) as error:
         raise UsageError(f"config.mesh: {sizes} with dcn {dcn}: {error}") from error
     return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def target_device() -> jax.Device | jax.sharding.AbstractDevice:
+    """Returns what the current trace is compiled for: the mesh's device, else JAX's default one.
+
+    A mesh may be of described devices that are not there; theirs are the kind and platform.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device if device is not None else jax.local_devices()[0]

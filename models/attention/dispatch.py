@@ -5,9 +5,11 @@ a backend asked for by name refuses with the names of those that can, and nothin
 of the mask. Everything here is local to one device (call it inside `jax.shard_map`).
 
 Shapes: B batch, T queries, S keys, N query heads, K kv heads (query head n reads kv head
-n // (N // K)), H head dim.
+n // (N // K)), H head dim of queries and keys, V head dim of values.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,43 +17,40 @@ import jax
 import jax.numpy as jnp
 
 from models.attention.blockwise import blockwise_attention
-from models.attention.mask import EMPTY_LSE, Mask
+from models.attention.mask import EMPTY_LSE, Mask, Reach, reach
+from models.attention.problem import Extras, Problem
 from models.attention.reference import reference_attention
+from models.attention.tpu import refusal as tpu_refusal
+from models.attention.tpu import tpu_attention
 from sharding.errors import UsageError, nearest
+from sharding.hardware import chip_for
+from sharding.mesh import target_device
 
-
-@dataclass(frozen=True)
-class Problem:
-    """What is known about a call before it is traced: all that a backend may decide on."""
-
-    mask: Mask
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: jnp.dtype
-    softcap: float | None
-    rows_aligned: bool
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Backend:
     """One way to compute attention.
 
-    run: takes the seven arrays of `attention` by position, then mask, scale, softcap, rows_aligned
-        and given by name; returns (out_BTNH, lse_BTN).
+    run: takes q, k, v, the mask's `Reach`, `Extras`, the `Problem` and `given`; returns
+        (out_BTNV, lse_BTN).
     refusal: returns why it cannot do a problem, or None when it can.
     fewest_queries: `auto` passes it over for calls with fewer, where another is faster.
+    tpu_only: `auto` takes it only where a TPU is compiled for.
+    skips_padding: it reads no padding, so that arrays need not be copied without it.
     """
 
     name: str
     run: Callable[..., tuple[jax.Array, jax.Array]]
     refusal: Callable[[Problem], str | None] = lambda problem: None
     fewest_queries: int = 1
+    tpu_only: bool = False
+    skips_padding: bool = False
 
 
 BACKENDS: tuple[Backend, ...] = (
+    Backend("pallas", tpu_attention, tpu_refusal, 32, tpu_only=True, skips_padding=True),
     Backend("blockwise", blockwise_attention, fewest_queries=32),
     Backend("reference", reference_attention),
 )
@@ -61,7 +60,7 @@ BACKENDS: tuple[Backend, ...] = (
 def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    v_BSKV: jax.Array,
     mask: Mask,
     *,
     q_positions_BT: jax.Array,
@@ -70,62 +69,120 @@ def attention(
     k_segments_BS: jax.Array,
     scale: float,
     softcap: float | None = None,
+    prefix_BS: jax.Array | None = None,
+    sinks_N: jax.Array | None = None,
+    alibi_slopes_N: jax.Array | None = None,
+    bias_BNTS: jax.Array | None = None,
+    logit_bound: float | None = None,
     backend: str = "auto",
     rows_aligned: bool = False,
     given: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (out_BTNH in q's dtype, lse_BTN float32), both differentiable.
+    """Returns (out_BTNV in q's dtype, lse_BTN float32), both differentiable.
 
-    Scores are `softcap(scale * q.k)` in float32 and lse is their natural log-sum-exp per row, so
-    that results over parts of the keys can be merged. A row that sees no key gives out 0,
-    lse `EMPTY_LSE` and no gradient. Padding (segment 0) may hold anything, NaN included: it reaches
-    neither the results nor the gradients of other rows.
+    Scores are `softcap(scale * q.k)` in float32, plus what is added to them, and lse is their
+    natural log-sum-exp per row, so that results over parts of the keys can be merged. A row that
+    sees no key gives out 0, lse `EMPTY_LSE` and no gradient. Padding (segment 0) may hold anything,
+    NaN included: it reaches neither the results nor the gradients of other rows.
 
-    rows_aligned: query row i and key row i are the same token, and positions count up by one along
-        each segment's rows (training on packed rows). Tiles that the mask rules out are then
-        skipped. Leave False for a KV cache or for queries that are a part of a longer sequence.
+    prefix_BS: bool, keys that every query of their segment sees, whatever else the mask says
+        (a prefix language model's prompt).
+    sinks_N: one more score per head that takes its share of the softmax and gives nothing
+        (gpt-oss); lse includes it, so use it for one part only of keys that are merged later.
+    alibi_slopes_N: subtracts slope times distance in positions (arXiv 2108.12409). Not trained: no
+        gradient reaches the slopes.
+    bias_BNTS: added to the scores after the soft-cap; batch and heads may be 1. Differentiable.
+    logit_bound: a promise that scores stay within plus and minus this, as after QK norm. Kernels
+        may then leave out the running maximum; a promise too large to be of use is ignored.
+    rows_aligned: query row i and key row i are the same token, and the tokens of a segment are
+        neighbours whose positions count up by one (training on packed rows). Tiles that the mask
+        rules out are then skipped. Leave False for a KV cache or for queries that are a part of a
+        longer sequence.
 
     given: (out, lse) of these queries over all the keys that they see, of which these are a part.
         The call is then for its gradients only, and they are what these keys add to the whole: no
-        forward pass is repeated, and dq of the whole is the sum over its parts.
+        forward pass is repeated, and dq of the whole is the sum over its parts. Without sinks:
+        they are applied to the whole.
 
     Under rematerialisation, save the names `attention_out` and `attention_lse`.
 
     Raises ValueError for shapes that do not fit together, and UsageError for an unknown backend or
     one that cannot do this call.
     """
-    _check_shapes(q_BTNH, k_BSKH, v_BSKH, rows_aligned)
+    _check_shapes(q_BTNH, k_BSKH, v_BSKV, bias_BNTS, rows_aligned)
+    if given is not None and sinks_N is not None:
+        raise ValueError("attention: sinks belong to the whole, so not to a part with `given`")
+    B, T, N, H = q_BTNH.shape
+    S, K, V = v_BSKV.shape[1:]
     problem = Problem(
         mask=mask,
-        queries=q_BTNH.shape[1],
-        keys=k_BSKH.shape[1],
-        heads=q_BTNH.shape[2],
-        kv_heads=k_BSKH.shape[2],
-        head_dim=q_BTNH.shape[3],
+        batch=B,
+        queries=T,
+        keys=S,
+        heads=N,
+        kv_heads=K,
+        head_dim=H,
+        value_dim=V,
         dtype=q_BTNH.dtype,
-        softcap=softcap,
-        rows_aligned=rows_aligned,
-    )
-    # Zeroed rather than masked: a probability of 0 times NaN is NaN.
-    q_real_BT11 = (q_segments_BT > 0)[:, :, None, None]
-    k_real_BS11 = (k_segments_BS > 0)[:, :, None, None]
-    out_BTNH, lse_BTN = _choose(problem, backend).run(
-        jnp.where(q_real_BT11, q_BTNH, 0),
-        jnp.where(k_real_BS11, k_BSKH, 0),
-        jnp.where(k_real_BS11, v_BSKH, 0),
-        q_positions_BT,
-        k_positions_BS,
-        q_segments_BT,
-        k_segments_BS,
-        mask=mask,
         scale=scale,
         softcap=softcap,
-        rows_aligned=rows_aligned,
-        given=given,
+        rows_aligned=rows_aligned and prefix_BS is None,
+        logit_bound=logit_bound,
+        alibi=alibi_slopes_N is not None,
+        bias=bias_BNTS is not None,
+        chip=_tpu_chip(),
     )
+    chosen = _choose(problem, backend)
+    _log_once(chosen.name, problem)
+    extras = Extras(bias_BNTS)
+    if alibi_slopes_N is not None:
+        slopes_N = jax.lax.stop_gradient(alibi_slopes_N)
+        extras = Extras(bias_BNTS, slopes_N, q_positions_BT, k_positions_BS)
+    tokens = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, prefix_BS)
+    run = chosen.run if chosen.skips_padding else functools.partial(_without_padding, chosen.run)
+    out_BTNV, lse_BTN = run(q_BTNH, k_BSKH, v_BSKV, reach(mask, *tokens), extras, problem, given)
+    return (out_BTNV, lse_BTN) if sinks_N is None else _with_sinks(out_BTNV, lse_BTN, sinks_N)
+
+
+def _without_padding(run, q_BTNH, k_BSKH, v_BSKV, reach: Reach, *others):
+    """Runs a backend on zeros in the place of padding: a probability of 0 times NaN is NaN."""
+    q_real_BT11 = (reach.q_segments_BT > 0)[:, :, None, None]
+    k_real_BS11 = (reach.k_segments_BS > 0)[:, :, None, None]
+    arrays = (jnp.where(k_real_BS11, x, 0) for x in (k_BSKH, v_BSKV))
+    out_BTNV, lse_BTN = run(jnp.where(q_real_BT11, q_BTNH, 0), *arrays, reach, *others)
     # No change to the values; it stops cotangents of padded rows before they meet the scores.
-    out_BTNH = jnp.where(q_real_BT11, out_BTNH, 0)
-    return out_BTNH, jnp.where(q_real_BT11[..., 0], lse_BTN, EMPTY_LSE)
+    out_BTNV = jnp.where(q_real_BT11, out_BTNV, 0)
+    return out_BTNV, jnp.where(q_real_BT11[..., 0], lse_BTN, EMPTY_LSE)
+
+
+def _with_sinks(out_BTNV, lse_BTN, sinks_N) -> tuple[jax.Array, jax.Array]:
+    """Gives the sinks their share; the gradient follows through lse."""
+    sinks_BTN = jnp.broadcast_to(sinks_N.astype(jnp.float32), lse_BTN.shape)
+    total_BTN = jnp.where(lse_BTN == EMPTY_LSE, EMPTY_LSE, jnp.logaddexp(lse_BTN, sinks_BTN))
+    share_BTN = jnp.exp(lse_BTN - total_BTN)
+    return (out_BTNV * share_BTN[..., None]).astype(out_BTNV.dtype), total_BTN
+
+
+def _tpu_chip() -> str | None:
+    """The TPU that the current trace is for: that of the mesh, which may be of absent devices."""
+    device = target_device()
+    if device.platform != "tpu":
+        return None
+    chip = chip_for(device)
+    return chip.name if chip is not None else None
+
+
+@functools.cache
+def _log_once(name: str, problem: Problem) -> None:
+    """Logs which backend runs a problem, the first time that it does."""
+    reasons = [
+        f"{b.name}: {b.refusal(problem)}" for b in BACKENDS if b.refusal(problem) is not None
+    ]
+    _LOG.info(
+        "attention by %s: %d queries, %d keys, %d/%d heads of %d, %s%s", name, problem.queries,
+        problem.keys, problem.heads, problem.kv_heads, problem.head_dim, problem.mask,
+        f" ({'; '.join(reasons)})" if reasons else "",
+    )  # fmt: skip
 
 
 def _choose(problem: Problem, name: str) -> Backend:
@@ -141,8 +198,8 @@ def _choose(problem: Problem, name: str) -> Backend:
         reasons = "; ".join(f"{b.name}: {b.refusal(problem)}" for b in BACKENDS)
         raise UsageError(f"no attention backend can do this call: {reasons}")
     if name == "auto":
-        suited = [b for b in able if problem.queries >= b.fewest_queries]
-        return (suited or able)[0]
+        here = [b for b in able if problem.chip or not b.tpu_only] or able
+        return next((b for b in here if problem.queries >= b.fewest_queries), here[0])
     for backend in able:
         if backend.name == name:
             return backend
@@ -153,12 +210,12 @@ def _choose(problem: Problem, name: str) -> Backend:
     )
 
 
-def _check_shapes(q_BTNH, k_BSKH, v_BSKH, rows_aligned: bool) -> None:
+def _check_shapes(q_BTNH, k_BSKH, v_BSKV, bias_BNTS, rows_aligned: bool) -> None:
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
-    if k_BSKH.shape != (B, S, K, H) or v_BSKH.shape != (B, S, K, H):
+    if k_BSKH.shape != (B, S, K, H) or v_BSKV.shape[:3] != (B, S, K):
         raise ValueError(
-            f"attention: q {q_BTNH.shape}, k {k_BSKH.shape} and v {v_BSKH.shape} must agree in "
-            "batch and head dim, and k and v in all dimensions"
+            f"attention: q {q_BTNH.shape}, k {k_BSKH.shape} and v {v_BSKV.shape} must agree in "
+            "batch, q and k in head dim, and k and v in all others"
         )
     if N % K:
         raise ValueError(f"attention: {N} query heads cannot share {K} kv heads evenly")
@@ -166,4 +223,12 @@ def _check_shapes(q_BTNH, k_BSKH, v_BSKH, rows_aligned: bool) -> None:
         raise ValueError(
             f"attention: rows_aligned says that query and key rows are the same tokens, but there "
             f"are {T} queries and {S} keys"
+        )
+    if bias_BNTS is not None and (
+        bias_BNTS.shape[2:] != (T, S)
+        or any(size not in (1, full) for size, full in zip(bias_BNTS.shape, (B, N), strict=False))
+    ):
+        raise ValueError(
+            f"attention: a bias of shape {bias_BNTS.shape} does not fit scores of {(B, N, T, S)}; "
+            "only batch and heads may be 1"
         )

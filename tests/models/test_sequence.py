@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from models import spec
 from models.attention import sequence
-from models.attention.mask import Mask, visible_BTS
+from models.attention.mask import Mask, reach, visible_BTS
 from models.attention.sequence import Rows
 from models.attention.sequence_plan import Sizes, estimate, sequence_plan
 from models.config import ModelConfig
@@ -242,7 +242,7 @@ def test_a_tile_with_a_visible_pair_is_never_skipped(data):
 
     q, k = rows(), rows()
     needed_PP = np.asarray(sequence._may_see(mask, sequence._extent(q, 3), sequence._extent(k, 4)))
-    seen_BTS = np.asarray(visible_BTS(mask, q[0], k[0], q[1], k[1]))
+    seen_BTS = np.asarray(visible_BTS(mask, reach(mask, q[0], k[0], q[1], k[1])))
     visible_PP = seen_BTS.reshape(2, 4, 3, 3, 4).any((0, 2, 4))
     assert not (visible_PP & ~needed_PP).any()
 
@@ -253,7 +253,7 @@ def test_tiles_that_hold_nothing_are_skipped_where_rows_are_in_order(packed, win
     columns = batch(packed)
     rows = Rows(jnp.asarray(columns["positions"][:1]), jnp.asarray(columns["segment_ids"][:1]))
     mask, extent = Mask(window=window), sequence._extent(rows, 8)
-    seen_BTS = np.asarray(visible_BTS(mask, rows[0], rows[0], rows[1], rows[1]))
+    seen_BTS = np.asarray(visible_BTS(mask, reach(mask, rows[0], rows[0], rows[1], rows[1])))
     visible_PP = seen_BTS.reshape(8, 8, 8, 8).any((1, 3))
     np.testing.assert_array_equal(np.asarray(sequence._may_see(mask, extent, extent)), visible_PP)
 

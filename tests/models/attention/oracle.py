@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Tokens(NamedTuple):
-    """Positions and segment ids, in the order in which the backends take them."""
+    """Positions and segment ids, in the order in which `attention` names them."""
 
     q_positions_BT: np.ndarray
     k_positions_BS: np.ndarray
@@ -18,52 +18,84 @@ class Tokens(NamedTuple):
     k_segments_BS: np.ndarray
 
 
+class Rule(NamedTuple):
+    """Who sees whom and what is added to the scores; None where the call has none of it."""
+
+    causal: bool = True
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    prefix_BS: np.ndarray | None = None
+    sinks_N: np.ndarray | None = None
+    slopes_N: np.ndarray | None = None
+    bias_BNTS: np.ndarray | None = None
+
+
 class Answer(NamedTuple):
     """Results, and gradients for the given cotangents. lse is nan in rows that see no key."""
 
-    out_BTNH: np.ndarray
+    out_BTNV: np.ndarray
     lse_BTN: np.ndarray
     dq_BTNH: np.ndarray
     dk_BSKH: np.ndarray
-    dv_BSKH: np.ndarray
+    dv_BSKV: np.ndarray
+    dsinks_N: np.ndarray
+    dbias_BNTS: np.ndarray
 
 
-def visible(tokens: Tokens, b: int, t: int, causal: bool, window: int | None) -> np.ndarray:
+def visible(tokens: Tokens, b: int, t: int, rule: Rule) -> np.ndarray:
     """Indices of the keys that query row t of batch row b may attend to."""
     segment, position = tokens.q_segments_BT[b, t], tokens.q_positions_BT[b, t]
     keys = []
     for s in range(tokens.k_segments_BS.shape[1]):
-        oldest = position - window + 1 if window else 0
+        key = tokens.k_positions_BS[b, s]
         if segment == 0 or tokens.k_segments_BS[b, s] != segment:
             continue
-        if causal and not oldest <= tokens.k_positions_BS[b, s] <= position:
-            continue
-        keys.append(s)
+        allowed = not (rule.causal and key > position)
+        allowed &= not (rule.window and position - key >= rule.window)
+        allowed &= not (rule.chunk and position // rule.chunk != key // rule.chunk)
+        if allowed or (rule.prefix_BS is not None and rule.prefix_BS[b, s]):
+            keys.append(s)
     return np.array(keys, int)
 
 
-def attend(q, k, v, dout, dlse, tokens, *, causal, window, scale, softcap) -> Answer:
+def attend(q, k, v, dout, dlse, tokens: Tokens, rule: Rule, scale: float) -> Answer:
     """Returns out, lse and the gradients of sum(out * dout) + sum(lse * dlse)."""
     q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (q, k, v, dout, dlse))
-    (B, T, N, _), K = q.shape, k.shape[2]
-    out, lse = np.zeros_like(q), np.full((B, T, N), np.nan)
+    (B, T, N, _), (S, K, V) = q.shape, v.shape[1:]
+    out, lse = np.zeros((B, T, N, V)), np.full((B, T, N), np.nan)
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    dsinks, dbias = np.zeros(N), np.zeros((B, N, T, S))
     for b, t in np.ndindex(B, T):
-        keys = visible(tokens, b, t, causal, window)
+        keys = visible(tokens, b, t, rule)
         if keys.size == 0:
             continue
+        distance = np.abs(tokens.q_positions_BT[b, t] - tokens.k_positions_BS[b, keys])
         for n in range(N):
             g = n // (N // K)
-            raw = scale * (k[b, keys, g] @ q[b, t, n])
-            score = softcap * np.tanh(raw / softcap) if softcap else raw
-            total = np.exp(score - score.max()).sum()
-            lse[b, t, n] = score.max() + np.log(total)
+            capped = scale * (k[b, keys, g] @ q[b, t, n])
+            slope = 1.0
+            if rule.softcap:
+                tanh = np.tanh(capped / rule.softcap)
+                capped, slope = rule.softcap * tanh, 1 - tanh**2
+            score = capped
+            if rule.slopes_N is not None:
+                score = score - rule.slopes_N[n] * distance
+            if rule.bias_BNTS is not None:
+                full = np.broadcast_to(rule.bias_BNTS, (B, N, T, S))
+                score = score + full[b, n, t, keys]
+            sink = -np.inf if rule.sinks_N is None else rule.sinks_N[n]
+            top = max(score.max(), sink)
+            lse[b, t, n] = top + np.log(np.exp(score - top).sum() + np.exp(sink - top))
             p = np.exp(score - lse[b, t, n])
             out[b, t, n] = p @ v[b, keys, g]
             dp = v[b, keys, g] @ dout[b, t, n]
-            dscore = p * (dp - p @ dp + dlse[b, t, n])
-            draw = dscore * (1 - (score / softcap) ** 2) if softcap else dscore
+            total = p @ dp
+            dscore = p * (dp - total + dlse[b, t, n])
+            dsinks[n] += np.exp(sink - lse[b, t, n]) * (dlse[b, t, n] - total)
+            dbias[b, n, t, keys] = dscore
+            draw = dscore * slope
             dq[b, t, n] = scale * draw @ k[b, keys, g]
             dk[b, keys, g] += scale * np.outer(draw, q[b, t, n])
             dv[b, keys, g] += np.outer(p, dout[b, t, n])
-    return Answer(out, lse, dq, dk, dv)
+    return Answer(out, lse, dq, dk, dv, dsinks, dbias)

@@ -1,5 +1,6 @@
 """Which backend runs, and every refusal."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -69,21 +70,63 @@ def test_no_backend_can(monkeypatch):
             call(backend=backend)
 
 
+def described(kind: str) -> jax.sharding.AbstractMesh:
+    """A mesh of one device of a kind that need not be there."""
+    platform = "tpu" if kind.startswith("TPU") else "cpu"
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    return jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"), [("TPU v5 lite", "pallas"), ("TPU v99", "blockwise"), ("cpu", "blockwise")]
+)
+def test_auto_takes_kernels_on_the_tpu_that_is_compiled_for(kind, first, caplog):
+    dispatch._log_once.cache_clear()
+    with jax.sharding.use_abstract_mesh(described(kind)), caplog.at_level("INFO"):
+        for _ in range(2):
+            jax.eval_shape(call)
+        jax.eval_shape(lambda: call(T=1))
+    names = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert names == [f"attention by {first}", "attention by reference"]
+
+
+def test_kernels_name_what_they_cannot_add():
+    bias = jnp.zeros((1, 1, 64, 64))
+    with pytest.raises(UsageError, match=r"adds no bias .*; .* can: blockwise, reference"):
+        call(bias_BNTS=bias, backend="pallas")
+    with pytest.raises(UsageError, match=r"adds no ALiBi .*; .* can: blockwise, reference"):
+        call(alibi_slopes_N=jnp.ones(4), backend="pallas")
+
+
+def test_sinks_of_a_part():
+    with pytest.raises(ValueError, match="sinks belong to the whole"):
+        call(sinks_N=jnp.zeros(4), given=(jnp.ones((1, 64, 4, 8)), jnp.ones((1, 64, 4))))
+
+
+def test_a_bias_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"bias of shape \(1, 3, 64, 64\) does not fit scores"):
+        call(bias_BNTS=jnp.zeros((1, 3, 64, 64)))
+
+
 def test_unknown_backend():
-    message = "no attention backend `blockwize`; choose from auto, blockwise, reference; did you m"
+    message = (
+        "no attention backend `blockwize`; choose from auto, pallas, blockwise, reference; did"
+    )
     with pytest.raises(UsageError, match=message):
         call(backend="blockwize")
 
 
-@pytest.mark.parametrize("window", [0, -1])
-def test_window_below_one(window):
-    with pytest.raises(UsageError, match=rf"window is {window}; .* smallest is 1"):
-        Mask(window=window)
+@pytest.mark.parametrize("size", [0, -1])
+@pytest.mark.parametrize("name", ["window", "chunk"])
+def test_window_or_chunk_below_one(name, size):
+    with pytest.raises(UsageError, match=rf"{name} is {size}; .* smallest is 1"):
+        Mask(**{name: size})
 
 
-def test_window_without_causal():
-    with pytest.raises(UsageError, match="window 8 needs a causal mask"):
-        Mask(causal=False, window=8)
+@pytest.mark.parametrize("name", ["window", "chunk"])
+def test_window_or_chunk_without_causal(name):
+    with pytest.raises(UsageError, match=f"{name} 8 needs a causal mask"):
+        Mask(causal=False, **{name: 8})
 
 
 def test_shapes_that_do_not_fit():

@@ -20,7 +20,7 @@ POSITIONS_BT = np.tile(
 ).astype(np.int32)
 SEGMENTS_BT = np.tile(np.repeat([1, 2, 0], (*DOCUMENTS, PADDING)), (B, 1)).astype(np.int32)
 
-pytestmark = pytest.mark.parametrize("backend", ["blockwise", "reference"])
+pytestmark = pytest.mark.parametrize("backend", ["blockwise", "reference", "pallas"])
 
 
 @pytest.fixture(autouse=True)
@@ -157,5 +157,30 @@ def test_parts_merge_through_lse(backend):
         return (out**2 * real[..., None]).sum() + jnp.cos(jnp.where(real, lse, EMPTY_LSE)).sum()
 
     want, got = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (whole, merged))
+    for a, b in zip(want, got, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_parts_share_the_gradient_of_the_whole(backend):
+    """Given out and lse of the whole, every part of the keys gives its own share and no more."""
+    positions, segments = (jnp.asarray(x, jnp.int32) for x in (POSITIONS_BT, SEGMENTS_BT))
+
+    def part(q, k, v, keys=slice(None), given=None):
+        return attention(
+            q, k[:, keys], v[:, keys], Mask(), q_positions_BT=positions, q_segments_BT=segments,
+            k_positions_BS=positions[:, keys], k_segments_BS=segments[:, keys], scale=0.3,
+            backend=backend, given=given,
+        )  # fmt: skip
+
+    @jax.jit
+    def both(q, k, v, dout, dlse):
+        whole, pull = jax.vjp(part, q, k, v)
+        shares = [
+            jax.vjp(lambda *qkv, s=s: part(*qkv, s, whole), q, k, v)[1]((dout, dlse))
+            for s in (slice(23), slice(23, None))
+        ]
+        return pull((dout, dlse)), jax.tree.map(jnp.add, *shares)
+
+    want, got = both(*inputs(), *cotangents(SEGMENTS_BT > 0))
     for a, b in zip(want, got, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
