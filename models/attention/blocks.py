@@ -1,8 +1,8 @@
 """Block sizes of the TPU kernels, by chip, direction and head size.
 
-Chosen by estimates made offline: `python -m tests.benchmarks.attention_tpu tune` compiles candidates
-for every chip and keeps the one with the lowest estimate (docs/benchmarks.md, bundle counts).
-Compiling is also what proves that an entry fits the chip's VMEM.
+Seeds from a study of bundle counts for heads of 128 (docs/benchmarks.md);
+`python -m tests.benchmarks.attention_tpu tune` compiles candidates and prints the best by estimate.
+Compiling proves that an entry fits the chip's VMEM: `pytest -m soak tests/models/attention`.
 
 Shapes: T queries, S keys.
 """

@@ -82,7 +82,7 @@ for options in (dict(rows_aligned=True), dict(S=2048, softcap=50.0)):
 
 @pytest.mark.tpu_compile
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize("sizes", HEAD_SIZES, ids=str)
+@pytest.mark.parametrize("sizes", HEAD_SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
 @pytest.mark.parametrize("chip", ALL_CHIPS)
 @pytest.mark.soak
 def test_every_entry_compiles(chip, sizes):
