@@ -101,10 +101,13 @@ class Context:
     positions_BT: jax.Array
     segments_BT: jax.Array
     cache: Tree | None = None  # positions_BS, segments_BS, offset: see models/decode.py
+    prefix_BT: jax.Array | None = None  # not 0 on tokens that all of their document may see
 
 
 jax.tree_util.register_dataclass(
-    Context, data_fields=["tables", "positions_BT", "segments_BT", "cache"], meta_fields=[]
+    Context,
+    data_fields=["tables", "positions_BT", "segments_BT", "cache", "prefix_BT"],
+    meta_fields=[],
 )
 
 
@@ -121,7 +124,7 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
         backend=config.attention,
     )
 
-    def local(q_BTNH, k_BSKH, v_BSKH, q_rows: Rows, k_rows: Rows):
+    def local(q_BTNH, k_BSKH, v_BSKH, q_rows: Rows, k_rows: Rows, prefix_BS=None):
         if plan.devices > 1:
             return sequence_attention(q_BTNH, k_BSKH, v_BSKH, q_rows, mask, plan, **options)
         out_BTNH, _ = attention(
@@ -133,6 +136,7 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
             k_positions_BS=k_rows.positions_BT,
             q_segments_BT=q_rows.segments_BT,
             k_segments_BS=k_rows.segments_BT,
+            prefix_BS=None if prefix_BS is None else prefix_BS > 0,
             rows_aligned=cache is None,
             **options,
         )
@@ -143,12 +147,13 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
     rows = P(BATCH, SEQ)
     k_BSKH, v_BSKH = reshard(k_BSKH, kv_spec), reshard(v_BSKH, kv_spec)
     k_rows = jax.tree.map(lambda x: reshard(x, rows), k_rows)
+    prefix = () if context.prefix_BT is None else (context.prefix_BT,)
     return jax.shard_map(
         local,
-        in_specs=(q_spec, kv_spec, kv_spec, rows, rows),
+        in_specs=(q_spec, kv_spec, kv_spec, rows, rows, *(rows for _ in prefix)),
         out_specs=q_spec,
         check_vma=False,  # custom gradients inside carry no varying-axes types
-    )(q_BTNH, k_BSKH, v_BSKH, q_rows, k_rows)
+    )(q_BTNH, k_BSKH, v_BSKH, q_rows, k_rows, *prefix)
 
 
 def _layer(
@@ -303,6 +308,7 @@ def forward(
     segments_BT: jax.Array,
     config: ModelConfig,
     cache: Tree | None = None,
+    prefix_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Tree | None]:
     """Returns hidden states x_BTD after the final norm, and the updated KV cache if one is given.
 
@@ -311,6 +317,8 @@ def forward(
       tokens_BT, positions_BT, segments_BT: int32; segment 0 is padding. Documents of a row never
         attend to one another; positions restart at 0 in each.
       cache: see models/decode.py.
+      prefix_BT: int32, not 0 on tokens that all of their document may see (a prefix language
+        model's prompt); not with rows spread over `seq`.
     """
     dtype = jnp.dtype(config.dtype)
     embedding_VD = gathered({"embedding": params["embedding"]}, dtype)["embedding"]
@@ -326,7 +334,7 @@ def forward(
     shared = None
     if cache is not None:
         shared = {k: cache[k] for k in ("positions_BS", "segments_BS", "offset")}
-    context = Context(tables, positions_BT, segments_BT, shared)
+    context = Context(tables, positions_BT, segments_BT, shared, prefix_BT)
     layer_cache = {"k": cache["k"], "v": cache["v"]} if cache is not None else None
     x_BTD, layer_cache = _stack(x_BTD, params["layers"], context, layer_cache, config)
     x_BTD = layers.norm(x_BTD, params["final_norm"], config)

@@ -192,6 +192,11 @@ def check_sizes(experiment: Experiment, sizes: dict[str, int]) -> None:
             raise UsageError(
                 f"config.{name} = {value} does not divide over mesh axis {axis} = {sizes[axis]}"
             )
+    if experiment.data.collate.kind == "prefix" and sizes["seq"] > 1:
+        raise UsageError(
+            f"config.data.collate.kind = 'prefix' needs rows on one device, mesh axis seq = "
+            f"{sizes['seq']}"
+        )
     sequence_plan(model, Sizes.of(model, sizes, experiment.data.seq_len, chip=None))
 
 

@@ -29,9 +29,8 @@ Batch = dict[str, jax.Array]
 def loss_sums(params: Tree, batch: Batch, experiment: Experiment) -> tuple[jax.Array, jax.Array]:
     """Returns (objective, nll) summed over the real tokens of a batch, in nats."""
     batch = in_order(batch, plan_for(experiment.model, batch["tokens"].shape[1]))
-    x_BTD, _ = forward(
-        params, batch["tokens"], batch["positions"], batch["segment_ids"], experiment.model
-    )
+    rows = (batch["tokens"], batch["positions"], batch["segment_ids"])
+    x_BTD, _ = forward(params, *rows, experiment.model, prefix_BT=batch.get("prefix"))
     weights_BT = loss_weights(batch["targets"], batch["segment_ids"])
     options = LossOptions.of(experiment.model, experiment.train.z_loss)
     return cross_entropy(x_BTD, head_VD(params), batch["targets"], weights_BT, options)

@@ -75,6 +75,45 @@ def test_changing_one_document_leaves_the_logits_of_the_next_bit_equal(folders):
             assert not np.array_equal(after[segments == changed], before[segments == changed])
 
 
+def test_a_prefix_is_seen_both_ways_and_trains(folders, tmp_path):
+    experiment = get_config()
+    collate = CollateConfig("prefix")
+    experiment.data = DataConfig(folders[0], seq_len=32, collate=collate)
+    experiment.train.steps, experiment.eval.every, experiment.checkpoint.every = 6, 6, 0
+    result = train(experiment, str(tmp_path / "run"))
+    assert np.isfinite(result.last_eval["loss"]) and result.last_eval["bits_per_byte"] is None
+
+    batch = open_dataset(experiment.data).rows(np.arange(8))
+    long = [(batch["prefix"][row] > 0) & (batch["segment_ids"][row] == 1) for row in range(8)]
+    row = int(np.argmax([mask.sum() for mask in long]))
+    prompt = np.flatnonzero(long[row])
+    assert len(prompt) > 2
+    batch = {name: array[[row]] for name, array in batch.items()}
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        params = init_state(experiment, make_layout(experiment, mesh)).params
+
+        @jax.jit
+        def hidden(batch):
+            fields = (batch[name] for name in ("tokens", "positions", "segment_ids"))
+            return forward(params, *fields, experiment.model, prefix_BT=batch.get("prefix"))[0][0]
+
+        def changed(batch):
+            tokens = batch["tokens"].copy()
+            tokens[0, prompt[-1]] += 1
+            return [
+                np.asarray(hidden(jax.device_put(b, NamedSharding(mesh, ROWS))))[prompt[0]]
+                for b in (batch, {**batch, "tokens": tokens})
+            ]
+
+        before, after = changed(batch)
+        assert not np.array_equal(before, after)  # the first token sees the last one
+        before, after = changed({name: batch[name] for name in batch if name != "prefix"})
+        np.testing.assert_array_equal(before, after)
+    with pytest.raises(UsageError, match="'prefix' needs rows on one device, mesh axis seq = 2"):
+        check_sizes(experiment, {"data": 1, "fsdp": 1, "seq": 2, "tensor": 1})
+
+
 def losses(workdir):
     return {record["step"]: record["loss"] for record in read_metrics(workdir, "train")}
 
