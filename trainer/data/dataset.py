@@ -187,11 +187,12 @@ class Dataset(Rows):
     def check_vocab(self, vocab_size: int) -> None:
         shards = self.shards.manifest.shards  # of all splits: held-out text is read too
         largest = max((*(shard.max_token for shard in shards), *self._sentinels))
-        if largest >= vocab_size:
+        needed = max(self.vocab_size, largest + 1)
+        if vocab_size < needed:
             raise UsageError(
-                f"dataset {self.shards.name} holds token {largest}, the model's "
-                f"vocabulary has {vocab_size}: set --config.model.vocab="
-                f"{max(self.vocab_size, largest + 1)}"
+                f"dataset {self.shards.name}: its tokenizer has {self.vocab_size} ids and the "
+                f"largest token is {largest}, the model's vocabulary has {vocab_size}: set "
+                f"--config.model.vocab={needed}"
             )
 
     def bytes_per_token(self, row: int = 0) -> float | None:

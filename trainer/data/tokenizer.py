@@ -53,10 +53,10 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Ids 0..255 are the bytes, then BOS, EOS and PAD; the vocabulary is padded to 384."""
+    """Ids 0..255 are the bytes, then BOS, EOS and PAD."""
 
     BOS, EOS, PAD = 256, 257, 258
-    VOCAB_SIZE = 384  # a multiple of 128 shards over tensor axes and fills TPU lanes
+    VOCAB_SIZE = 259
 
     def __init__(self) -> None:
         definition = f"bytes bos={self.BOS} eos={self.EOS} pad={self.PAD} vocab={self.VOCAB_SIZE}"

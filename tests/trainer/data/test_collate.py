@@ -207,6 +207,8 @@ def test_bad_collate_is_refused(values, text):
 
 def test_sentinels_must_be_in_the_vocabulary(make_dataset):
     dataset = collated(make_dataset(), "fim", sentinels=(300, 301, 302, 400))
-    with pytest.raises(UsageError, match=r"holds token 400, .* has 384: set .*model.vocab=401"):
+    with pytest.raises(
+        UsageError, match=r"largest token is 400, .* has 384: set .*model.vocab=401"
+    ):
         dataset.check_vocab(384)
     dataset.check_vocab(401)

@@ -133,11 +133,11 @@ def test_nanogpt_import(tmp_path):
 
 
 def test_wrong_tokens_name_file_and_document_and_leave_nothing(tmp_path):
-    stem = write_megatron(tmp_path / "x", [[[1]], [[2, 384]]])
+    stem = write_megatron(tmp_path / "x", [[[1]], [[2, 259]]])
     negative = write_megatron(tmp_path / "y", [[[-5]]], "int32")
     for path, text in (
-        (stem, r"x\.bin: document 1 holds token 384, the tokenizer has 384: another one wrote it"),
-        (negative, r"y\.bin: document 0 holds token -5, the tokenizer has 384"),
+        (stem, r"x\.bin: document 1 holds token 259, the tokenizer has 259: another one wrote it"),
+        (negative, r"y\.bin: document 0 holds token -5, the tokenizer has 259"),
     ):
         with pytest.raises(UsageError, match=text):
             imported(tmp_path / "set", open_megatron(path))

@@ -203,8 +203,10 @@ def test_small_dataset_and_uneven_batch_are_refused(dataset):
 
 
 def test_model_vocabulary_is_checked(dataset):
-    dataset.check_vocab(257)
-    with pytest.raises(UsageError, match=r"holds token 256, .* has 256: set .*model.vocab=384"):
+    dataset.check_vocab(259)
+    with pytest.raises(
+        UsageError, match=r"tokenizer has 259 ids .* has 256: set .*model.vocab=259"
+    ):
         dataset.check_vocab(256)
 
 

@@ -430,7 +430,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepare_module, "_tokenizer", lambda _: Wrong())
     source = write_jsonl(tmp_path / "in.jsonl", [f"number {number}" for number in range(9)])
-    match = r"in\.jsonl:8: token_overflow: id 417, the vocabulary has 384"
+    match = r"in\.jsonl:8: token_overflow: id 417, the vocabulary has 259"
     with pytest.raises(UsageError, match=match):
         run(source, tmp_path / "out")
 

@@ -172,7 +172,7 @@ def test_training_outlives_an_outage(storage, bucket, tmp_path, monkeypatch, sec
     for name, path in (("local", bucket / "set"), ("remote", URL)):
         experiment = get_config()
         experiment.data = config(path, ahead=8)
-        experiment.model.vocab = 384
+        experiment.model.vocab = 259
         experiment.train.steps = 12
         experiment.checkpoint.every = 100
         if path == URL:

@@ -124,7 +124,7 @@ def set_shard(**values):
         (lambda c: c.update(version=9), r"has version 9, this reads 1"),
         (lambda c: c.pop("tokenizer"), r"is malformed: 'tokenizer'"),
         (lambda c: c.update(colour="red"), r"malformed: .*colour"),
-        (set_shard(max_token=384), r"holds token 384, the tokenizer has 384"),
+        (set_shard(max_token=259), r"holds token 259, the tokenizer has 259"),
         (set_shard(tokens=-1), r"malformed: Shard.tokens = -1"),
         (set_shard(tokens="many"), r"malformed: Shard.tokens = 'many'"),
         (set_shard(bytes=4), r"in 4 bytes, at 2 bytes a token"),
