@@ -1,6 +1,7 @@
 """Eight fake CPU devices for every test, set before JAX is first imported."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # an installed libtpu must not look for a TPU
@@ -11,3 +12,8 @@ _FLAGS = (
 for _flag in _FLAGS:
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+
+# A shell that starts the tests in the background makes them ignore Ctrl-C, and the children that
+# tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
