@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 CONSTRAINTS := constraints/py$(VERSION).txt
 RUN ?= runs/quickstart
-STOP ?= 400
+STOP ?= 350
 JOBS ?= 2
 ARGS ?=
 

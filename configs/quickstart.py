@@ -13,7 +13,7 @@ from trainer.config import Experiment
 
 
 def get_config() -> Experiment:
-    """Returns the quickstart: 2,048 tokens (6 KB of text) a step for 800 steps."""
+    """Returns the quickstart: 2,048 tokens (6 KB of text) a step for 700 steps."""
     exp = Experiment(name="quickstart")
     exp.model = ModelConfig(
         vocab=2048,
@@ -34,9 +34,9 @@ def get_config() -> Experiment:
     exp.optimizer.peak_lr = 6e-3
     exp.optimizer.warmup_steps = 50
     exp.optimizer.final_lr_fraction = 0.02
-    exp.train.steps = 800
+    exp.train.steps = 700
     exp.train.batch_size = 8
-    exp.eval.every = 400
-    exp.checkpoint.every = 200
+    exp.eval.every = 350
+    exp.checkpoint.every = 175
     exp.log.every = 20
     return exp
