@@ -5,7 +5,7 @@ docs/benchmarks.md for what it reaches.
 
     torus train --config=quickstart --workdir=runs/quickstart
 
-The 30-minute run of the same config is `--config.train.steps=6000` (3,000 steps reach 1.51 bits per byte).
+The longer run of the same config, half an hour on a slow machine, is `--config.train.steps=3000`.
 """
 
 from models.config import ModelConfig
