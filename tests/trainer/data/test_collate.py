@@ -1,4 +1,5 @@
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from trainer.data.collate import ends_with
 from trainer.data.config import CollateConfig, DataConfig
 from trainer.data.dataset import open_dataset
 from trainer.data.shards import DatasetWriter
-from trainer.data.tokenizer import ByteTokenizer
+from trainer.data.tokenizer import ByteTokenizer, TokenizerSpec
 
 PRE, SUF, MID, END = SENTINELS = (300, 301, 302, 303)
 ASK, ANSWER, STOP = 310, (311, 312), (313,)
@@ -115,7 +116,8 @@ def conversations(tmp_path):
                 document += [ASK, *text(most), *ANSWER, *text(most), *STOP]
             documents.append(document)
     documents.append([ByteTokenizer.BOS, *ANSWER, 1, 2, 3])  # an answer without its end
-    with DatasetWriter(tmp_path / "chat", ByteTokenizer()) as writer:
+    chat = SimpleNamespace(spec=TokenizerSpec("chat", 384, 256, 257, 258, ""), files=dict)
+    with DatasetWriter(tmp_path / "chat", chat) as writer:
         for document in documents:
             writer.add("train", np.asarray(document), len(document))
     return tmp_path / "chat", documents
