@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from models.attention import schedule
 from models.attention.mask import EMPTY_LSE
@@ -31,6 +32,9 @@ from models.attention.tpu_call import (
     spans,
     without_padding,
 )
+
+# JAX 0.12 has moved it; 0.10 has it at the old place only.
+_reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal
 
 
 def hide(s_RC, ids_ref, q_start, k_start, kernel: Kernel) -> jax.Array:
@@ -164,7 +168,7 @@ def _forward_kernel(
             sum_RL = jnp.broadcast_to(sum_RL.sum(1, keepdims=True), sum_RL.shape)
         # A row that saw nothing has sum 0 and accumulator 0: any finite divisor gives 0.
         divisor_RL = jnp.maximum(sum_RL, 1e-30)
-        inverse_RL = pl.reciprocal(divisor_RL, approx=True)
+        inverse_RL = _reciprocal(divisor_RL, approx=True)
         for _ in range(2):  # Newton steps; cheaper on v5e than the exact reciprocal
             inverse_RL *= 2.0 - divisor_RL * inverse_RL
         out_ref[0] = (acc_ref[...] * widen(inverse_RL, acc_ref.shape[1])).astype(out_ref.dtype)
