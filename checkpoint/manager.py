@@ -36,8 +36,8 @@ from checkpoint.manifest import (
     INTEGRITY,
     MANIFEST,
     META,
+    check_fingerprints,
     integrity_record,
-    read_fingerprints,
     read_manifest,
     read_meta,
 )
@@ -307,18 +307,8 @@ def load_step(
         text = f"cannot read step {step} in {folder}: {steps.reason(error)}"
         raise CheckpointError(text) from error
     if verify:
-        _check_fingerprints(state, read_fingerprints(folder, step), f"step {step} in {folder}")
+        check_fingerprints(folder, step, as_text(fingerprints(state), list(flatten(state))))
     return state, meta
-
-
-def _check_fingerprints(state: Tree, saved: dict[str, str], where: str) -> None:
-    found = as_text(fingerprints(state), list(flatten(state)))
-    wrong = [name for name, text in found.items() if saved.get(name) != text]
-    if wrong:
-        raise CheckpointError(
-            f"{where}: {len(wrong)} of {len(found)} arrays are not the bits that were saved: "
-            f"{steps.listing(wrong)}"
-        )
 
 
 def _anywhere(flag: bool) -> bool:
@@ -384,13 +374,13 @@ def save_frame(folder: str | os.PathLike, step: int, abstract: Tree, meta: dict[
 
 
 def _context(config: CheckpointConfig) -> ocp.Context:
-    registry = ocp.handlers.local_registry()
+    known = ocp.handlers.local_registry()
     # Without this a dict of numbers counts as a tree of arrays and its lists, bools and Nones bend.
     for item in (MANIFEST, META):
-        registry.add(ocp.handlers.JsonHandler, checkpointable_name=item)
-    registry.add(_RecordHandler, checkpointable_name=INTEGRITY)
+        known.add(ocp.handlers.JsonHandler, checkpointable_name=item)
+    known.add(_RecordHandler, checkpointable_name=INTEGRITY)
     context = ocp.Context()
-    context.checkpointables.registry = registry
+    context.checkpointables.registry = known
     context.array.saving.use_compression = config.compression
     context.array.saving.storage_options.chunk_byte_size = config.chunk_mib * 2**20
     return context

@@ -35,13 +35,20 @@ def integrity_record(
     return record | {"record": _digest(record)}
 
 
-def read_fingerprints(folder: str | os.PathLike, step: int) -> dict[str, str]:
-    """Returns name → fingerprint of the arrays stored as `step`.
+def check_fingerprints(folder: str | os.PathLike, step: int, found: dict[str, str]) -> None:
+    """Compares name → fingerprint of arrays that were read with those saved as `step`.
 
     Raises:
-        CheckpointError: the integrity record is missing, damaged, or another step's.
+        CheckpointError: arrays differ, and which; the integrity record is missing, damaged, or
+            another step's.
     """
-    return _read_record(folder, step)["arrays"]
+    saved = _read_record(folder, step)["arrays"]
+    wrong = [name for name, text in found.items() if saved.get(name) != text]
+    if wrong:
+        raise CheckpointError(
+            f"step {step} in {folder}: {len(wrong)} of {len(found)} arrays are not the bits that "
+            f"were saved: {steps.listing(wrong)}"
+        )
 
 
 def read_meta(folder: str | os.PathLike, step: int) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharding.errors import MismatchError, UsageError
 from trainer.commands.parser import CommandParser
+from trainer.commands.progress import progress
 
 if TYPE_CHECKING:
     from checkpoint.convert.engine import Plan
@@ -39,6 +38,9 @@ tensor missing, left over or of another shape), 4 a damaged or unsafe file, 1 wr
   torus train --config=from_run:./start --workdir=runs/a
   torus convert runs/a hf:./out --like ./Llama-3.2-1B
 """
+
+
+_DOING = "converting, verifying"  # each byte counts twice
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -95,7 +97,8 @@ def _to_ours(args: argparse.Namespace, source: Path, target: Path) -> int:
     neutral = {k: v for k, v in config.items() if k in NEUTRAL | family.neutral}
     meta = {"source": {"format": "hf", "family": family.model_type, "config": neutral}}
     experiment = Experiment(name=target.name, model=model)
-    with engine.staged(target) as folder, _progress(plan) as advance:
+    bar = progress(_DOING, 2 * plan.nbytes, in_bytes=True)
+    with engine.staged(target) as folder, bar as advance:
         (folder / "experiment.json").write_text(to_json(experiment))
         huggingface.copy_extras(source, folder / "tokenizer")
         arrays = native.create_step(folder / "checkpoints", 0, plan.target, meta)
@@ -134,7 +137,8 @@ def _to_theirs(args: argparse.Namespace, source: Path, target: Path) -> int:
     if args.dry_run:
         return _report(plan, args, written=False)
     tensors.verify()
-    with engine.staged(target) as folder, _progress(plan) as advance:
+    bar = progress(_DOING, 2 * plan.nbytes, in_bytes=True)
+    with engine.staged(target) as folder, bar as advance:
         huggingface.copy_extras(extras, folder)
         entries = [(name, *facts) for name, facts in plan.target.items()]
         files = huggingface.create_folder(folder, config, entries, int(args.shard_size * 1e9))
@@ -169,24 +173,3 @@ def _report(plan: "Plan", args: argparse.Namespace, *, written: bool) -> int:
     done = "written and read back" if written else "would be written"
     print(f"{plan.family.model_type}: {len(plan.target)} tensors, {plan.nbytes:,} bytes, {done}")
     return 0
-
-
-@contextmanager
-def _progress(plan: "Plan") -> Iterator[Callable[[int], None]]:
-    """A bar over writing and reading back, on a terminal; elsewhere nothing."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )  # fmt: skip
-
-    console = Console(stderr=True)
-    columns = (TextColumn("converting, verifying"), BarColumn(), DownloadColumn(),
-               TransferSpeedColumn(), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=2 * plan.nbytes)
-        yield lambda count: progress.advance(task, count)

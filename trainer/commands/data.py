@@ -3,14 +3,12 @@
 import argparse
 import glob
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sharding.errors import UsageError, nearest
 from trainer.commands.parser import CommandParser
+from trainer.commands.progress import progress
 
 HELP = "look into a dataset, check it, convert it from and to other formats"
 USAGE = """\
@@ -89,7 +87,7 @@ def _stats(args: argparse.Namespace) -> int:
     from trainer.data.stats import describe
 
     dataset = _open(args)
-    with _progress("reading", int(dataset.shards.starts[-1])) as advance:
+    with progress("reading", int(dataset.shards.starts[-1])) as advance:
         found = describe(dataset.shards, dataset.tokenizer, args.seq_len, advance)
     if args.json:
         print(json.dumps(found, indent=1))
@@ -122,7 +120,7 @@ def _verify(args: argparse.Namespace) -> int:
     folder = dataset_folder(args.dataset)
     manifest = read_manifest(folder)
     total = sum(shard.bytes for shard in manifest.shards)
-    with _progress("verifying", total) as advance:
+    with progress("verifying", total) as advance:
         found = list(faults(folder, advance))
     if args.json:
         listed = [{"file": fault.file, "reason": fault.reason} for fault in found]
@@ -158,7 +156,7 @@ def _import(args: argparse.Namespace) -> int:
                 case _:
                     opened = foreign.open_arrayrecord(path, dtype)
             sources.append((split if found else "train", opened))
-    with _progress("importing", sum(source.count for _, source in sources)) as advance:
+    with progress("importing", sum(source.count for _, source in sources)) as advance:
         foreign.import_documents(sources, Path(args.out), tokenizer, advance)
     return _verify(argparse.Namespace(dataset=args.out, json=False))
 
@@ -170,7 +168,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.format != "arrayrecord":
         raise UsageError(f"--to {args.format}: choose arrayrecord")
     folder = Path(args.dataset)
-    with _progress("exporting", sum(s.docs for s in read_manifest(folder).shards)) as advance:
+    with progress("exporting", sum(s.docs for s in read_manifest(folder).shards)) as advance:
         export_arrayrecord(folder, Path(args.out), advance)
     print(f"{args.out}: {len(list(Path(args.out).glob('*.array_record')))} files")
     return 0
@@ -181,18 +179,6 @@ def _open(args: argparse.Namespace) -> Any:
     from trainer.data.dataset import open_dataset
 
     return open_dataset(DataConfig(path=args.dataset, seq_len=args.seq_len), args.split)
-
-
-@contextmanager
-def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar on a terminal while the body calls what it is given."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda amount: progress.advance(task, amount)
 
 
 def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -5,6 +5,7 @@ import sys
 
 from checkpoint.steps import CheckpointError
 from trainer.commands.parser import CommandParser
+from trainer.commands.progress import progress
 
 HELP = "read a checkpoint again and compare it with what was saved"
 USAGE = """\
@@ -43,25 +44,13 @@ def main(argv: list[str]) -> int:
 
 
 def _verify(folder, step: int) -> str:
-    from rich import progress as bars
-    from rich.console import Console
-
     from checkpoint.convert.native import NativeTensors
     from checkpoint.manifest import read_meta
 
     read_meta(folder, step)
     tensors = NativeTensors(folder, step, prefix="")
     sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in tensors.facts.values()]
-    with bars.Progress(
-        bars.TextColumn(f"step {step}"),
-        bars.BarColumn(24),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-        task = bar.add_task("", total=sum(sizes))
-        tensors.verify(lambda nbytes: bar.update(task, advance=nbytes))
+    with progress(f"step {step}", sum(sizes), in_bytes=True) as advance:
+        tensors.verify(advance)
     tensors.close()
     return f"{len(sizes)} arrays, {sum(sizes):,} bytes, all as saved"
