@@ -4,7 +4,8 @@ Python carries about 12 MB of text: the language reference behind `help()` and t
 standard library. One topic or file is one document, about 1.5% of them held out by a digest of
 their content. It depends on the Python version, so losses compare only within one; the manifest
 records which. `builtin` is its bytes; `builtin:4096` is the same documents in a BPE vocabulary of
-4,096 ids learned from a quarter of the training split. Also the compressors that a model here should beat.
+4,096 ids learned from a quarter of the training split. Also the compressors that a model here
+should beat.
 """
 
 import gzip
