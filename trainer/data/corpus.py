@@ -1,6 +1,6 @@
 """The built-in corpus: real text on a machine with no network and no files.
 
-Python carries about 12 MB of text: the language reference behind `help()` and the sources of the
+Python carries about 9 MB of text: the language reference behind `help()` and the sources of the
 standard library. One topic or file is one document, about 1.5% of them held out by a digest of
 their content. It depends on the Python version, so losses compare only within one; the manifest
 records which. `builtin` is its bytes; `builtin:4096` is the same documents in a BPE vocabulary of
@@ -34,7 +34,11 @@ TRAIN, HELD_OUT = "train", "val"
 _HELD_OUT_PER_MILLE = 15
 _LEARNED = 4  # a vocabulary is learned from one document in so many: 1% more ids, a quarter of time
 _EDITION = 3  # part of the folder's name: raise it when the choice of documents changes
-_SKIPPED = {"__pycache__", "dist-packages", "site-packages", "test", "tests", "idle_test"}
+_SKIPPED = {
+    *("__pycache__", "dist-packages", "site-packages", "test", "tests"),  # not the library's text
+    *("distutils", "idlelib", "lib2to3", "turtledemo"),  # not in every Python
+    "encodings",  # tables
+}
 _BUILDING = threading.Lock()
 _MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ between installations
 
