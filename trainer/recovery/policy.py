@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from trainer.recovery.progress import PHASES, Progress
 
-FINISHED, MISTAKE, BAD_DATA, NO_PROGRESS, PREEMPTED = 0, 64, 65, 70, 76
+FINISHED, MISTAKE, BAD_DATA, LOST, NO_PROGRESS, PREEMPTED = 0, 64, 65, 69, 70, 76
 """Exit statuses of `torus launch` (after BSD's sysexits): done; a mistake in command or config;
-an input that is damaged or does not match; several tries in a row without a new checkpoint;
-stopped by a signal, saved, and to be started again."""
+an input that is damaged or does not match; other hosts did not come; several tries in a row
+without a new checkpoint; stopped by a signal, saved, and to be started again."""
+
+STOPPED = 130  # of `torus train`: asked to stop, saved and ended
 
 _PERMANENT = {2: MISTAKE, 3: BAD_DATA, 4: BAD_DATA}  # statuses of `torus train` that no retry cures
 _COLLATERAL = (1, -signal.SIGABRT)  # what JAX makes of another process's death

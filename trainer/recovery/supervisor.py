@@ -1,7 +1,8 @@
 """Starts the trainers of one host, watches them, and starts them again until the run is done.
 
-A generation is one set of processes: when one of them fails or hangs, all end, and the next
-generation starts at a new coordinator port, so that nothing left of an old one can join it.
+A generation is one set of processes, on all hosts: when one of them fails or hangs, all end, and
+the next starts at a new coordinator port, so that nothing left of an old one can join it. What
+follows is decided on the first host (`hosts.py`).
 Crashes are seen by the exit of a process, hangs by its progress page; both end in one line of
 incidents.jsonl and one on the console.
 """
@@ -11,7 +12,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from checkpoint.steps import complete_steps, folder_path, is_remote
+from trainer.recovery.hosts import Hosts
 from trainer.recovery.policy import (
     FINISHED,
+    LOST,
     NO_PROGRESS,
     PREEMPTED,
+    STOPPED,
     Budget,
     End,
     PhaseLimits,
@@ -50,6 +53,9 @@ class Options:
       grace: seconds that trainers get to save and end after a signal.
       limits: seconds a phase may take, where they are not to be learned.
       tries: how many in a row may bring no new checkpoint.
+      host, hosts: which this one is, of how many.
+      address: of the first host.
+      patience: seconds to wait for the other hosts.
     """
 
     command: list[str]
@@ -58,6 +64,10 @@ class Options:
     grace: float = 60.0
     limits: dict[str, float] | None = None
     tries: int = 3
+    host: int = 0
+    hosts: int = 1
+    address: str = "127.0.0.1"
+    patience: float = 600.0
 
 
 @dataclass
@@ -80,7 +90,6 @@ class Supervisor:
         self._budget = Budget(options.tries)
         self._signal = ""  # that asked this supervisor to stop
         self._fault: tuple[float, int] | None = None  # when, and the step reached then
-        self._generation = 0
 
     def run(self) -> int:
         """Supervises the run to its end; returns one of the exit statuses of policy.py, or 130."""
@@ -88,11 +97,11 @@ class Supervisor:
         before = {n: signal.signal(n, self._remember) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             with tempfile.TemporaryDirectory(prefix="torus-launch-") as folder:
-                while True:
-                    status = self._one_generation(Path(folder))
-                    if status is not None:
-                        return status
-                    self._generation += 1
+                self._meet_in(Path(folder))
+                while (status := self._one_generation(Path(folder))) is None:
+                    pass
+                self._hosts.conclude(status)
+                return status
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -102,43 +111,62 @@ class Supervisor:
             self._options = replace(self._options, grace=0.0)
         self._signal = signal.Signals(number).name
 
+    def _meet_in(self, folder: Path) -> None:
+        """A host that is alone has nobody to tell, and its run's folder may not be made yet."""
+        given = self._options
+        remote = is_remote(given.workdir)
+        self._hosts = Hosts(
+            folder if given.hosts == 1 else folder_path(given.workdir) / "launch",
+            given.host, given.hosts, given.address,
+            every=5.0 if remote else 1.0, patience=given.patience,
+        )  # fmt: skip
+
     def _one_generation(self, folder: Path) -> int | None:
         """Runs trainers until all have ended; returns launch's status, or None to go on."""
         until = time.monotonic() + self._budget.pause
         while time.monotonic() < until and not self._signal:
+            self._hosts.beat()
             time.sleep(_POLL)
-        if self._signal:
+        met = self._hosts.meet(lambda: bool(self._signal))
+        if met is None:
             return self._stopped()
-        trainers = self._start(folder)
+        if isinstance(met, int):
+            self._say("other hosts did not come" if met == LOST else "the first host ended the run")
+            return met
+        trainers = self._start(folder, met)
         try:
             failed = self._watch(trainers)
             if self._signal:
                 self._drain(trainers)
         finally:
             self._kill(trainers)
-        if failed:
-            return self._judge(failed)
-        finished = all(trainer.process.returncode == 0 for trainer in trainers)
-        return FINISHED if finished else self._stopped()
+        statuses = {trainer.process.returncode for trainer in trainers}
+        if statuses == {FINISHED} and not failed:
+            return FINISHED
+        if self._signal or STOPPED in statuses:  # by a signal to another host, perhaps
+            return self._stopped()
+        failed = self._hosts.gather(failed)
+        return self._judge(failed) if self._options.host == 0 else None
 
     # ------------------------------------------------------------ processes
 
-    def _start(self, folder: Path) -> list[_Trainer]:
-        port, count = _free_port(), self._options.processes
+    def _start(self, folder: Path, coordinator: str) -> list[_Trainer]:
+        here = self._options.processes
+        count, first = here * self._options.hosts, here * self._options.host
         trainers = []
-        for rank in range(count):
-            path = folder / f"{self._generation}.{rank}.progress"
+        for rank in range(first, first + here):
+            path = folder / f"{self._hosts.generation}.{rank}.progress"
             page = ProgressPage(path)
             page.enter("start", 0)
             environment = {**os.environ, VARIABLE: str(path)}
             if count > 1:
                 environment |= {
-                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                    "JAX_COORDINATOR_ADDRESS": coordinator,
                     "JAX_NUM_PROCESSES": str(count),
                     "JAX_PROCESS_ID": str(rank),
                 }
             # What the others say is kept for the stacks of a hang; the first speaks for all.
-            output = None if rank == 0 else self._log(rank)
+            output = None if rank == first else self._log(rank)
             process = subprocess.Popen(
                 self._options.command, env=environment, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=output, start_new_session=True, preexec_fn=_die_with_parent,
@@ -157,10 +185,13 @@ class Supervisor:
         seen = {t.rank: t.page.read() for t in trainers}
         while not self._signal:
             ends = [trainer.end() for trainer in trainers]
+            if any(end.status == STOPPED for end in ends):  # all of the job are saving
+                self._wait(trainers)
+                return []
             if any(end.status for end in ends):
                 time.sleep(_SETTLE)
                 return [end for end in (t.end() for t in trainers) if end.status]
-            if all(end.status == 0 for end in ends):
+            if all(end.status == 0 for end in ends) or self._hosts.others_ended():
                 return []
             now = time.monotonic()
             running = [end for end in ends if end.status is None]
@@ -170,7 +201,9 @@ class Supervisor:
             self._recovered(max(end.progress.step for end in ends))
             # The others wait for the one that did least, however long that may rightly take.
             slowest = first_cause(running)
-            if now - slowest.progress.since > self._limits.of(slowest.progress.phase):
+            self._hosts.beat(slowest.progress)
+            late = now - slowest.progress.since > self._limits.of(slowest.progress.phase)
+            if late and not self._hosts.waits_for(slowest.progress):
                 self._dump(trainers)
                 return running
             time.sleep(_POLL)
@@ -189,6 +222,9 @@ class Supervisor:
         for trainer in trainers:
             with contextlib.suppress(ProcessLookupError):
                 trainer.process.send_signal(signal.SIGTERM)
+        self._wait(trainers)
+
+    def _wait(self, trainers: list[_Trainer]) -> None:
         began = time.monotonic()
         while any(t.process.poll() is None for t in trainers):
             if time.monotonic() - began > self._options.grace:
@@ -207,7 +243,11 @@ class Supervisor:
     # ------------------------------------------------------------ verdicts
 
     def _judge(self, failed: list[End]) -> int | None:
-        cause, newest = first_cause(failed), self._newest()
+        newest = self._newest()
+        if not failed:  # a host was lost, or its supervisor started anew
+            self._record("host lost", checkpoint=newest)
+            return None if self._budget.spend(newest) else NO_PROGRESS
+        cause = first_cause(failed)
         status = permanent(cause)
         goes_on = self._budget.spend(newest)
         if status is None and not goes_on:
@@ -233,7 +273,7 @@ class Supervisor:
         self._fault = None
 
     def _stopped(self) -> int:
-        self._record("stopped", cause=self._signal, checkpoint=self._newest())
+        self._record("stopped", cause=self._signal or "another host", checkpoint=self._newest())
         return 130 if self._signal == "SIGINT" else PREEMPTED
 
     def _newest(self) -> int:
@@ -241,7 +281,7 @@ class Supervisor:
 
     def _record(self, kind: str, **facts: Any) -> None:
         known = {name: value for name, value in facts.items() if value is not None}
-        line = {"time": round(time.time(), 3), "generation": self._generation, "kind": kind}
+        line = {"time": round(time.time(), 3), "generation": self._hosts.generation, "kind": kind}
         self._say(f"{kind}  " + "  ".join(f"{name} {value}" for name, value in known.items()))
         folder = folder_path(self._options.workdir)
         if not folder.is_dir():
@@ -258,12 +298,6 @@ class Supervisor:
 
     def _say(self, text: str) -> None:
         print(f"launch: {text}", file=sys.stderr, flush=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def _die_with_parent() -> None:

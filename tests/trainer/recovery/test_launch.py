@@ -27,7 +27,7 @@ def shared_cache(tmp_path_factory):
         yield
 
 
-def launch(workdir: Path, *arguments: str) -> subprocess.Popen:
+def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen:
     command = [
         sys.executable, "-m", "trainer.commands.main", "launch", f"--config={TINY}",
         f"--workdir={workdir}", f"--config.train.steps={STEPS}", "--config.checkpoint.every=4",
@@ -36,6 +36,7 @@ def launch(workdir: Path, *arguments: str) -> subprocess.Popen:
     flags = "--xla_force_host_platform_device_count=1"
     environment = {
         **os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+        **variables,
     }  # fmt: skip
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
@@ -84,8 +85,8 @@ def supervised(tmp_path) -> Iterator[Callable[..., tuple[Path, subprocess.Popen]
     """Starts a run; whatever is left of it at the end is killed."""
     jobs = []
 
-    def start(*arguments: str) -> tuple[Path, subprocess.Popen]:
-        jobs.append(launch(tmp_path / "run", *arguments))
+    def start(*arguments: str, **variables: str) -> tuple[Path, subprocess.Popen]:
+        jobs.append(launch(tmp_path / "run", *arguments, **variables))
         return tmp_path / "run", jobs[-1]
 
     yield start
@@ -172,3 +173,45 @@ def test_mistakes_are_told_before_anything_starts(supervised, arguments, message
     _, error = job.communicate(timeout=120)
     assert job.returncode == 2 and message in error and len(error.splitlines()) == 1
     assert not run.exists()
+
+
+def host(number: int) -> dict[str, str]:
+    return {
+        "JAX_PROCESS_ID": str(number), "JAX_NUM_PROCESSES": "2",
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
+    }  # fmt: skip
+
+
+def test_two_hosts_go_on_together(supervised, calm):
+    """A trainer of the second is killed, then its supervisor: the end is that of one host's two."""
+    (run, first), (_, second) = supervised(**host(0)), supervised(**host(1))
+    at_step(run, first, 5)
+    os.kill(trainers(second)[0], signal.SIGKILL)
+    at_step(run, first, 10)
+    second.kill()
+    _, again = supervised(**host(1))
+    _, error = first.communicate(timeout=240)
+    assert first.returncode == 0, error
+    assert again.wait(120) == 0
+    crash, recovered, lost = incidents(run)[:3]
+    assert (crash["rank"], crash["cause"], recovered["kind"]) == (
+        1,
+        "killed by SIGKILL",
+        "recovered",
+    )
+    assert lost["kind"] in ("crash", "host lost")
+    assert stored_state(run, STEPS) == calm[2]
+
+
+def test_a_signal_to_one_host_stops_all_saved(supervised):
+    (run, first), (_, second) = supervised(**host(0)), supervised(**host(1))
+    at_step(run, first, 3)
+    second.send_signal(signal.SIGTERM)
+    assert [first.wait(120), second.wait(120)] == [76, 76]
+    assert "stopped" in {incident["kind"] for incident in incidents(run)}
+
+
+def test_without_the_other_host_it_gives_up(supervised):
+    run, job = supervised("--patience", "1", **host(0))
+    assert job.wait(60) == 69
+    assert not (run / "experiment.json").exists()
