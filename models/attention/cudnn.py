@@ -1,8 +1,8 @@
 """Attention by cuDNN, NVIDIA's own kernels, through `jax.nn.dot_product_attention`.
 
-It takes no segment ids, so it serves rows of one document each, and the gradient stops at its
-log-sum-exp, so it serves callers that need none; `refusal` says so. Its gradient keeps what it needs
-under no name: a rematerialisation policy by names runs its forward again.
+It takes no segment ids, so it serves rows of one document each; no gradient passes through its
+log-sum-exp, so it serves callers that need none. Its gradient keeps what it needs under no name: a
+rematerialisation policy by names runs its forward again.
 """
 
 import jax

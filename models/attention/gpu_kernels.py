@@ -45,11 +45,14 @@ class Kernel:
 
     def call(self, body, name: str, grid, in_specs, out_specs, out_shape, operands):
         """Runs `body` over the grid; operands that are None reach it as None."""
-        wide = max(x.shape[-1] for x in operands[:4]) > 64
+        wide = max(x.shape[-1] for x in operands[:3]) > 64
         return pl.pallas_call(
             partial(body, kernel=self),
             grid=grid,
-            in_specs=[s if x is not None else None for s, x in zip(in_specs, operands, strict=True)],
+            in_specs=[
+                None if operand is None else spec
+                for spec, operand in zip(in_specs, operands, strict=True)
+            ],
             out_specs=out_specs,
             out_shape=out_shape,
             compiler_params=triton.CompilerParams(num_warps=8 if wide else 4, num_stages=2),
