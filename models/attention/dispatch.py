@@ -124,7 +124,7 @@ def attention(
         raise ValueError("attention: sinks belong to the whole, so not to a part with `given`")
     B, T, N, H = q_BTNH.shape
     S, K, V = v_BSKV.shape[1:]
-    platform, chip = _target()
+    platform, chip = target()
     problem = Problem(
         mask=mask,
         batch=B,
@@ -179,8 +179,8 @@ def _with_sinks(out_BTNV, lse_BTN, sinks_N) -> tuple[jax.Array, jax.Array]:
     return (out_BTNV * share_BTN[..., None]).astype(out_BTNV.dtype), total_BTN
 
 
-def _target() -> tuple[str | None, str | None]:
-    """Platform and chip (as in `Problem`) of the mesh's devices, which may be absent."""
+def target() -> tuple[str | None, str | None]:
+    """Returns platform and chip (as in `Problem`) of the mesh's devices, which may be absent."""
     device = target_device()
     if device.platform in ("cuda", "gpu") and device.device_kind.startswith("NVIDIA"):
         return "cuda", None  # JAX calls AMD's "gpu" too

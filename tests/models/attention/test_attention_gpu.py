@@ -59,7 +59,7 @@ def test_both_passes_are_three_kernels(mask, sizes, options, absent_gpu):
 
 @pytest.mark.parametrize(("names", "kernels"), [(("attention_out", "attention_lse"), 3), ((), 4)])
 def test_saved_names_spare_the_second_forward(names, kernels, absent_gpu):
-    ids = jnp.ones((1, 256), jnp.int32)
+    ids = np.ones((1, 256), np.int32)
 
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*names))
     def call(q, k, v):
@@ -113,7 +113,7 @@ def one_pass(mask: Mask, T=256, N=4, K=2, H=128, V=128, dtype=jnp.bfloat16, **op
 def test_auto_asks_cudnn_for_rows_of_one_document(mask, asked, monkeypatch):
     # JAX looks cuDNN up in the installed CUDA libraries, of which there are none, and from 0.12 on
     # it takes no mesh of absent devices here.
-    monkeypatch.setattr(dispatch, "_target", lambda: ("cuda", None))
+    monkeypatch.setattr(dispatch, "target", lambda: ("cuda", None))
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     text = lowered(*one_pass(mask, **CUDNN | dict(backend="auto")))
     assert text.count("__cudnn$fmhaSoftmax(") == text.count("__cudnn$fmhaSoftmaxBackward(") == 1
@@ -141,7 +141,7 @@ def test_what_cudnn_is_asked_for_is_the_mask(options, monkeypatch):
         return request(*arrays, implementation="xla", **asked)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", dense)
-    monkeypatch.setattr(dispatch, "_target", lambda: ("cuda", None))
+    monkeypatch.setattr(dispatch, "target", lambda: ("cuda", None))
     rng = np.random.default_rng(0)
     rule, T = oracle.Rule(**options), 40
     segments = np.ones((2, T), np.int32)
@@ -179,7 +179,7 @@ def test_what_cudnn_is_asked_for_is_the_mask(options, monkeypatch):
     ],
 )
 def test_what_cudnn_cannot_do_is_left_to_others(reason, options, monkeypatch):
-    monkeypatch.setattr(dispatch, "_target", lambda: ("cuda", None))
+    monkeypatch.setattr(dispatch, "target", lambda: ("cuda", None))
     function, arguments = one_pass(**dict(mask=Mask()) | CUDNN | options)
     with pytest.raises(UsageError, match=f"`cudnn` cannot do this call: .*{reason}.*can: "):
         jax.eval_shape(function, *arguments)
