@@ -46,7 +46,7 @@ class Backend:
     """
 
     name: str
-    run: Callable[..., tuple[jax.Array, jax.Array]]
+    run: Callable[..., tuple[jax.Array, jax.Array | None]]
     refusal: Callable[[Problem], str | None] = lambda problem: None
     fewest_queries: int = 1
     platform: str | None = None

@@ -178,22 +178,7 @@ def _laid_out(reach: Reach, extras: Extras, kernel: Kernel, problem: Problem):
         (jnp.stack([*reach[3:], k_positions_BS], 1), "k ids"),
         (extras.slopes_N, "slopes"),
     )
-    return ids, _spans(kind_BIJ), _spans(kind_BIJ.swapaxes(1, 2))
-
-
-def _spans(kind_BIJ: jax.Array) -> jax.Array:
-    """Returns spans_BI4: first visible tile, start and end of the first full run, end of visible.
-
-    Tiles in between that are not visible are computed, and hidden.
-    """
-    J = kind_BIJ.shape[2]
-    j = jnp.arange(J, dtype=jnp.int32)
-    seen, full = kind_BIJ != schedule.NOTHING, kind_BIJ == schedule.FULL
-    last_BI = jnp.where(seen, j + 1, 0).max(2)
-    first_BI, full_BI = (jnp.where(x, j, J).min(2) for x in (seen, full))
-    rest_BI = jnp.where(~full & (j > full_BI[:, :, None]), j, J).min(2)
-    full_BI, rest_BI = jnp.minimum(full_BI, last_BI), jnp.minimum(rest_BI, last_BI)
-    return jnp.stack([first_BI, full_BI, rest_BI, last_BI], 2)
+    return ids, gpu_kernels.spans(kind_BIJ), gpu_kernels.spans(kind_BIJ.swapaxes(1, 2))
 
 
 def _power_of_two(size: int) -> int:

@@ -4,7 +4,8 @@ One program makes one tile of its result and walks the tiles of the other side t
 (FlashAttention-2, Dao 2023, arXiv 2307.08691). Nothing is added up by several programs, so two runs
 are bit-equal. Lengths are whole tiles and head sizes powers of two here; `gpu.py` pads.
 
-Shapes: H head dim of queries and keys, V head dim of values, R queries of a tile, C keys of a tile.
+Shapes: H head dim of queries and keys, V head dim of values, R queries of a tile, C keys of a tile,
+B batch, I query tiles, J key tiles.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from models.attention import schedule
 from models.attention.mask import EMPTY_LSE
 
 F32 = jnp.float32
@@ -76,6 +78,21 @@ def _scores(left, right, q_ids, k_ids, slope, kernel: Kernel, *, hidden: bool, k
             seen &= of_keys(_AFTER) >= of_queries(_FIRST)
         scores = jnp.where(seen, scores, -jnp.inf)
     return scores, tanh
+
+
+def spans(kind_BIJ: jax.Array) -> jax.Array:
+    """Returns spans_BI4: first visible tile, start and end of the first full run, end of visible.
+
+    Tiles in between that are not visible are computed, and hidden.
+    """
+    J = kind_BIJ.shape[2]
+    j = jnp.arange(J, dtype=jnp.int32)
+    seen, full = kind_BIJ != schedule.NOTHING, kind_BIJ == schedule.FULL
+    last_BI = jnp.where(seen, j + 1, 0).max(2)
+    first_BI, full_BI = (jnp.where(x, j, J).min(2) for x in (seen, full))
+    rest_BI = jnp.where(~full & (j > full_BI[:, :, None]), j, J).min(2)
+    full_BI, rest_BI = jnp.minimum(full_BI, last_BI), jnp.minimum(rest_BI, last_BI)
+    return jnp.stack([first_BI, full_BI, rest_BI, last_BI], 2)
 
 
 def _walk(spans_ref, visit, carry):

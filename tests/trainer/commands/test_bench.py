@@ -1,4 +1,4 @@
-"""`torus bench attention`: the table, the records, and what is refused before a device is asked for."""
+"""`torus bench attention`: its table, its records, and what it refuses."""
 
 import json
 
@@ -66,5 +66,5 @@ def test_refusals(message, argument):
 
 
 def test_unknown_benchmark():
-    with pytest.raises(UsageError, match="no `attentoin`; .* did you mean `attention`"):
+    with pytest.raises(UsageError, match=r"no `attentoin`; .* did you mean `attention`"):
         bench.main(["attentoin"])
