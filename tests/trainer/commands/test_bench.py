@@ -51,8 +51,8 @@ def test_a_backend_that_cannot_is_a_line_of_its_own(monkeypatch):
         ("--mask causal:3: write causal$", "--mask=causal:3"),
         ("documents:3: does not divide 1024 tokens", "--mask=documents:3"),
         (
-            "--dtype: no `float8`; choose from bfloat16, .*; did you mean `float16`",
-            "--dtype=float8",
+            "--dtype: no `bfloat`; choose from bfloat16, .*; did you mean `bfloat16`",
+            "--dtype=bfloat",
         ),
         ("--rounds 0: at least 1", "--rounds=0"),
         ("no `blockwize`; choose from blockwise, ref.*; did you mean", "--backends=blockwize"),
