@@ -17,6 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from models.attention.blockwise import blockwise_attention
+from models.attention.cudnn import cudnn_attention
+from models.attention.cudnn import refusal as cudnn_refusal
+from models.attention.gpu import refusal as triton_refusal
+from models.attention.gpu import triton_attention
 from models.attention.mask import EMPTY_LSE, Mask, Reach, reach
 from models.attention.problem import Extras, Problem
 from models.attention.reference import reference_attention
@@ -34,23 +38,25 @@ class Backend:
     """One way to compute attention.
 
     run: takes q, k, v, the mask's `Reach`, `Extras`, the `Problem` and `given`; returns
-        (out_BTNV, lse_BTN).
+        (out_BTNV, lse_BTN), None for lse only where the problem needs none.
     refusal: returns why it cannot do a problem, or None when it can.
     fewest_queries: `auto` passes it over for calls with fewer, where another is faster.
-    tpu_only: `auto` takes it only where a TPU is compiled for.
+    platform: `auto` takes it only there ("tpu" or "cuda"), None for everywhere.
     skips_padding: it reads no padding, so that arrays need not be copied without it.
     """
 
     name: str
-    run: Callable[..., tuple[jax.Array, jax.Array]]
+    run: Callable[..., tuple[jax.Array, jax.Array | None]]
     refusal: Callable[[Problem], str | None] = lambda problem: None
     fewest_queries: int = 1
-    tpu_only: bool = False
+    platform: str | None = None
     skips_padding: bool = False
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("pallas", tpu_attention, tpu_refusal, 32, tpu_only=True, skips_padding=True),
+    Backend("pallas", tpu_attention, tpu_refusal, 32, "tpu", skips_padding=True),
+    Backend("cudnn", cudnn_attention, cudnn_refusal, 32, "cuda"),
+    Backend("triton", triton_attention, triton_refusal, 32, "cuda"),
     Backend("blockwise", blockwise_attention, fewest_queries=32),
     Backend("reference", reference_attention),
 )
@@ -76,8 +82,10 @@ def attention(
     logit_bound: float | None = None,
     backend: str = "auto",
     rows_aligned: bool = False,
+    one_document: bool = False,
+    needs_lse: bool = True,
     given: tuple[jax.Array, jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """Returns (out_BTNV in q's dtype, lse_BTN float32), both differentiable.
 
     Scores are `softcap(scale * q.k)` in float32, plus what is added to them, and lse is their
@@ -98,7 +106,9 @@ def attention(
         neighbours whose positions count up by one (training on packed rows). Tiles that the mask
         rules out are then skipped. Leave False for a KV cache or for queries that are a part of a
         longer sequence.
-
+    one_document: a promise that every row holds one segment, from its first token on, and nothing
+        but padding after it. Backends without segment ids can then serve.
+    needs_lse: False lets a backend return None in the place of lse.
     given: (out, lse) of these queries over all the keys that they see, of which these are a part.
         The call is then for its gradients only, and they are what these keys add to the whole: no
         forward pass is repeated, and dq of the whole is the sum over its parts. Without sinks:
@@ -114,6 +124,7 @@ def attention(
         raise ValueError("attention: sinks belong to the whole, so not to a part with `given`")
     B, T, N, H = q_BTNH.shape
     S, K, V = v_BSKV.shape[1:]
+    platform, chip = target()
     problem = Problem(
         mask=mask,
         batch=B,
@@ -130,7 +141,10 @@ def attention(
         logit_bound=logit_bound,
         alibi=alibi_slopes_N is not None,
         bias=bias_BNTS is not None,
-        chip=_tpu_chip(),
+        one_document=one_document,
+        needs_lse=needs_lse or given is not None or sinks_N is not None,
+        platform=platform,
+        chip=chip,
     )
     chosen = _choose(problem, backend)
     _log_once(chosen.name, problem)
@@ -152,6 +166,8 @@ def _without_padding(run, q_BTNH, k_BSKH, v_BSKV, reach: Reach, *others):
     out_BTNV, lse_BTN = run(jnp.where(q_real_BT11, q_BTNH, 0), *arrays, reach, *others)
     # No change to the values; it stops cotangents of padded rows before they meet the scores.
     out_BTNV = jnp.where(q_real_BT11, out_BTNV, 0)
+    if lse_BTN is None:
+        return out_BTNV, None
     return out_BTNV, jnp.where(q_real_BT11[..., 0], lse_BTN, EMPTY_LSE)
 
 
@@ -163,13 +179,13 @@ def _with_sinks(out_BTNV, lse_BTN, sinks_N) -> tuple[jax.Array, jax.Array]:
     return (out_BTNV * share_BTN[..., None]).astype(out_BTNV.dtype), total_BTN
 
 
-def _tpu_chip() -> str | None:
-    """The TPU that the current trace is for: that of the mesh, which may be of absent devices."""
+def target() -> tuple[str | None, str | None]:
+    """Returns platform and chip (as in `Problem`) of the mesh's devices, which may be absent."""
     device = target_device()
-    if device.platform != "tpu":
-        return None
-    chip = chip_for(device)
-    return chip.name if chip is not None else None
+    if device.platform in ("cuda", "gpu") and device.device_kind.startswith("NVIDIA"):
+        return "cuda", None  # JAX calls AMD's "gpu" too
+    chip = chip_for(device) if device.platform == "tpu" else None
+    return ("tpu", chip.name) if chip is not None else (None, None)
 
 
 @functools.cache
@@ -198,7 +214,7 @@ def _choose(problem: Problem, name: str) -> Backend:
         reasons = "; ".join(f"{b.name}: {b.refusal(problem)}" for b in BACKENDS)
         raise UsageError(f"no attention backend can do this call: {reasons}")
     if name == "auto":
-        here = [b for b in able if problem.chip or not b.tpu_only] or able
+        here = [b for b in able if b.platform in (None, problem.platform)] or able
         return next((b for b in here if problem.queries >= b.fewest_queries), here[0])
     for backend in able:
         if backend.name == name:

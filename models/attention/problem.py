@@ -18,6 +18,8 @@ class Problem:
 
     rows_aligned: as in `attention`, and no key is flagged as prefix.
     logit_bound: scores are promised to stay within plus and minus this, None for no promise.
+    one_document, needs_lse: as in `attention`.
+    platform: "tpu" or "cuda" where kernels can be compiled for the target of the call, else None.
     chip: the TPU that the call is compiled for (a name in `sharding.hardware.CHIPS`), else None.
     """
 
@@ -36,6 +38,9 @@ class Problem:
     logit_bound: float | None
     alibi: bool
     bias: bool
+    one_document: bool
+    needs_lse: bool
+    platform: str | None
     chip: str | None
 
 

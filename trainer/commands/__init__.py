@@ -53,6 +53,9 @@ COMMANDS: dict[str, Command] = {
     "diff": Command(
         "trainer.commands.diff", "compare two checkpoints, structure and values", "Look"
     ),
+    "bench": Command(
+        "trainer.commands.bench", "time the backends of attention on this machine, in turns", "Look"
+    ),
     "doctor": Command(
         "trainer.commands.doctor", "find what is wrong with this machine before it costs money",
         "Look",

@@ -72,13 +72,20 @@ def test_no_backend_can(monkeypatch):
 
 def described(kind: str) -> jax.sharding.AbstractMesh:
     """A mesh of one device of a kind that need not be there."""
-    platform = "tpu" if kind.startswith("TPU") else "cpu"
+    platform = {"TPU": "tpu", "NVIDIA": "gpu", "AMD": "gpu"}.get(kind.split()[0], "cpu")
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
     return jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
 
 
 @pytest.mark.parametrize(
-    ("kind", "first"), [("TPU v5 lite", "pallas"), ("TPU v99", "blockwise"), ("cpu", "blockwise")]
+    ("kind", "first"),
+    [
+        ("TPU v5 lite", "pallas"),
+        ("TPU v99", "blockwise"),
+        ("NVIDIA H200", "triton"),
+        ("AMD Instinct MI300X", "blockwise"),
+        ("cpu", "blockwise"),
+    ],
 )
 def test_auto_takes_kernels_on_the_tpu_that_is_compiled_for(kind, first, caplog):
     dispatch._log_once.cache_clear()
@@ -94,7 +101,9 @@ def test_kernels_name_what_they_cannot_add():
     bias = jnp.zeros((1, 1, 64, 64))
     with pytest.raises(UsageError, match=r"adds no bias .*; .* can: blockwise, reference"):
         call(bias_BNTS=bias, backend="pallas")
-    with pytest.raises(UsageError, match=r"adds no ALiBi .*; .* can: blockwise, reference"):
+    with pytest.raises(UsageError, match=r"`triton` .* adds no bias .*; .* can: blockwise, ref"):
+        call(bias_BNTS=bias, backend="triton")
+    with pytest.raises(UsageError, match=r"adds no ALiBi .*; .* can: triton, blockwise, ref"):
         call(alibi_slopes_N=jnp.ones(4), backend="pallas")
 
 
@@ -110,7 +119,8 @@ def test_a_bias_that_does_not_fit():
 
 def test_unknown_backend():
     message = (
-        "no attention backend `blockwize`; choose from auto, pallas, blockwise, reference; did"
+        "no attention backend `blockwize`; choose from auto, pallas, cudnn, triton, blockwise, "
+        "reference; did"
     )
     with pytest.raises(UsageError, match=message):
         call(backend="blockwize")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import blockwise
+from models.attention import blockwise, gpu
 from models.attention.dispatch import attention
 from models.attention.mask import EMPTY_LSE, Mask
 
@@ -20,12 +20,14 @@ POSITIONS_BT = np.tile(
 ).astype(np.int32)
 SEGMENTS_BT = np.tile(np.repeat([1, 2, 0], (*DOCUMENTS, PADDING)), (B, 1)).astype(np.int32)
 
-pytestmark = pytest.mark.parametrize("backend", ["blockwise", "reference", "pallas"])
+pytestmark = pytest.mark.parametrize("backend", ["blockwise", "reference", "pallas", "triton"])
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(blockwise, "BLOCK", 16)
+    monkeypatch.setattr(gpu, "FORWARD", (16, 16))
+    monkeypatch.setattr(gpu, "BACKWARD", (16, 16))
 
 
 def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from models.attention import blocks, blockwise
+from models.attention import blocks, blockwise, gpu
 from models.attention.dispatch import attention
 from models.attention.mask import EMPTY_LSE, Mask
 from tests.models.attention import oracle
@@ -19,6 +19,7 @@ from tests.models.attention import oracle
 # bfloat16 operands as they are (the scaled q, probabilities and their gradients are rounded to it),
 # which gave up to 1.5e-2, and 1.5e-3 in lse.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+KERNELS = ("pallas", "triton")
 KERNEL_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 KERNEL_LSE_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
 
@@ -42,6 +43,8 @@ def packed_tokens(rng: np.random.Generator, batch: int, length: int) -> oracle.T
 def small_tiles(patch: pytest.MonkeyPatch) -> None:
     """Lengths of a test then span several tiles, and panels of the TPU backward."""
     patch.setattr(blockwise, "BLOCK", 16)
+    patch.setattr(gpu, "FORWARD", (32, 16))
+    patch.setattr(gpu, "BACKWARD", (16, 32))
     patch.setattr(blocks, "TABLE", dict.fromkeys(blocks.TABLE, (256, 128, 128, 256)))
     patch.setattr(blocks, "DQ_BYTES", dict.fromkeys(blocks.DQ_BYTES, 1))
 
@@ -145,7 +148,7 @@ def check(backend, p):
         logit_bound=40.0 if p["bounded"] else None,
     )  # fmt: skip
     assert_matches(
-        results, oracle.attend(*arrays, tokens, rule, scale), rule, p["dtype"], backend == "pallas"
+        results, oracle.attend(*arrays, tokens, rule, scale), rule, p["dtype"], backend in KERNELS
     )
 
 
@@ -175,12 +178,21 @@ def test_pallas(p):
         check("pallas", p | {"batch": 1} if p["length"] * p["heads"] > 1000 else p)
 
 
+@settings(BUDGET, max_examples=8)
+@given(p=problems(lengths=(1, 16, 33, 50, 100), head_dims=(16, 24, 80), added=(None, "slopes")))
+def test_triton(p):
+    """In interpret mode."""
+    with pytest.MonkeyPatch.context() as patch:
+        small_tiles(patch)
+        check("triton", p)
+
+
 SIZES = dict(batch=1, length=260, heads=2, kv_heads=1, head_dim=16, value_dim=None, causal=True,
              window=100, chunk=None, softcap=None, dtype="float32", rows_aligned=True, prefix=False,
              sinks=False, bounded=False, added=None, seed=0)  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["blockwise", "pallas"])
+@pytest.mark.parametrize("backend", ["blockwise", *KERNELS])
 def test_full_size_tiles(backend):
     check(backend, SIZES)
 
@@ -206,7 +218,7 @@ def test_scores_at_the_bound(bound):
         np.testing.assert_allclose(got, value, atol=limit * max(scale, 1), rtol=limit)
 
 
-@pytest.mark.parametrize("backend", ["blockwise", "reference", "pallas"])
+@pytest.mark.parametrize("backend", ["blockwise", "reference", *KERNELS])
 def test_decoding_from_a_cache(backend, monkeypatch):
     """Queries at explicit positions over a longer cache, whose unwritten slots have segment 0."""
     monkeypatch.setattr(blockwise, "BLOCK", 8)
@@ -224,7 +236,7 @@ def test_decoding_from_a_cache(backend, monkeypatch):
     assert_matches(results, oracle.attend(*arrays, tokens, rule, 0.25), rule, "float32")
 
 
-@pytest.mark.parametrize("backend", ["blockwise", "pallas"])
+@pytest.mark.parametrize("backend", ["blockwise", *KERNELS])
 def test_two_runs_are_bit_equal(backend, monkeypatch):
     small_tiles(monkeypatch)
     tokens = packed_tokens(np.random.default_rng(1), 1, 200)
