@@ -43,6 +43,7 @@ class Backend:
     fewest_queries: `auto` passes it over for calls with fewer, where another is faster.
     platform: `auto` takes it only there ("tpu" or "cuda"), None for everywhere.
     skips_padding: it reads no padding, so that arrays need not be copied without it.
+    by_name: `auto` leaves it out, because it has not run on its hardware yet.
     """
 
     name: str
@@ -51,12 +52,13 @@ class Backend:
     fewest_queries: int = 1
     platform: str | None = None
     skips_padding: bool = False
+    by_name: bool = False
 
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("pallas", tpu_attention, tpu_refusal, 32, "tpu", skips_padding=True),
     Backend("cudnn", cudnn_attention, cudnn_refusal, 32, "cuda"),
-    Backend("triton", triton_attention, triton_refusal, 32, "cuda"),
+    Backend("triton", triton_attention, triton_refusal, 32, "cuda", by_name=True),
     Backend("blockwise", blockwise_attention, fewest_queries=32),
     Backend("reference", reference_attention),
 )
@@ -214,7 +216,7 @@ def _choose(problem: Problem, name: str) -> Backend:
         reasons = "; ".join(f"{b.name}: {b.refusal(problem)}" for b in BACKENDS)
         raise UsageError(f"no attention backend can do this call: {reasons}")
     if name == "auto":
-        here = [b for b in able if b.platform in (None, problem.platform)] or able
+        here = [b for b in able if b.platform in (None, problem.platform) and not b.by_name] or able
         return next((b for b in here if problem.queries >= b.fewest_queries), here[0])
     for backend in able:
         if backend.name == name:

@@ -82,7 +82,7 @@ def described(kind: str) -> jax.sharding.AbstractMesh:
     [
         ("TPU v5 lite", "pallas"),
         ("TPU v99", "blockwise"),
-        ("NVIDIA H200", "triton"),
+        ("NVIDIA H200", "blockwise"),
         ("AMD Instinct MI300X", "blockwise"),
         ("cpu", "blockwise"),
     ],

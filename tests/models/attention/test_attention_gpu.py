@@ -54,7 +54,8 @@ def absent_gpu():
     ids=["causal", "window and soft-cap", "ALiBi", "chunk and sinks"],
 )
 def test_both_passes_are_three_kernels(mask, sizes, options, absent_gpu):
-    assert lowered(*both_passes(mask, *sizes, T=300, S=300, **options)).count(TRITON) == 3
+    options |= dict(T=300, S=300, backend="triton")
+    assert lowered(*both_passes(mask, *sizes, **options)).count(TRITON) == 3
 
 
 @pytest.mark.parametrize(("names", "kernels"), [(("attention_out", "attention_lse"), 3), ((), 4)])
@@ -65,7 +66,7 @@ def test_saved_names_spare_the_second_forward(names, kernels, absent_gpu):
     def call(q, k, v):
         return attention(
             q, k, v, Mask(), q_positions_BT=ids, k_positions_BS=ids, q_segments_BT=ids,
-            k_segments_BS=ids, scale=1.0,
+            k_segments_BS=ids, scale=1.0, backend="triton",
         )  # fmt: skip
 
     def loss(q, k, v):
