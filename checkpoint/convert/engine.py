@@ -12,7 +12,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,11 @@ def plan_to_theirs(family: Family, model: ModelConfig, source: Facts, dtype: str
     names = {name: name for name in shapes}
     full = {e.name: e.shape for e in elements}
     return _plan(family, model, rows, elements, names, [], set(), source, full, dtype)
+
+
+def of_moments(plan: Plan) -> Plan:
+    """Returns the plan for moments of Adam: the same moves, but nothing is added to them."""
+    return replace(plan, elements=tuple(replace(e, offset=0.0) for e in plan.elements))
 
 
 def _check_shapes(wanted: dict[str, tuple[int, ...]], source: Facts) -> None:

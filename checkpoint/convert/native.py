@@ -66,6 +66,9 @@ class NativeTensors:
 
     def put(self, name: str, lead: tuple[int, ...], array: np.ndarray) -> None:
         """Writes array[lead] of a step made by `create_step`."""
+        if not array.shape:
+            self._put_scalar(name, array)
+            return
         if name not in self._open:
             dtype, shape = self.facts[name]
             rest = shape[len(lead) :]
@@ -89,6 +92,11 @@ class NativeTensors:
             written = place.write(part, can_reference_source_data_indefinitely=True)
             self._sums[name] = self._sums.get(name, 0) + self._part_sums(name, lead, start, part)
             written.result()
+
+    def _put_scalar(self, name: str, array: np.ndarray) -> None:
+        """Writes an array without axes, which the step's frame holds already as a zero."""
+        ts.open(self._spec(name), context=self._context).result().write(array).result()
+        self._sums[name] = self._part_sums(name, (), 0, array)
 
     def finish(self) -> None:
         """Writes the integrity record of a step made by `create_step`, all arrays put."""
@@ -133,19 +141,23 @@ def create_step(
     step: int,
     facts: dict[str, tuple[np.dtype, tuple[int, ...]]],
     meta: dict[str, Any],
+    prefix: str = PARAMS,
 ) -> NativeTensors:
-    """Writes a step of parameters; the caller puts in every array and forces the files to disk."""
+    """Writes a step of parameters, or of all that is named where `prefix` is "".
+
+    The caller puts in every array and forces the files to disk.
+    """
     import jax
 
     tree: dict[str, Any] = {}
     for name, (dtype, shape) in facts.items():
         node = tree
-        *parents, leaf = (PARAMS + name).split("/")
+        *parents, leaf = (prefix + name).split("/")
         for part in parents:
             node = node.setdefault(part, {})
         node[leaf] = jax.ShapeDtypeStruct(shape, dtype)
     save_frame(folder, step, tree, meta)
-    return NativeTensors(folder, step, checked=False)
+    return NativeTensors(folder, step, prefix, checked=False)
 
 
 def _parts(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], int, int]]:

@@ -26,11 +26,15 @@ class Global:
 
 @dataclass(eq=False)
 class Inert:
-    """What a pickle would have made by calling `name` with `args`, and the state given to it."""
+    """What a pickle would have made by calling `name` with `args`, and the state given to it.
+
+    `new`, for the writer: an instance is made without calling its class.
+    """
 
     name: str
     args: tuple = ()
     state: Any = None
+    new: bool = False
 
     def get(self, field: str, default: Any = None) -> Any:
         """Returns an attribute of the state."""
@@ -241,7 +245,7 @@ def _emit(value: Any) -> Iterator[bytes]:
     elif isinstance(value, Persistent):
         yield from (*_emit(value.pid), b"Q")
     elif isinstance(value, Inert):
-        yield from (*_emit(Global(value.name)), *_emit(value.args), b"R")
+        yield from (*_emit(Global(value.name)), *_emit(value.args), b"\x81" if value.new else b"R")
         if value.state is not None:
             yield from (*_emit(value.state), b"b")
     else:

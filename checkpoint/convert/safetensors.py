@@ -137,6 +137,11 @@ class Tensors:
         files = dict.fromkeys(stored.file for stored in tensors.values())
         self._files = {file: os.open(file, mode) for file in files}
 
+    @property
+    def facts(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Name → dtype and shape."""
+        return {name: (stored.dtype, stored.shape) for name, stored in self.tensors.items()}
+
     def close(self) -> None:
         """Closes the files."""
         for descriptor in self._files.values():

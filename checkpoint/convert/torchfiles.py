@@ -31,11 +31,13 @@ DTYPES = {f"torch.{name}": np.dtype(kind) for name, (_, kind) in _DTYPES.items()
 STORAGES = {f"torch.{s}Storage": np.dtype(kind) for s, kind in _DTYPES.values()}
 NAMES = {dtype: name for name, dtype in STORAGES.items()}
 _TENSOR = "torch._utils._rebuild_tensor_v2"
+_SUBCLASS = "torch._tensor._rebuild_from_type_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
 _DICT = "collections.OrderedDict"
+_DICTS = {_DICT, "collections.defaultdict"}
 _SETS = {"builtins.set", "__builtin__.set"}
 KNOWN = frozenset({
-    _TENSOR, _PARAMETER, _DICT, "collections.defaultdict", "builtins.dict", "__builtin__.dict",
+    _TENSOR, _SUBCLASS, "torch.Tensor", _PARAMETER, *_DICTS, "builtins.dict", "__builtin__.dict",
     "torch.Size", "torch.device", *_SETS, *DTYPES, *STORAGES,
 })  # fmt: skip
 
@@ -85,6 +87,21 @@ def read_torch(
       UnsafeInputError: the file is damaged, hostile, or not such a file.
     """
     return _Reader(path, offset, length).load(KNOWN | allowed)
+
+
+def plain(name: str, args: tuple) -> Any:
+    """Returns the dict, tuple or list that a call would make, a record of any other."""
+    if name == _DICT and args:
+        if not all(isinstance(key, str | int) for key, _ in args[0]):
+            raise TypeError("a key is neither a string nor a number")
+        return dict(args[0])
+    if name in _DICTS:
+        return {}
+    if name == "torch.Size":
+        return tuple(args[0])
+    if name in _SETS:
+        return list(args[0]) if args else []
+    return Inert(name, args)
 
 
 class _Window:
@@ -201,18 +218,9 @@ class _Reader:
     def _rebuild(self, name: str, args: tuple) -> Any:
         if name == _TENSOR:
             return self._tensor(*args)
-        if name == _PARAMETER:
-            return args[0]
-        if name in (_DICT, "collections.defaultdict"):
-            pairs = args[0] if name == _DICT and args else ()
-            if not all(isinstance(key, str | int) for key, _ in pairs):
-                raise TypeError("a key is neither a string nor a number")
-            return dict(pairs)
-        if name == "torch.Size":
-            return tuple(args[0])
-        if name in _SETS:
-            return list(args[0]) if args else []
-        return Inert(name, args)
+        if name == _SUBCLASS and args[:2] == (Global(_TENSOR), Global("torch.Tensor")):
+            return self._tensor(*args[2])  # a plain tensor that was given attributes
+        return args[0] if name == _PARAMETER else plain(name, args)
 
     def _tensor(self, storage: Strided, first: int, shape: tuple, stride: tuple, *_) -> Strided:
         numbers = (first, *shape, *stride)

@@ -68,7 +68,7 @@ def test_what_is_no_checkpoint_is_refused(command, tmp_path, capsys):
     assert main([command, str(tmp_path / "absent"), *more]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert main([command, str(tmp_path), *more]) == 2
-    assert "neither a run or step of ours nor a Hugging Face folder" in capsys.readouterr().err
+    assert "neither a run or step of ours nor of another known format" in capsys.readouterr().err
     assert main([command, f"dcp:{tmp_path}", *more]) == 2
     assert "no format 'dcp'; known: hf, torus" in capsys.readouterr().err
 
