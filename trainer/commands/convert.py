@@ -127,6 +127,9 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
         meta["source"]["optimizer"] = carried
         facts[moves.COUNT] = np.dtype(np.int32), ()
     experiment = Experiment(name=target.name, model=model)
+    if "betas" in (carried or {}):
+        experiment.optimizer.b1, experiment.optimizer.b2 = map(float, carried["betas"])
+        experiment.optimizer.eps = float(carried.get("eps", experiment.optimizer.eps))
     bar = progress(_DOING, 2 * sum(m.plan.nbytes for m in todo), in_bytes=True)
     with engine.staged(target) as folder, bar as advance:
         (folder / "experiment.json").write_text(to_json(experiment))

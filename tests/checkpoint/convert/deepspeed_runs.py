@@ -50,7 +50,8 @@ def start(stage: int, dtype: str = "float32", *, universal: bool = False):
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
     config = {
         "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, "sub_group_size": 600}, "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "sub_group_size": 600},
+        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False, "bf16": {"enabled": dtype == "bfloat16"},
         "checkpoint": {"load_universal": universal},
     }  # fmt: skip
