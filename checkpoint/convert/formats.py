@@ -65,14 +65,15 @@ def open_place(place: str) -> tuple[str, Path]:
 
 def _of_torch(path: Path) -> str:
     """Returns the format of a folder that torch or DeepSpeed wrote, "" for another one."""
+    if any(path.glob("*.safetensors*")):
+        return ""
     if (path / ".metadata").exists():
         return "dcp"
     if (path / "latest").exists() or any(path.glob("*zero_pp_rank_*_optim_states.pt")):
         return "zero"
     if (path / "latest_universal").exists() or (path / "zero/optimizer_state.pt").exists():
         return "ucp"
-    safe = any(path.glob("*.safetensors*"))
-    return "torch" if not safe and any(path.glob("pytorch_model.bin*")) else ""
+    return "torch" if any(path.glob("pytorch_model.bin*")) else ""
 
 
 def find_step(path: Path, step: int | None = None) -> tuple[Path, int]:

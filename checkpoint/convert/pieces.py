@@ -142,7 +142,7 @@ class WrittenTensors(PieceTensors):
         """Returns more rows than there are: no part is written by itself."""
         return WHOLE
 
-    def put(self, name: str, lead: tuple[int, ...], array: np.ndarray) -> None:
-        """Writes a tensor."""
+    def put(self, name: str, lead: tuple[int, ...], array: np.ndarray, start: int = 0) -> None:
+        """Writes a tensor, whose first row is 0."""
         with self._lock:
             self.tensors[name] = whole(self._write(name, array))

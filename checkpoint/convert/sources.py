@@ -12,7 +12,7 @@ from checkpoint.convert.huggingface import inside
 from checkpoint.convert.pieces import PieceTensors, whole
 from checkpoint.convert.safetensors import Tensors, read_header, read_json
 from checkpoint.convert.torchfiles import Strided, read_torch
-from sharding.errors import MismatchError, UnsafeInputError
+from sharding.errors import MismatchError, UnsafeInputError, UsageError
 
 PARAMS, MU, NU = "params", "mu", "nu"
 MOMENTS = {"exp_avg": MU, "exp_avg_sq": NU}  # torch's names → ours
@@ -65,6 +65,8 @@ def open_source(kind: str, path: Path) -> Source:
         return Source({PARAMS: Tensors(_safetensors(path))})
     if kind == "torch":
         return read_state_dict(path)
+    if not path.is_dir():
+        raise UsageError(f"{kind}:{path} is not a folder")
     if kind == "dcp":
         from checkpoint.convert.torch_dcp import read_dcp
 

@@ -215,10 +215,11 @@ def _report(
 ) -> int:  # fmt: skip
     """Prints what was done, or, for a dry run, would be."""
     plan, plans = moves[0].plan, [move.plan for move in moves]
+    casts = plan.casts | {f"{m.part}/{n}": c for m in moves[1:] for n, c in m.plan.casts.items()}
     facts = {
         "family": plan.family.model_type, "source": args.source, "target": args.target,
         "written": written, "verified": written, "tensors": sum(len(p.target) for p in plans),
-        "bytes": sum(p.nbytes for p in plans), "casts": plan.casts, "ignored": list(plan.buffers),
+        "bytes": sum(p.nbytes for p in plans), "casts": casts, "ignored": list(plan.buffers),
         "repeated": [copy for copy, _ in plan.copies], "optimizer": carried, "left": left,
         "rows": [row.text for row in plan.rows],
     }  # fmt: skip
@@ -227,7 +228,7 @@ def _report(
         return 0
     if args.dry_run:
         print("\n".join(facts["rows"]))
-    for name, cast in plan.casts.items():
+    for name, cast in casts.items():
         print(f"cast: {name} {cast}")
     for what in ("ignored", "repeated"):
         for name in facts[what]:
