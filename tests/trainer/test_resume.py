@@ -135,7 +135,7 @@ def test_ctrl_c_saves_and_exits_130(tmp_path):
     while last_step(tmp_path / "run") < 2 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     stopped = read_metrics(tmp_path / "run", "event")[-1]
     assert (stopped["event"], stopped["by"]) == ("stopped", "SIGINT")
