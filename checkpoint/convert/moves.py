@@ -90,13 +90,9 @@ class Below:
     def __init__(self, arrays: NativeTensors, prefix: str) -> None:
         self._arrays, self._prefix = arrays, prefix
 
-    def part_rows(self, name: str) -> int:
-        """Returns how many rows can be written by themselves."""
-        return self._arrays.part_rows(self._prefix + name)
-
-    def put(self, name: str, *where: Any) -> None:
+    def put(self, name: str, lead: tuple[int, ...], array: Any) -> None:
         """Writes as NativeTensors does."""
-        self._arrays.put(self._prefix + name, *where)
+        self._arrays.put(self._prefix + name, lead, array)
 
     def read(self, name: str, lead: tuple[int, ...], start: int, stop: int) -> Any:
         """Returns rows as NativeTensors does."""

@@ -16,7 +16,7 @@ from checkpoint.convert.safetensors import RANK_LIMIT
 from checkpoint.convert.torchfiles import Strided
 from sharding.errors import UnsafeInputError
 
-WHOLE = 2**62
+LARGEST = 2**62  # of any size that a file gives
 
 
 class Piece(Protocol):
@@ -60,7 +60,7 @@ def sizes_of(numbers: Any) -> tuple[int, ...]:
     """Returns a shape, or offsets, that a file gives; raises ValueError if it is none."""
     if not isinstance(numbers, tuple) or len(numbers) > RANK_LIMIT:
         raise ValueError(f"{str(numbers)[:40]} are not sizes")
-    if not all(type(n) is int and 0 <= n < WHOLE for n in numbers):
+    if not all(type(n) is int and 0 <= n < LARGEST for n in numbers):
         raise ValueError(f"{str(numbers)[:40]} are not sizes")
     return numbers
 
@@ -138,11 +138,7 @@ class WrittenTensors(PieceTensors):
         super().__init__({})
         self._write, self._lock = write, threading.Lock()
 
-    def part_rows(self, name: str) -> int:
-        """Returns more rows than there are: no part is written by itself."""
-        return WHOLE
-
-    def put(self, name: str, lead: tuple[int, ...], array: np.ndarray, start: int = 0) -> None:
-        """Writes a tensor, whose first row is 0."""
+    def put(self, name: str, lead: tuple[int, ...], array: np.ndarray) -> None:
+        """Writes a tensor."""
         with self._lock:
             self.tensors[name] = whole(self._write(name, array))
