@@ -21,9 +21,10 @@ from checkpoint.convert.pieces import (
     WrittenTensors,
     flat_pieces,
     sizes_of,
+    sound,
     whole,
 )
-from checkpoint.convert.sources import MOMENTS, PARAMS, Source
+from checkpoint.convert.sources import MOMENTS, PARAMS, Source, adam_settings
 from checkpoint.convert.torchfiles import Strided, read_torch, write_torch
 from sharding.errors import MismatchError, UnsafeInputError
 
@@ -35,7 +36,6 @@ _CLASSES = frozenset({
 })  # fmt: skip
 _OPTIMIZER = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
-_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 _KEYS = {"fp32": PARAMS, **MOMENTS}
 GROUPS = 64  # DeepSpeed leaves parameter groups beyond those in the file unread, without a word
 
@@ -79,7 +79,7 @@ def read_zero(folder: Path) -> Source:
         raise MismatchError(f"{tag} has no model states, or those of several model parallel ranks")
     facts = read_torch(inside(tag, model), _CLASSES)
     states = [read_torch(inside(tag, ranks[rank]), _CLASSES) for rank in sorted(ranks)]
-    try:
+    with sound(f"{tag} is not a run of ZeRO"):
         world, shapes = facts["dp_world_size"], _shapes(facts)
         if sorted(ranks) != list(range(world)):
             raise MismatchError(f"{tag} has the states of ranks {sorted(ranks)}, not of {world}")
@@ -89,11 +89,6 @@ def read_zero(folder: Path) -> Source:
         if facts.get("mp_world_size", 1) != 1:
             raise MismatchError(f"{tag}: {facts['mp_world_size']} model parallel ranks, not 1")
         return _assemble(tag, shapes, [s["optimizer_state_dict"] for s in states])
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, UnsafeInputError | MismatchError):
-            raise
-        reason = f"{type(error).__name__}: {error}"[:120]
-        raise UnsafeInputError(f"{tag} is not a run of ZeRO: {reason}") from error
 
 
 def _shapes(facts: dict) -> list[dict[str, tuple[int, ...]]]:
@@ -125,7 +120,7 @@ def _assemble(tag: Path, shapes: list[dict], states: list[dict]) -> Source:
     settings = states[0][inner]["param_groups"][0]
     return Source(
         {part: PieceTensors(found) for part, found in parts.items()}, steps.pop(),
-        {key: settings[key] for key in _SETTINGS if key in settings},
+        adam_settings(settings),
     )  # fmt: skip
 
 
@@ -176,17 +171,20 @@ def read_ucp(folder: Path) -> Source:
     """
     tag = find_tag(folder, "latest_universal", re.compile("zero"))
     model = next((p.name for p in sorted(tag.iterdir()) if _MODEL.fullmatch(p.name)), None)
-    if model is None:
-        raise MismatchError(f"{tag} has no model states")
+    zero = tag / "zero"
+    if model is None or not zero.is_dir():
+        raise MismatchError(f"{tag} has no model states, or no folder `zero`")
     facts = read_torch(inside(tag, model), _CLASSES)
-    state = read_torch(inside(tag / "zero", "optimizer_state.pt"), _CLASSES)
+    places = sorted(place for place in zero.iterdir() if place.is_dir())
+    for place in (zero, *places):
+        if not place.resolve().is_relative_to(tag.resolve()):
+            raise UnsafeInputError(f"{place} is a link out of its folder")
+    state = read_torch(inside(zero, "optimizer_state.pt"), _CLASSES)
     parts: dict[str, dict[str, Pieces]] = {part: {} for part in _KEYS.values()}
     steps = set()
-    try:
+    with sound(f"{tag} is not a universal checkpoint"):
         shapes = {n: s for group in _shapes(facts) for n, s in group.items()}
-        for place in sorted(p for p in (tag / "zero").iterdir() if p.is_dir()):
-            if not place.resolve().is_relative_to(tag.resolve()):
-                raise UnsafeInputError(f"{place} is a link out of its folder")
+        for place in places:
             for key, part in _KEYS.items():
                 found = read_torch(inside(place, f"{key}.pt"))
                 tensor = found["param"] if isinstance(found, dict) else found
@@ -196,17 +194,11 @@ def read_ucp(folder: Path) -> Source:
                 steps.add(int(step.read()) if isinstance(step, Strided) else int(step))
         inner = state.get("optimizer_state_dict", {}).get("state", {})
         steps |= {int(group["step"].read()) for group in inner.values()}
-        settings = (state.get("param_groups") or [{}])[0]
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, UnsafeInputError | MismatchError):
-            raise
-        reason = f"{type(error).__name__}: {error}"[:120]
-        raise UnsafeInputError(f"{tag} is not a universal checkpoint: {reason}") from error
+        settings = adam_settings((state.get("param_groups") or [{}])[0])
     if len(steps) != 1:
         raise MismatchError(f"{tag}: its parameters are at steps {sorted(steps)[:4]}")
     return Source(
-        {part: PieceTensors(found) for part, found in parts.items()}, steps.pop(),
-        {key: settings[key] for key in _SETTINGS if key in settings},
+        {part: PieceTensors(found) for part, found in parts.items()}, steps.pop(), settings
     )  # fmt: skip
 
 

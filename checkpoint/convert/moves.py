@@ -41,6 +41,8 @@ def to_ours(
     """
     if optimizer and not (found.step is not None and {MU, NU} <= set(found.parts)):
         raise MismatchError("--with-optimizer: the source holds no moments and step of Adam")
+    if optimizer and not 0 <= found.step < 2**31:
+        raise MismatchError(f"--with-optimizer: the source is at step {found.step}")
     moves, left = [], list(found.left)
     for part, tensors in found.parts.items():
         if part != PARAMS and not optimizer:

@@ -6,7 +6,8 @@ pieces that hold them, so nothing is read that was not asked for.
 
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from checkpoint.convert.safetensors import RANK_LIMIT
 from checkpoint.convert.torchfiles import Strided
-from sharding.errors import UnsafeInputError
+from sharding.errors import UnsafeInputError, UsageError
 
 LARGEST = 2**62  # of any size that a file gives
 
@@ -54,6 +55,22 @@ class Pieces:
                 place += [slice(begin, begin + size) for begin, size in sides]
                 out[tuple(place)] = piece.read(a - at, b - at)
         return out.reshape(rows)
+
+
+@contextmanager
+def sound(what: str) -> Iterator[None]:
+    """Turns what goes wrong where values have another form than they should into a refusal.
+
+    Raises:
+      UnsafeInputError: "`what`: the reason". Refusals of the body itself pass as they are.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise UnsafeInputError(f"{what}: {reason}") from error
 
 
 def sizes_of(numbers: Any) -> tuple[int, ...]:

@@ -76,6 +76,19 @@ def open_source(kind: str, path: Path) -> Source:
     return (read_ucp if kind == "ucp" else read_zero)(path)
 
 
+def adam_settings(found: dict[str, Any]) -> dict[str, Any]:
+    """Returns lr, betas, eps and weight_decay of a parameter group, as far as they are numbers."""
+
+    def known(name: str, value: Any) -> bool:
+        if name == "betas":
+            pair = isinstance(value, tuple | list) and len(value) == 2
+            return pair and all(isinstance(beta, float) for beta in value)
+        return isinstance(value, float | int)
+
+    names = ("lr", "betas", "eps", "weight_decay")
+    return {name: found[name] for name in names if known(name, found.get(name))}
+
+
 def _safetensors(path: Path) -> dict:
     return huggingface.find_tensors(path) if path.is_dir() else read_header(path)[0]
 

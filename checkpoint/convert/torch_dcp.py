@@ -15,8 +15,15 @@ import numpy as np
 
 from checkpoint.convert.huggingface import inside
 from checkpoint.convert.pickles import LIMIT, Global, Inert, dumps, loads
-from checkpoint.convert.pieces import Pieces, PieceTensors, WrittenTensors, check_grid, sizes_of
-from checkpoint.convert.sources import MOMENTS, MU, NU, PARAMS, Source
+from checkpoint.convert.pieces import (
+    Pieces,
+    PieceTensors,
+    WrittenTensors,
+    check_grid,
+    sizes_of,
+    sound,
+)
+from checkpoint.convert.sources import MOMENTS, MU, NU, PARAMS, Source, adam_settings
 from checkpoint.convert.torchfiles import (
     DTYPES,
     KNOWN,
@@ -93,7 +100,7 @@ def read_dcp(folder: Path) -> Source:
             settings[found[1]] = chunk.value()
     return Source(
         {part: PieceTensors(found) for part, found in parts.items()},
-        int(steps.pop()) if steps else None, settings, sorted(left),
+        int(steps.pop()) if steps else None, adam_settings(settings), sorted(left),
     )  # fmt: skip
 
 
@@ -103,7 +110,7 @@ def _index(folder: Path) -> tuple[dict[str, Pieces], dict[str, _Chunk]]:
     if path.stat().st_size > LIMIT:
         raise UnsafeInputError(f"{path} has {path.stat().st_size:,} bytes; the limit is {LIMIT:,}")
     index = loads(path.read_bytes(), str(path), KNOWN | _CLASSES, plain)
-    try:
+    with sound(f"{path} is not an index of tensors"):
         places = _places(folder, index.get("storage_data"))
         tensors, values = {}, {}
         for name, item in index.get("state_dict_metadata").items():
@@ -118,11 +125,6 @@ def _index(folder: Path) -> tuple[dict[str, Pieces], dict[str, _Chunk]]:
                     pieces.append((offsets, _Chunk(*places[name, offsets], dtype, shape)))
             tensors[name] = Pieces(dtype, size, tuple(pieces))
             check_grid(tensors[name], f"{path}: `{name}`")
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, UnsafeInputError | MismatchError):
-            raise
-        reason = f"{type(error).__name__}: {error}"[:120]
-        raise UnsafeInputError(f"{path} is not an index of tensors: {reason}") from error
     return tensors, values
 
 

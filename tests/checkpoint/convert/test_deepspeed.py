@@ -267,6 +267,12 @@ def test_a_universal_checkpoint_that_leads_outside(run, tmp_path, capsys):
     error = refused(f"ucp:{folder}", tmp_path, capsys, 4, "--with-optimizer")
     assert "link out of its folder" in error
     place.unlink()
+    zero = place.parent
+    zero.rename(tmp_path / "zero")
+    zero.symlink_to(tmp_path / "zero")
+    assert "link out of its folder" in refused(f"ucp:{folder}", tmp_path, capsys, 4)
+    zero.unlink()
+    (tmp_path / "zero").rename(zero)
     assert "tensors are needed" in refused(f"ucp:{folder}", tmp_path, capsys, 3)
 
 

@@ -10,13 +10,14 @@ import sys
 import numpy as np
 import pytest
 
+from checkpoint.convert.moves import to_ours
 from checkpoint.convert.pickles import Inert, dumps, loads
-from checkpoint.convert.pieces import Pieces, check_grid
-from checkpoint.convert.sources import INDEX, SINGLE
+from checkpoint.convert.pieces import Pieces, PieceTensors, check_grid
+from checkpoint.convert.sources import INDEX, SINGLE, Source, adam_settings
 from checkpoint.convert.torch_dcp import _CLASSES, DATA
 from checkpoint.convert.torch_dcp import INDEX as METADATA
 from checkpoint.convert.torchfiles import KNOWN, plain, write_torch
-from sharding.errors import UnsafeInputError
+from sharding.errors import MismatchError, UnsafeInputError
 from tests.checkpoint.convert import theirs
 from tests.checkpoint.convert.folders import random_folder, random_tensors, read_folder, same, tiny
 from tests.checkpoint.convert.test_pickles import REASON, Calls, archive
@@ -370,6 +371,16 @@ def test_links_out_of_the_folder(folder, tmp_path, capsys):
     (bin_folder / SINGLE).symlink_to(tmp_path / "other")
     assert main(["convert", str(bin_folder), f"torus:{tmp_path}/no"]) == 4
     assert "link out of its folder" in capsys.readouterr().err
+
+
+def test_settings_and_steps_that_are_none():
+    strange = {"lr": Inert("x"), "betas": (0.9, 0.9, 0.9), "eps": 1e-8, "weight_decay": None}
+    assert adam_settings(strange) == {"eps": 1e-8}
+    assert adam_settings({"lr": 1, "betas": [0.9, 0.95]}) == {"lr": 1, "betas": [0.9, 0.95]}
+    empty = {part: PieceTensors({}) for part in ("params", "mu", "nu")}
+    for step, message in ((None, "no moments and step"), (2**31, "is at step"), (-1, "at step")):
+        with pytest.raises(MismatchError, match=message):
+            to_ours(Source(empty, step), *tiny(PRESET), None, optimizer=True)
 
 
 def test_grids():
