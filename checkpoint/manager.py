@@ -38,8 +38,7 @@ from checkpoint.manifest import (
     META,
     check_fingerprints,
     integrity_record,
-    read_manifest,
-    read_meta,
+    read_step,
 )
 from checkpoint.steps import CheckpointError
 from checkpoint.tree import check_storable, flatten
@@ -293,11 +292,11 @@ def load_step(
     unplaced = [name for name, leaf in flatten(abstract).items() if leaf.sharding is None]
     if unplaced:
         raise ValueError(f"restoring needs a sharding for {steps.listing(unplaced)}")
-    stored, wanted = read_manifest(folder, step)["arrays"], _facts(abstract)
+    manifest, meta, saved = read_step(folder, step)
+    stored, wanted = manifest["arrays"], _facts(abstract)
     if partial:
         stored = {name: facts for name, facts in stored.items() if name in wanted}
     _check_matching(stored, wanted, f"step {step} in {folder}")
-    meta = read_meta(folder, step)
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     try:
@@ -307,7 +306,7 @@ def load_step(
         text = f"cannot read step {step} in {folder}: {steps.reason(error)}"
         raise CheckpointError(text) from error
     if verify:
-        check_fingerprints(folder, step, as_text(fingerprints(state), list(flatten(state))))
+        check_fingerprints(folder, step, as_text(fingerprints(state), list(flatten(state))), saved)
     return state, meta
 
 
@@ -374,16 +373,22 @@ def save_frame(folder: str | os.PathLike, step: int, abstract: Tree, meta: dict[
 
 
 def _context(config: CheckpointConfig) -> ocp.Context:
-    known = ocp.handlers.local_registry()
+    context = ocp.Context()
+    context.array.saving.use_compression = config.compression
+    context.array.saving.storage_options.chunk_byte_size = config.chunk_mib * 2**20
+    known = ocp.handlers.local_registry(include_global_registry=False)
+    known.add(_only(ocp.handlers.PyTreeHandler(context=context)), checkpointable_name=_STATE)
     # Without this a dict of numbers counts as a tree of arrays and its lists, bools and Nones bend.
     for item in (MANIFEST, META):
         known.add(ocp.handlers.JsonHandler, checkpointable_name=item)
     known.add(_RecordHandler, checkpointable_name=INTEGRITY)
-    context = ocp.Context()
     context.checkpointables.registry = known
-    context.array.saving.use_compression = config.compression
-    context.array.saving.storage_options.chunk_byte_size = config.chunk_mib * 2**20
     return context
+
+
+def _only(handler: Any) -> type:
+    """Returns a class that gives `handler`: Orbax makes them all anew, eight times for one save."""
+    return type("Only", (), {"__new__": lambda cls: handler})
 
 
 def _manifest(state: Tree) -> dict[str, Any]:

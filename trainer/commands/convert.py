@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 HELP = "bring weights in from Hugging Face, and take them back"
 USAGE = """\
 usage: torus convert SOURCE TARGET [--family NAME|FILE.py] [--step N] [--dtype D] [--like FOLDER]
-                     [--shard-size GB] [--dry-run] [--json]
+                     [--shard-size GB] [--max-memory MIB] [--dry-run] [--json]
 
-Converts the parameters of a checkpoint, bit for bit, one tensor at a time. SOURCE and TARGET are
-`hf:FOLDER` (config.json and safetensors) or `torus:FOLDER` (a run); without a prefix the format of
-SOURCE is found out, and TARGET takes the other one. TARGET must not exist: it appears whole, with
-the tokenizer files, or not at all.
+Converts the parameters of a checkpoint, bit for bit, within a bound of memory. SOURCE and TARGET
+are `hf:FOLDER` (config.json and safetensors) or `torus:FOLDER` (a run); without a prefix the format
+of SOURCE is found out, and TARGET takes the other one. TARGET must not exist: it appears whole,
+with the tokenizer files, or not at all.
 
   --family F       model_type, or a Python file with a table of your own (from config.json; for a
                    run, the first family that can express its model)
@@ -28,6 +28,8 @@ the tokenizer files, or not at all.
   --dtype D        store float32, float16 or bfloat16 instead of what the source has
   --like FOLDER    take tokenizer files, token ids and the rest of config.json from this folder
   --shard-size GB  largest file for Hugging Face (5)
+  --max-memory MIB most bytes of tensors held at once, beside some 300 MB for the program itself
+                   (256, or what the largest tensor needs)
   --dry-run        check everything, print the plan row by row, write nothing
   --json           print the plan and the result as JSON
 
@@ -52,11 +54,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--like", default="")
     parser.add_argument("--shard-size", type=float, default=5.0)
+    parser.add_argument("--max-memory", type=float)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse(argv)
     if not args.shard_size > 0:
         raise UsageError(f"--shard-size {args.shard_size}: more than 0")
+    args.memory = None if args.max_memory is None else int(args.max_memory * 2**20)
     return args
 
 
@@ -92,8 +96,9 @@ def _to_ours(args: argparse.Namespace, source: Path, target: Path) -> int:
 
     facts = {name: (t.dtype, t.shape) for name, t in stored.items()}
     plan = engine.plan_to_ours(family, model, facts, args.dtype)
+    memory = engine.memory_limit(plan, args.memory)
     if args.dry_run:
-        return _report(plan, args, written=False)
+        return _report(plan, args)
     neutral = {k: v for k, v in config.items() if k in NEUTRAL | family.neutral}
     meta = {"source": {"format": "hf", "family": family.model_type, "config": neutral}}
     experiment = Experiment(name=target.name, model=model)
@@ -103,10 +108,10 @@ def _to_ours(args: argparse.Namespace, source: Path, target: Path) -> int:
         huggingface.copy_extras(source, folder / "tokenizer")
         arrays = native.create_step(folder / "checkpoints", 0, plan.target, meta)
         tensors = Tensors(stored)
-        engine.run(plan, tensors, arrays, advance)
+        moved = engine.run(plan, tensors, arrays, advance, memory)
         tensors.close()
-        arrays.finish()
-    return _report(plan, args, written=True)
+        arrays.finish(moved.sums)
+    return _report(plan, args, in_flight=moved.in_flight)
 
 
 def _to_theirs(args: argparse.Namespace, source: Path, target: Path) -> int:
@@ -133,30 +138,34 @@ def _to_theirs(args: argparse.Namespace, source: Path, target: Path) -> int:
     config = {k: v for k, v in neutral.items() if k in known} | config
     tensors = native.NativeTensors(steps, step)
     plan = engine.plan_to_theirs(family, model, tensors.facts, args.dtype)
+    memory = engine.memory_limit(plan, args.memory)
     config["torch_dtype"] = max((str(d) for d, _ in plan.target.values()), key=_width)
     if args.dry_run:
-        return _report(plan, args, written=False)
-    tensors.verify()
+        return _report(plan, args)
     bar = progress(_DOING, 2 * plan.nbytes, in_bytes=True)
     with engine.staged(target) as folder, bar as advance:
         huggingface.copy_extras(extras, folder)
         entries = [(name, *facts) for name, facts in plan.target.items()]
         files = huggingface.create_folder(folder, config, entries, int(args.shard_size * 1e9))
-        engine.run(plan, tensors, files, advance)
+        reads = native.CheckedReads(tensors)
+        moved = engine.run(plan, reads, files, advance, memory)
+        reads.finish()
         files.close()
-    return _report(plan, args, written=True)
+    return _report(plan, args, in_flight=moved.in_flight)
 
 
 def _width(dtype: str) -> int:
     return int(dtype.removeprefix("bfloat").removeprefix("float"))
 
 
-def _report(plan: "Plan", args: argparse.Namespace, *, written: bool) -> int:
-    """Prints what was done, or, for a dry run, would be."""
+def _report(plan: "Plan", args: argparse.Namespace, *, in_flight: int = 0) -> int:
+    """Prints what was done, with the most bytes held at once, or, for a dry run, would be."""
+    written = not args.dry_run
     facts = {
         "family": plan.family.model_type, "source": args.source, "target": args.target,
         "written": written, "verified": written, "tensors": len(plan.target),
-        "bytes": plan.nbytes, "casts": plan.casts, "ignored": list(plan.buffers),
+        "bytes": plan.nbytes, "in_flight": in_flight,
+        "casts": plan.casts, "ignored": list(plan.buffers),
         "repeated": [copy for copy, _ in plan.copies],
         "rows": [row.text for row in plan.rows],
     }  # fmt: skip
@@ -170,6 +179,8 @@ def _report(plan: "Plan", args: argparse.Namespace, *, written: bool) -> int:
     for what in ("ignored", "repeated"):
         for name in facts[what]:
             print(f"{what}: {name}")
-    done = "written and read back" if written else "would be written"
+    done = "would be written"
+    if written:
+        done = f"written and read back, at most {in_flight / 2**20:.0f} MiB in flight"
     print(f"{plan.family.model_type}: {len(plan.target)} tensors, {plan.nbytes:,} bytes, {done}")
     return 0
