@@ -51,11 +51,11 @@ def part_sums(part: np.ndarray, first: tuple[int, ...], shape: tuple[int, ...]) 
     if part.shape[whole + 1 :] != shape[whole + 1 :]:
         raise ValueError(f"a part {part.shape} of {shape} that is not in one piece")
     words = _host_words(part)
-    width = words.size // max(1, part.size) * math.prod(shape[1:])  # words in a row
-    rows = words.size if not shape else part.shape[0]
+    each = words.size // max(1, part.size)
+    width = each * math.prod(shape[1:]) if shape else 1  # words in a row
+    rows = part.shape[0] if shape else words.size
     strides = [math.prod(shape[axis + 1 :]) for axis in range(1, len(shape))]
-    inner = sum(i * n for i, n in zip(first[1:], strides, strict=True))
-    inner *= words.size // max(1, part.size)
+    inner = each * sum(i * n for i, n in zip(first[1:], strides, strict=True))
     numbers = (np.uint32(n % 2**32) for n in (first[0] if shape else 0, inner, width))
     return np.asarray(_sums_of_rows(words.reshape(rows, -1), *numbers))
 

@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from models.config import ModelConfig
 from sharding.errors import MismatchError, UsageError
 
 STAGING = ".converting"  # added to the target's name while it is being made
-MEMORY = 16 * BLOCK  # bytes in flight, unless one tensor needs more
+MEMORY = 2**28  # bytes in flight, unless one tensor needs more
 FLOATS = {str(np.dtype(d)): np.dtype(d)
           for d in (np.float32, np.float16, ml_dtypes.bfloat16)}  # fmt: skip
 
@@ -217,9 +217,9 @@ def memory_limit(plan: Plan, wanted: int | None) -> int:
 
 
 def _held(plan: Plan, part: Element) -> int:
-    """What building and storing a part holds: itself, a block of its source, copies in storage."""
+    """What building a part holds: itself, a block of its source and the storage's copy of that."""
     nbytes = math.prod(part.shape) * plan.target[part.name][0].itemsize
-    return nbytes + 3 * min(nbytes, BLOCK)
+    return nbytes + 2 * min(nbytes, BLOCK)
 
 
 def _split(plan: Plan, element: Element, together: int) -> Iterator[Element]:
@@ -340,8 +340,7 @@ def staged(target: Path) -> Iterator[Path]:
     try:
         for left in staging.iterdir():  # by one that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        with _syncing(staging):
-            yield staging
+        yield staging
         _sync(staging)
         staging.replace(target)
         _sync_one(target.parent)
@@ -350,25 +349,6 @@ def staged(target: Path) -> Iterator[Path]:
         raise
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _syncing(folder: Path) -> Iterator[None]:
-    """Forces to disk what is there already while the body writes more and reads it back."""
-    done = threading.Event()
-
-    def sync() -> None:
-        while not done.wait(0.5):
-            with suppress(FileNotFoundError):  # a temporary file; at the end all are synced
-                _sync(folder)
-
-    thread = threading.Thread(target=sync, name="sync", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _sync(folder: Path) -> None:

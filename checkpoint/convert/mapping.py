@@ -26,8 +26,8 @@ import numpy as np
 
 from sharding.errors import UsageError
 
-BLOCK = 16 * 2**20  # bytes of a tensor held at a time on either side, where the table allows it
-TILE = 2**16  # elements
+BLOCK = 8 * 2**20  # bytes of a tensor held at a time on either side, where the table allows it
+TILE = 2**14  # elements
 TIED = {"head": "embedding"}  # our leaf that may be missing → the one that then serves for it
 
 Letters = tuple[str, ...]
@@ -365,8 +365,13 @@ def build(element: Element, sources: Tensors, dtype: np.dtype) -> np.ndarray:
                     (slice(None),) * piece.order.index(letter) + (slice(a - begin, b - begin),)
                 ]
             values = layout.view(rows, inside, piece.order)
+            if element.offset:
+                values = _shifted(values, element)
+            if place.dtype == values.dtype:  # NumPy moves integers faster than ml_dtypes' floats
+                bits = np.dtype(f"u{min(dtype.itemsize, 8)}")
+                place, values = place.view(bits), values.view(bits)
             with np.errstate(over="ignore", invalid="ignore"):  # of a cast that was asked for
-                _assign(place, _shifted(values, element) if element.offset else values)
+                _assign(place, values)
     return out
 
 

@@ -1,7 +1,6 @@
 """Arrays of our steps, layer by layer: Orbax reads and writes them only whole.
 
-An array is one zarr3 array inside the step's OCDBT store, which tensorstore opens by itself. What
-is written here carries a crc32c in every chunk, which any reader of Orbax checkpoints checks.
+An array is one zarr3 array inside the step's OCDBT store, which tensorstore opens by itself.
 """
 
 import math
@@ -21,7 +20,8 @@ from checkpoint.manifest import check_fingerprints, read_manifest, write_record
 from checkpoint.steps import CheckpointError
 
 PARAMS = "params/"
-CHUNK = 16 * 2**20  # bytes, within one layer
+CHUNK = 4 * 2**20  # bytes, within one layer
+CACHE = 2**27  # bytes of chunks kept while rows are read
 
 
 class NativeTensors:
@@ -46,8 +46,10 @@ class NativeTensors:
         path = steps.folder_path(folder) / str(step) / "state"
         self.where = f"step {step} in {folder}"
         self._base = f"{path}/" if steps.is_remote(folder) else f"file://{path}/"
+        # Chunks of a run hold parts of many rows, those of a step being made hold whole ones.
+        cache = {"total_bytes_limit": CACHE if checked else 0}
         # Not forced to disk chunk by chunk: who makes a step forces all of it, once, at the end.
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
+        self._context = ts.Context({"cache_pool": cache, "file_io_sync": False})
         self._open: dict[str, ts.TensorStore] = {}
         self._opening = threading.Lock()
         facts = read_manifest(folder, step, checked=checked)["arrays"]
@@ -81,15 +83,11 @@ class NativeTensors:
         metadata = {
             "shape": shape, "data_type": dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}},
-                       {"name": "crc32c"}],
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         }  # fmt: skip
         store = self._store(name, metadata)
-        rows = chunk[len(lead)]
-        for at in range(0, len(array), rows):  # a bound on what is being encoded at once
-            part = array[at : at + rows]
-            place = store[(*lead, slice(start + at, start + at + len(part)))]
-            place.write(part, can_reference_source_data_indefinitely=True).result()
+        place = store[(*lead, slice(start, start + len(array)))]
+        place.write(array, can_reference_source_data_indefinitely=True).result()
 
     def finish(self, sums: dict[str, np.ndarray]) -> None:
         """Writes the integrity record of a step made by `create_step`, all arrays put.
