@@ -27,7 +27,7 @@ class CheckpointConfig:
     compression: bool = False
     """Compress with zstd: about 7% smaller for float32 weights, and 9 times slower to save."""
 
-    chunk_mib: int = 16
+    chunk_mib: int = 4
     """Largest piece, in MiB, that one read fetches; small pieces suit restoring on another mesh."""
 
     verify: bool = True

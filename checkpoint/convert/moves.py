@@ -92,9 +92,13 @@ class Below:
     def __init__(self, arrays: NativeTensors, prefix: str) -> None:
         self._arrays, self._prefix = arrays, prefix
 
-    def put(self, name: str, lead: tuple[int, ...], array: Any) -> None:
+    def part_rows(self, name: str, lead: tuple[int, ...]) -> int:
+        """Returns how many rows have to be put together."""
+        return self._arrays.part_rows(self._prefix + name, lead)
+
+    def put(self, name: str, lead: tuple[int, ...], array: Any, start: int = 0) -> None:
         """Writes as NativeTensors does."""
-        self._arrays.put(self._prefix + name, lead, array)
+        self._arrays.put(self._prefix + name, lead, array, start)
 
     def read(self, name: str, lead: tuple[int, ...], start: int, stop: int) -> Any:
         """Returns rows as NativeTensors does."""

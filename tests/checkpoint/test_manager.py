@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from checkpoint import manager as manager_module
 from checkpoint import steps
 from checkpoint.config import CheckpointConfig
+from checkpoint.convert.native import NativeTensors
 from checkpoint.manager import CheckpointManager, load_step
 from checkpoint.manifest import describe, read_manifest
 from checkpoint.steps import CheckpointError
@@ -120,6 +122,25 @@ def test_every_mesh_gets_the_same_bits(saved, kind):
             state,
             target(mesh),
         )
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar: by this process's threads
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_quarter_or_a_layer_reads_little_else(tmp_path, axis):
+    shape = (4, 2048, 1024) if axis == 2 else (8192, 1024)
+    state = {"w": jax.random.normal(jax.random.key(0), shape)}
+    save_all(tmp_path, [1], state)
+    tensors = NativeTensors(tmp_path, 1, prefix="")
+    stored = tensors._store("w")
+    layer, quarter = (0,), slice(shape[axis % 2] // 4)
+    where = layer if axis == 2 else (slice(None),) * axis + (quarter,)
+    before = bytes_read()
+    part = stored[where].read().result()
+    assert 0.25 * state["w"].nbytes <= bytes_read() - before <= 0.3 * state["w"].nbytes
+    np.testing.assert_array_equal(part, state["w"][where if axis < 2 else 0])
 
 
 def test_one_device_and_saving_under_a_mesh(tmp_path):

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 HELP = "bring weights in from other stacks, and take them back"
 USAGE = """\
 usage: torus convert SOURCE TARGET [--with-optimizer] [--family NAME|FILE.py] [--step N] [--dtype D]
-                     [--like FOLDER] [--shard-size GB] [--dry-run] [--json]
+                     [--like FOLDER] [--shard-size GB] [--max-memory MIB] [--dry-run] [--json]
 
-Converts the parameters of a checkpoint, bit for bit, one tensor at a time. One of SOURCE and TARGET
-is a run of ours. Formats are found out or named before the place:
+Converts the parameters of a checkpoint, bit for bit, within a bound of memory. One of SOURCE and
+TARGET is a run of ours. Formats are found out or named before the place:
 
   torus:FOLDER     a run
   hf:FOLDER        Hugging Face: config.json and safetensors
@@ -38,6 +38,8 @@ pickle names is ever imported or called.
   --dtype D        store float32, float16 or bfloat16 weights instead of what the source has
   --like FOLDER    take config.json, where SOURCE has none, tokenizer files and token ids from there
   --shard-size GB  largest file for Hugging Face (5)
+  --max-memory MIB most bytes of tensors held at once, beside some 300 MB for the program itself
+                   (256, or what the largest tensor needs)
   --dry-run        check everything, print the plan row by row, write nothing
   --json           print the plan and the result as JSON
 
@@ -65,11 +67,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--like", default="")
     parser.add_argument("--shard-size", type=float, default=5.0)
     parser.add_argument("--with-optimizer", action="store_true")
+    parser.add_argument("--max-memory", type=float)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse(argv)
     if not args.shard_size > 0:
         raise UsageError(f"--shard-size {args.shard_size}: more than 0")
+    args.memory = None if args.max_memory is None else int(args.max_memory * 2**20)
     return args
 
 
@@ -112,12 +116,14 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
 
     from checkpoint.convert import engine, moves, native
     from checkpoint.convert.fields import NEUTRAL
+    from checkpoint.fingerprint import rows_sums
     from trainer.config import Experiment, to_json
 
     todo, left = moves.to_ours(found, family, model, args.dtype, optimizer=args.with_optimizer)
     carried = {"step": found.step, **found.optimizer} if args.with_optimizer else None
+    memory = max(engine.memory_limit(move.plan, args.memory) for move in todo)
     if args.dry_run:
-        return _report(todo, args, left, carried, written=False)
+        return _report(todo, args, left, carried)
     neutral = {k: v for k, v in config.items() if k in NEUTRAL | family.neutral}
     meta = {"source": {"format": kind, "family": family.model_type, "config": neutral}}
     facts = {
@@ -135,14 +141,20 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
         (folder / "experiment.json").write_text(to_json(experiment))
         huggingface.copy_extras(beside, folder / "tokenizer")
         arrays = native.create_step(folder / "checkpoints", 0, facts, meta, prefix="")
+        sums, peak = {}, 0
         for move in todo:
-            below = moves.Below(arrays, moves.PREFIXES[move.part])
-            engine.run(move.plan, move.tensors, below, advance)
+            prefix = moves.PREFIXES[move.part]
+            below = moves.Below(arrays, prefix)
+            moved = engine.run(move.plan, move.tensors, below, advance, memory)
+            sums |= {prefix + name: found_sums for name, found_sums in moved.sums.items()}
+            peak = max(peak, moved.in_flight)
         if carried:
-            arrays.put(moves.COUNT, (), np.array(found.step, np.int32))
+            count = np.array(found.step, np.int32)
+            arrays.put(moves.COUNT, (), count)
+            sums[moves.COUNT] = rows_sums(count, (), 0, ())
         found.close()
-        arrays.finish()
-    return _report(todo, args, left, carried, written=True)
+        arrays.finish(sums)
+    return _report(todo, args, left, carried, in_flight=peak)
 
 
 def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) -> int:
@@ -156,6 +168,7 @@ def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) 
     from checkpoint.convert import engine, huggingface, moves
     from checkpoint.convert.families import family_of, find_family
     from checkpoint.convert.fields import NEUTRAL
+    from checkpoint.convert.sources import PARAMS
 
     origin = read_meta(steps, step).get("source", {})
     named = args.family or origin.get("family", "")
@@ -172,27 +185,37 @@ def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) 
     dtype = args.dtype or ("float32" if kind == "ucp" else None)
     todo = moves.to_theirs(found, family, model, dtype)
     plan = todo[0].plan
+    memory = max(engine.memory_limit(move.plan, args.memory) for move in todo)
     config["torch_dtype"] = max((str(d) for d, _ in plan.target.values()), key=_width)
     carried = {"step": found.step} if optimizer else None
     if args.dry_run:
-        return _report(todo, args, [], carried, written=False)
-    for tensors in found.parts.values():
-        tensors.verify()
+        return _report(todo, args, [], carried)
     bar = progress(_DOING, 2 * sum(m.plan.nbytes for m in todo), in_bytes=True)
     with engine.staged(target) as folder, bar as advance:
         huggingface.copy_extras(extras, folder)
         if kind == "hf":
             entries = [(name, *facts) for name, facts in plan.target.items()]
             files = huggingface.create_folder(folder, config, entries, int(args.shard_size * 1e9))
-            engine.run(plan, todo[0].tensors, files, advance)
+            peak = _run(todo, {PARAMS: files}, advance, memory)
             files.close()
         else:
             (folder / huggingface.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
             writer = _writer(kind, folder, found.step)
-            for move in todo:
-                engine.run(move.plan, move.tensors, writer.parts[move.part], advance)
+            peak = _run(todo, writer.parts, advance, memory)
             writer.finish()
-    return _report(todo, args, [], carried, written=True)
+    return _report(todo, args, [], carried, in_flight=peak)
+
+
+def _run(todo: "list[Move]", parts: dict[str, Any], advance: Any, memory: int) -> int:
+    """Moves everything, checking what is read of ours; returns the most bytes held at once."""
+    from checkpoint.convert import engine, native
+
+    peak = 0
+    for move in todo:
+        reads = native.CheckedReads(move.tensors)
+        peak = max(peak, engine.run(move.plan, reads, parts[move.part], advance, memory).in_flight)
+        reads.finish()
+    return peak
 
 
 def _writer(kind: str, folder: Path, step: int | None) -> Any:
@@ -211,15 +234,17 @@ def _width(dtype: str) -> int:
 
 def _report(
     moves: "list[Move]", args: argparse.Namespace, left: list[str], carried: dict | None, *,
-    written: bool,
+    in_flight: int = 0,
 ) -> int:  # fmt: skip
-    """Prints what was done, or, for a dry run, would be."""
+    """Prints what was done, with the most bytes held at once, or, for a dry run, would be."""
+    written = not args.dry_run
     plan, plans = moves[0].plan, [move.plan for move in moves]
     casts = plan.casts | {f"{m.part}/{n}": c for m in moves[1:] for n, c in m.plan.casts.items()}
     facts = {
         "family": plan.family.model_type, "source": args.source, "target": args.target,
         "written": written, "verified": written, "tensors": sum(len(p.target) for p in plans),
-        "bytes": sum(p.nbytes for p in plans), "casts": casts, "ignored": list(plan.buffers),
+        "bytes": sum(p.nbytes for p in plans), "in_flight": in_flight,
+        "casts": casts, "ignored": list(plan.buffers),
         "repeated": [copy for copy, _ in plan.copies], "optimizer": carried, "left": left,
         "rows": [row.text for row in plan.rows],
     }  # fmt: skip
@@ -239,6 +264,8 @@ def _report(
     if carried:
         settings = ", ".join(f"{key} {value}" for key, value in carried.items())
         print(f"moments of Adam: {settings}")
-    done = "written and read back" if written else "would be written"
+    done = "would be written"
+    if written:
+        done = f"written and read back, at most {in_flight / 2**20:.0f} MiB in flight"
     print(f"{facts['family']}: {facts['tensors']} tensors, {facts['bytes']:,} bytes, {done}")
     return 0
