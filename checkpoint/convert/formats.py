@@ -69,7 +69,7 @@ def _of_torch(path: Path) -> str:
         return ""
     if (path / ".metadata").exists():
         return "dcp"
-    if (path / "latest").exists() or any(path.glob("*zero_pp_rank_*_optim_states.pt")):
+    if (path / "latest").is_file() or any(path.glob("*zero_pp_rank_*_optim_states.pt")):
         return "zero"
     if (path / "latest_universal").exists() or (path / "zero/optimizer_state.pt").exists():
         return "ucp"

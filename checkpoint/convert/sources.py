@@ -95,7 +95,7 @@ def _safetensors(path: Path) -> dict:
 
 def config_folder(path: Path) -> Path | None:
     """Returns the folder of the config.json that belongs to a place, None if there is none."""
-    near = [path, path.parent, path.parent.parent] if path.is_dir() else [path.parent]
+    near = [path, path.parent] if path.is_dir() else [path.parent]
     return next((folder for folder in near if (folder / huggingface.CONFIG).exists()), None)
 
 

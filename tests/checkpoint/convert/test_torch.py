@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from checkpoint.convert.formats import open_place
 from checkpoint.convert.moves import to_ours
 from checkpoint.convert.pickles import Inert, dumps, loads
 from checkpoint.convert.pieces import Pieces, PieceTensors, check_grid
@@ -371,6 +372,24 @@ def test_links_out_of_the_folder(folder, tmp_path, capsys):
     (bin_folder / SINGLE).symlink_to(tmp_path / "other")
     assert main(["convert", str(bin_folder), f"torus:{tmp_path}/no"]) == 4
     assert "link out of its folder" in capsys.readouterr().err
+
+
+FOUND = {
+    "dcp": (".metadata", "__0_0.distcp"), "zero": ("latest", "config.json"),
+    "ucp": ("latest_universal", "config.json"), "torch": ("pytorch_model.bin", "config.json"),
+    "hf": ("latest", "pytorch_model.bin", "config.json", "model.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOUND)
+def test_formats_are_found_out(kind, tmp_path):
+    for name in FOUND[kind]:
+        (tmp_path / name).touch()
+    assert open_place(str(tmp_path)) == (kind, tmp_path)
+    assert open_place(f"ucp:{tmp_path}") == ("ucp", tmp_path)
+    for name in ("x.pt", "x.bin", "x.pth"):
+        (tmp_path / name).touch()
+        assert open_place(f"{tmp_path}/{name}")[0] == "torch"
 
 
 def test_settings_and_steps_that_are_none():
