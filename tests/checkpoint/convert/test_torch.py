@@ -315,8 +315,9 @@ EDITS = {
     "beyond the file": (lambda i, e, p: p.state.update(offset=2**40), 4, "bytes"),
     "a negative place": (lambda i, e, p: p.state.update(offset=-1), 4, "not sizes"),
     "a huge length": (lambda i, e, p: p.state.update(length=2**61), 4, "bytes"),
-    "another chunk": (lambda i, e, p: p.state.update(
-        offset=0, length=[q for q in i.state["storage_data"].values()][1].state["length"]), 4, ""),
+    "another chunk": (lambda i, e, p: p.state.update(next(
+        q.state for q in i.get("storage_data").values() if q.get("length") != p.get("length"))),
+        4, "is not the tensor of the index"),
     "compressed": (lambda i, e, p: p.state.update(transform_descriptors=["zstd"]), 4,
                    "stored transformed"),
     "a huge size": (lambda i, e, p: e.state.update(size=Inert("torch.Size", ((2**50, 24),))), 4,
