@@ -48,7 +48,7 @@ from sharding.errors import UsageError
 Tree = Any
 
 _STATE = "state"
-_LEAST_CHUNK = 2**18  # bytes; smaller ones cost more to write than they save in reading
+_LEAST_CHUNK = 2**20  # bytes; Orbax warns of smaller ones
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`torus convert`: checkpoints of other stacks to ours, and ours to theirs."""
 
 import argparse
+import ctypes
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ tensor missing, left over or of another shape), 4 a damaged or unsafe file, 1 wr
 """
 
 
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # of malloc.h
 _DOING = "converting, verifying"  # each byte counts twice
 
 
@@ -74,7 +76,16 @@ def main(argv: list[str]) -> int:
     target_kind = target_kind or ("torus" if kind != "torus" else "hf")
     if (kind == "torus") == (target_kind == "torus"):
         raise UsageError(f"{kind} to {target_kind}: one of the two has to be torus")
+    _keep_freed_memory()
     return (_to_theirs if kind == "torus" else _to_ours)(args, source, target)
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep large blocks that are freed: asking for them anew costs more than copying."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**30), (_ARENA_MAX, 1)):
+            mallopt(option, value)
 
 
 def _to_ours(args: argparse.Namespace, source: Path, target: Path) -> int:
