@@ -227,53 +227,45 @@ def _with_remat(layer, config: ModelConfig):
 def _stack(x_BTD, params: Tree, context: Context, cache: Tree | None, config: ModelConfig):
     """Runs all layers: whole periods of the pattern in one scan, then what is left over.
 
-    Neighbours of one kind are a scan of their own, so that a program holds each kind once or twice
-    however long the pattern is. The cache is carried whole and written in place; scanned layer by
-    layer it would be copied.
+    The cache is carried whole and written in place; scanned layer by layer it would be copied.
     """
     kinds, period = config.kinds, len(config.pattern)
-    if not config.scan_layers:
-        period = config.layers
-    whole = config.layers // period
-    cut = whole * period
+    periods = config.layers // period if config.scan_layers else 0
+    cut = periods * period if periods > 1 else 0
 
-    def layers_of(kind: str, carry, params: Tree, first):
-        step = _with_remat(functools.partial(_layer, kind=kind, config=config), config)
-        count = jax.tree.leaves(params)[0].shape[0]
+    def of_kind(kind: str):
+        layer = _with_remat(functools.partial(_layer, kind=kind, config=config), config)
+        return lambda carry, one, index: layer(carry[0], one, context, carry[1], index)
 
-        def body(carry, scanned):
-            return step(carry[0], scanned[0], context, carry[1], scanned[1]), None
-
-        if count == 1 or not config.scan_layers:
-            for i, one in enumerate(_unstacked(params, count)):
-                carry, _ = body(carry, (one, None if cache is None else first + i))
-            return carry
-        index_L = None if cache is None else first + jnp.arange(count)
-        return jax.lax.scan(body, carry, (params, index_L))[0]
-
-    def stretch(carry, scanned, kinds):
-        params, first = scanned
+    def run(carry, params: Tree, first, kinds):
+        """Runs layers from `first` on; neighbours of one kind are one loop: a shorter program."""
         start = 0
-        for kind, run in itertools.groupby(kinds):
-            stop = start + len(list(run))
+        for kind, alike in itertools.groupby(kinds):
+            stop = start + len(list(alike))
             part = jax.tree.map(lambda w, a=start, b=stop: _slice(w, a, b), params)
-            carry = layers_of(kind, carry, part, None if cache is None else first + start)
+            numbers = first + jnp.arange(start, stop)
+            carry = _loop(of_kind(kind), carry, part, numbers, config.scan_layers)
             start = stop
-        return carry, None
+        return carry
 
     carry = (x_BTD, cache)
-    if whole == 1:
-        whole_params = jax.tree.map(lambda w: _slice(w, 0, cut), params)
-        carry, _ = stretch(carry, (whole_params, 0), kinds[:cut])
-    else:
-        periods = jax.tree.map(lambda w: _periods(_slice(w, 0, cut), period), params)
-        first_P = None if cache is None else jnp.arange(0, cut, period)
-        carry, _ = jax.lax.scan(
-            functools.partial(stretch, kinds=kinds[:period]), carry, (periods, first_P)
-        )
+    if cut:
+        whole = jax.tree.map(lambda w: _periods(_slice(w, 0, cut), period), params)
+        one_period = functools.partial(run, kinds=kinds[:period])
+        carry = _loop(one_period, carry, whole, jnp.arange(0, cut, period), scan=True)
     if cut < config.layers:
-        rest = jax.tree.map(lambda w: w[cut:], params)
-        carry, _ = stretch(carry, (rest, cut), kinds[cut:])
+        rest = jax.tree.map(lambda w: _slice(w, cut, config.layers), params)
+        carry = run(carry, rest, cut, kinds[cut:])
+    return carry
+
+
+def _loop(body, carry, params: Tree, numbers_L: jax.Array, scan: bool):
+    """Returns the carry after `body(carry, params[l], numbers[l])` for each l, scanned or not."""
+    count = len(numbers_L)
+    if scan and count > 1:
+        return jax.lax.scan(lambda c, one: (body(c, *one), None), carry, (params, numbers_L))[0]
+    for number, one in zip(numbers_L, _unstacked(params, count), strict=True):
+        carry = body(carry, one, number)
     return carry
 
 

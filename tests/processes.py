@@ -21,7 +21,7 @@ def run_processes(
     n: int,
     devices_per_process: int = 1,
     args: Sequence[object] = (),
-    timeout: float = 60,
+    timeout: float = 180,
     *,
     check: bool = True,
 ) -> list[CompletedProcess[str]]:

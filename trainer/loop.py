@@ -22,6 +22,7 @@ from trainer.data.rows import resume_row
 from trainer.evaluate import baselines, evaluate
 from trainer.journal import Journal
 from trainer.profiler import Profiler
+from trainer.recovery.progress import ProgressPage
 from trainer.restore import first_params
 from trainer.run import CHECKPOINTS, check_start, check_workdir, write_experiment
 from trainer.signals import StopSignals
@@ -50,6 +51,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
     check_start(workdir, experiment)
 
     # ---------------------------------------------------------------- devices
+    progress = ProgressPage.of_this_process()  # what `torus launch` watches
     start_runtime()
     mesh = make_mesh(experiment.mesh)
     check_sizes(experiment, dict(mesh.shape))
@@ -57,12 +59,9 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
     rows = NamedSharding(mesh, PartitionSpec(BATCH, SEQ))
 
     # ---------------------------------------------------------------- data
-    config = experiment.train
-    batch_size, batches, ahead = (
-        config.batch_size,
-        experiment.eval.batches,
-        experiment.data.prefetch,
-    )
+    progress.enter("data")
+    config, batch_size = experiment.train, experiment.train.batch_size
+    batches, ahead = experiment.eval.batches, experiment.data.prefetch
     dataset = open_training(experiment.data, batch_size, experiment.model.vocab)
     held_out = open_dataset(experiment.data, HELD_OUT) if experiment.eval.every else None
 
@@ -75,6 +74,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         CheckpointManager(f"{workdir}/{CHECKPOINTS}", experiment.checkpoint) as checkpoints,
         Profiler(f"{workdir}/profile", experiment.log) as profiler,
     ):
+        progress.enter("restore")
         start, start_row = 0, 0
         restored = checkpoints.restore_newest(to_stored(abstract_state(experiment, layout)))
         if restored:
@@ -96,12 +96,14 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         ):
 
             def evaluated(step: int) -> dict[str, float]:
+                progress.enter("eval")
                 with journal.paused(state.step):
                     result = evaluate(eval_step, state.params, held_out, batch_size, rows, batches)
                 journal.eval(step, result)
                 return result
 
             def save(step: int) -> None:
+                progress.enter("save")
                 meta = {"data": loader.state(), "experiment": dataclasses.asdict(experiment)}
                 with journal.paused(state.step):
                     if checkpoints.save(step, to_stored(state), meta, force=True):
@@ -109,7 +111,6 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
 
             if not start and held_out is not None and (found := baselines(held_out)):
                 journal.event(0, "baseline", **found)
-
             for reason in restored.damaged if restored else ():
                 journal.event(start, "damaged checkpoint passed over", reason=reason)
 
@@ -117,8 +118,10 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
             step, last = start, config.stop_at or config.steps
             running, last_eval = None, None  # the newest step and its metrics, still on the device
             while step < last and not signals.stop_at_step(step):
+                progress.enter("data", step)
                 with journal.waiting_for_data():
                     batch = next(loader)
+                progress.enter("step" if step > start + 1 else "compile")
                 profiler.before(step)
                 with jax.transfer_guard("disallow"):
                     state, metrics = train_step(state, batch)
@@ -134,6 +137,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
                     last_eval = evaluated(step)
 
             # -------------------------------------------------------- the end
+            progress.enter("end", step)
             if running is not None:
                 journal.step(*running, last=True)
                 if held_out is not None and step == last:

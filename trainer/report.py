@@ -1,11 +1,12 @@
 """A run as one picture and one page: report.png and report.html, made from the run's folder alone.
 
-Reads metrics.jsonl, experiment.json and the names of the checkpoints, and needs neither JAX nor
-the devices, so it works on a run that is going on, has crashed, or was copied to a laptop. The page
-refers to nothing outside itself.
+Reads metrics.jsonl, incidents.jsonl, experiment.json and the names of the checkpoints, and needs
+neither JAX nor the devices, so it works on a run that is going on, has crashed, or was copied to a
+laptop. The page refers to nothing outside itself.
 """
 
 import base64
+import contextlib
 import html
 import io
 import itertools
@@ -22,6 +23,7 @@ from checkpoint.steps import complete_steps, folder_path, is_remote
 from sharding.errors import UsageError
 from trainer.console import format_duration
 from trainer.metrics import read_metrics
+from trainer.recovery.supervisor import INCIDENTS
 
 _TURNS = ("start", "resumed", "stopped", "finished")
 _ROUTINE = (*_TURNS, "checkpoint", "baseline")  # any other event is an incident
@@ -98,9 +100,20 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         experiment=experiment,
         train=sorted((r for r in records if r["kind"] == "train"), key=lambda r: r["step"]),
         evals=sorted((r for r in records if r["kind"] == "eval"), key=lambda r: r["step"]),
-        events=[r for r in records if r["kind"] == "event"],
+        events=[r for r in records if r["kind"] == "event"] + _incidents(path),
         checkpoints=complete_steps(path / "checkpoints"),
     )
+
+
+def _incidents(folder: Path) -> list[dict[str, Any]]:
+    """What `torus launch` wrote down, as events of the run; a line torn by a crash is left out."""
+    path, found = folder / INCIDENTS, []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            told = json.loads(line)
+            step = told.pop("step", max(told.get("checkpoint", 0), 0))
+            found.append(told | {"kind": "event", "event": told["kind"], "step": step})
+    return found
 
 
 def write_report(

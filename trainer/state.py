@@ -93,7 +93,10 @@ def init_state(experiment: Experiment, layout: Layout) -> TrainState:
         return TrainState(zero, zero, params, tx.init(params))
 
     out = jax.tree.map(lambda a: a.sharding, abstract_state(experiment, layout))
-    return jax.jit(create, out_shardings=out)(jnp.uint32(experiment.train.seed))
+    # It runs once: a quick compilation is worth more than quick code (CPU: 1.2 instead of 3.0 s).
+    quickly = {"xla_backend_optimization_level": 1}
+    create = jax.jit(create, out_shardings=out, compiler_options=quickly)
+    return create(jnp.uint32(experiment.train.seed))
 
 
 # ---------------------------------------------------------------- the form that is stored

@@ -43,7 +43,7 @@ def test_one_process_to_two_and_back(tmp_path):
     with CheckpointManager(tmp_path / "one", CheckpointConfig(every=1)) as manager:
         manager.save(1, state, {"from": "one process"})
     results = run_processes(
-        HERE / "two_processes.py", 2, 4, [tmp_path / "one", tmp_path / "two"], timeout=60
+        HERE / "two_processes.py", 2, 4, [tmp_path / "one", tmp_path / "two"], timeout=180
     )
     for result in results:
         assert "an array of this process alone: x" in result.stdout
@@ -114,7 +114,7 @@ def faults(tmp_path_factory):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=180,
         check=False,
         env=worker_environment(),
     )

@@ -173,3 +173,11 @@ def test_command_writes_where_told(tmp_path, capsys):
 def test_command_refuses(argv, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         command.main(argv)
+
+
+def test_incidents_of_a_supervisor_are_shown(tmp_path):
+    _make_run(tmp_path)
+    crash = {"time": 5.0, "generation": 0, "kind": "crash", "rank": 1, "step": 7, "cause": "gone"}
+    (tmp_path / "incidents.jsonl").write_text(json.dumps(crash) + '\n{"time": 6.0, "ki')
+    (shown,) = [e for e in load_run(tmp_path).events if e["event"] == "crash"]
+    assert (shown["step"], shown["cause"], shown["rank"]) == (7, "gone", 1)

@@ -21,6 +21,11 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "trainer.commands.train", "train a model from a config, or resume its run", "Train"
     ),
+    "launch": Command(
+        "trainer.commands.launch",
+        "train under a supervisor that survives crashes, hangs and preemption",
+        "Train",
+    ),
     "plan": Command(
         "trainer.commands.plan", "say whether a config fits a TPU slice, without any TPU", "Train"
     ),

@@ -97,7 +97,7 @@ def _compile(experiment: Experiment, target: Slice) -> tuple[int, dict[str, Any]
 def _spinner(text: str) -> Iterator[None]:
     """Shows on a terminal that something goes on, and for how long; else one line."""
     if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
-        print(f"{text}; a config that fits takes one to three minutes", file=sys.stderr, flush=True)
+        print(f"{text}; a config that fits takes some minutes", file=sys.stderr, flush=True)
         yield
         return
     from rich.console import Console

@@ -1,5 +1,7 @@
 """`torus train`: trains a config in a run folder, resuming what is there."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 from sharding.errors import UsageError
 from trainer.packages import check_packages
 
@@ -27,14 +29,20 @@ Several processes: set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCES
 
 def main(argv: list[str]) -> int:
     """Returns 0 at the end of the run, 130 when a signal stopped it (after saving)."""
-    from trainer.config import parse_flags
+    from trainer.config import parse_flags, validate
+    from trainer.data.corpus import builtin_folder, is_builtin
     from trainer.run import check_workdir
 
     if conflicts := check_packages():
         raise UsageError("packages do not fit together: " + "; ".join(conflicts))
     experiment, flags = parse_flags(argv, workdir="folder of the run, local or gs://")
+    validate(experiment)
     check_workdir(flags["workdir"], experiment)  # before JAX is imported: says no at once
 
-    from trainer.loop import train
+    with ThreadPoolExecutor(1) as meanwhile:
+        if is_builtin(experiment.data.path):
+            # Written while JAX loads; what goes wrong is told when the loop asks for the same.
+            meanwhile.submit(builtin_folder, experiment.data.path)
+        from trainer.loop import train
 
-    return 130 if train(experiment, flags["workdir"]).stopped_by else 0
+        return 130 if train(experiment, flags["workdir"]).stopped_by else 0

@@ -20,7 +20,7 @@ from checkpoint.steps import is_remote
 from sharding.errors import UsageError
 from trainer.data.collate import make_collate, mix
 from trainer.data.config import CollateConfig, DataConfig
-from trainer.data.corpus import BUILTIN, TRAIN, dataset_folder
+from trainer.data.corpus import TRAIN, dataset_folder, is_builtin
 from trainer.data.mixture import Balanced, Buckets, Mixture, in_units
 from trainer.data.packing import Pieces
 from trainer.data.plan import Plan
@@ -294,6 +294,6 @@ def open_shards(path: str, split: str, config: DataConfig) -> TokenShards:
     try:
         return TokenShards(dataset_folder(path), split)
     except UsageError as error:
-        if path.startswith(BUILTIN):
+        if is_builtin(path):
             raise UsageError(f"{error}; remove the folder and it is written anew") from None
         raise

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 def _torus(*arguments, **options):
     return subprocess.run(
         [sys.executable, "-m", "trainer.commands.main", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=20, **options,
+        cwd=ROOT, capture_output=True, text=True, timeout=120, **options,
     )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_help_is_quick_and_imports_no_jax():
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     probe = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert probe.returncode == 0, probe.stderr
 
@@ -155,7 +155,7 @@ def test_reader_that_goes_away():
     os.close(read)  # as if `| head` had left already
     result = subprocess.run(
         [sys.executable, "-m", "trainer.commands.main", "--help"],
-        cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=20,
+        cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=120,
     )  # fmt: skip
     os.close(write)
     assert result.returncode == 0 and result.stderr == b""

@@ -325,7 +325,7 @@ def test_batches_survive_a_change_of_process_count(make_dataset):
     state, at = None, 0
     for processes in (2, 4):
         results = run_processes(
-            WORKER, processes, 8 // processes, [folder, json.dumps(state), 3], timeout=120
+            WORKER, processes, 8 // processes, [folder, json.dumps(state), 3], timeout=240
         )
         for result in results:
             found = json.loads(result.stdout.splitlines()[-1])

@@ -266,7 +266,7 @@ def test_two_processes_read_what_one_does_and_compare_plans(folders, large):
         with Loader(data, B, batch_sharding(), start_row=start) as loader:
             expected[name] = [batch_digest(next(loader)) for _ in range(4)]
     arguments = [json.dumps(state), json.dumps(configs, default=vars)]
-    for result in run_processes(WORKER, 2, 4, arguments, timeout=120):
+    for result in run_processes(WORKER, 2, 4, arguments, timeout=240):
         found = json.loads(result.stdout.splitlines()[-1])
         assert "processes 0 and 1 do not agree on data plan" in found.pop("refusal")
         assert found == expected

@@ -50,7 +50,7 @@ def start(argv: list[str]) -> subprocess.Popen:
 
 def finish(argv: list[str]) -> str:
     job = start(argv)
-    out, error = job.communicate(timeout=60)
+    out, error = job.communicate(timeout=120)
     assert job.returncode == 0, error
     return out
 
@@ -103,7 +103,7 @@ def test_killed_at_random_moments_it_goes_on(text, unbroken, tmp_path, workers):
             # The parent alone: its workers must follow by themselves.
             job.send_signal(signal.SIGKILL)
         job.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while alive(job.pid):
             assert time.monotonic() < deadline, "workers outlive the command"
             time.sleep(0.01)
@@ -125,7 +125,7 @@ def test_interrupted_it_says_so_and_goes_on(text, unbroken, tmp_path):
         assert job.poll() is None
         time.sleep(0.005)
     job.send_signal(signal.SIGINT)
-    _, error = job.communicate(timeout=30)
+    _, error = job.communicate(timeout=120)
     assert job.returncode == 130
     assert error == "torus: interrupted\n"
     assert not (tmp_path / "out").exists()
@@ -145,7 +145,7 @@ def test_a_killed_worker_is_told_and_the_same_command_goes_on(text, unbroken, tm
                 workers.append(int(number))
         time.sleep(0.005)
     os.kill(workers[0], signal.SIGKILL)
-    _, error = job.communicate(timeout=30)
+    _, error = job.communicate(timeout=120)
     assert job.returncode == 2
     assert error.startswith("torus: error: a worker was killed, for want of memory perhaps")
     finish(argv)

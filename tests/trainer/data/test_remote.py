@@ -221,7 +221,7 @@ def test_an_outage_does_not_hold_up_the_end_of_the_program(storage, monkeypatch,
         try:
             assert process.stdout.readline() == "opened\n"
             storage.kill()
-            out, err = process.communicate("\n", timeout=15)
+            out, err = process.communicate("\n", timeout=60)
         finally:
             process.kill()
             storage.start()

@@ -1,0 +1,85 @@
+"""The decisions of the supervisor, from facts alone."""
+
+import signal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.recovery import policy
+from trainer.recovery.policy import Budget, End, PhaseLimits, first_cause, permanent
+from trainer.recovery.progress import PHASES, Progress, ProgressPage
+
+
+def end(rank: int, status: int | None, step: int = 5, changes: int = 50) -> End:
+    return End(rank, status, Progress("step", step, 1.0, changes))
+
+
+@pytest.mark.parametrize(
+    ("ends", "rank"),
+    [
+        ([end(0, 1), end(1, -signal.SIGKILL), end(2, -signal.SIGABRT)], 1),
+        ([end(0, -signal.SIGABRT), end(1, 1), end(2, 2)], 2),
+        ([end(0, 1), end(1, 1)], 0),
+        ([end(0, None, 7), end(1, None, 6), end(2, None, 7)], 1),
+        ([end(0, None, 7, 71), end(1, None, 7, 70)], 1),
+    ],
+)
+def test_the_one_that_failed_first_is_blamed(ends, rank):
+    assert first_cause(ends).rank == rank
+
+
+def test_what_no_retry_cures():
+    assert [permanent(end(0, s)) for s in (2, 3, 4, 1, -9, None)] == [64, 65, 65, None, None, None]
+
+
+def test_tries_count_only_without_progress():
+    budget = Budget(3, best=4)
+    assert budget.spend(4) and budget.spend(4) and budget.pause > 0
+    assert budget.spend(8) and budget.pause == 0
+    assert budget.spend(8) and budget.spend(8) and not budget.spend(8)
+
+
+@given(st.lists(st.integers(-1, 50), min_size=1, max_size=60), st.integers(1, 5))
+def test_a_budget_ends_after_so_many_tries_in_a_row(checkpoints, tries):
+    budget, best, wasted = Budget(tries), -1, 0
+    for checkpoint in checkpoints:
+        wasted = 0 if checkpoint > best else wasted + 1
+        best = max(best, checkpoint)
+        assert budget.spend(checkpoint) == (wasted < tries)
+        assert 0 <= budget.pause <= 30
+
+
+def test_limits_are_learned_from_enough_of_the_past():
+    limits = PhaseLimits({"save": 7.0})
+    assert limits.of("step") == policy._FIRST_LIMITS["step"] and limits.of("save") == 7.0
+    for i in range(100):
+        limits.learn(
+            Progress("step", i, 2.0 * i, 2 * i + 1), Progress("step", i, 2.0 * i + 2, 2 * i + 3)
+        )
+    assert limits.of("step") == 40.0
+    limits.learn(Progress("step", 1, 0.0, 9), Progress("step", 1, 500.0, 9))  # it did not move
+    limits.learn(Progress("step", 1, 0.0, 9), Progress("eval", 1, 500.0, 10))
+    assert limits.of("step") == 40.0 and limits.of("eval") == policy._FIRST_LIMITS["eval"]
+
+
+@given(st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=600))
+def test_a_learned_limit_is_never_below_what_was_usual(seconds):
+    limits, now = PhaseLimits(), 1.0
+    for number, took in enumerate(seconds):
+        limits.learn(Progress("step", 0, now, number), Progress("step", 0, now + took, number + 1))
+        now += took
+    usual = sorted(seconds[-512:])[len(seconds[-512:]) // 2]
+    assert min(usual, policy._FIRST_LIMITS["step"]) <= limits.of("step")
+    assert policy._LEAST <= limits.of("step") <= policy._FIRST_LIMITS["step"]
+
+
+def test_a_page_is_seen_through_its_file(tmp_path):
+    writer, reader = ProgressPage(tmp_path / "page"), ProgressPage(tmp_path / "page")
+    assert reader.read() == Progress("start", 0, 0.0, 0)
+    for number, phase in enumerate(PHASES):
+        writer.enter(phase, 10 * number)
+        writer.enter(phase)
+        found = reader.read()
+        assert (found.phase, found.step, found.changes) == (phase, 10 * number, 2 * number + 2)
+    assert reader.read().since > 0

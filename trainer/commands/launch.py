@@ -1,0 +1,73 @@
+"""`torus launch`: `torus train` under a supervisor that starts it again until it is done."""
+
+import os
+import sys
+
+from sharding.errors import UsageError, nearest
+from trainer.commands.parser import CommandParser
+
+HELP = "train under a supervisor that survives crashes, hangs and preemption"
+USAGE = """\
+usage: torus launch [--processes N] [--grace S] [--limit PHASE=SECONDS ...] [--tries N]
+                    --config=CONFIG --workdir=RUN [--config.PATH=VALUE ...]
+
+Runs `torus train` with the same arguments, and starts it again after a crash, or after a hang: a
+process that stays in one phase longer than its limit has its stacks printed and is killed. The run
+goes on from its newest intact checkpoint and ends on the same bits as one that nothing disturbed.
+
+  torus launch --config=quickstart --workdir=runs/a
+  torus launch --processes 2 --limit step=60 --config=quickstart --workdir=runs/b
+
+  --processes N          trainers on this host, a JAX job of N processes (1)
+  --grace S              seconds to save and end after SIGTERM or Ctrl-C (60); a second one ends
+                         all at once
+  --limit PHASE=SECONDS  of start, data, restore, compile, step, eval, save or end, instead of one
+                         that is learned: 20 times the slowest of 100, at least 10 s
+  --tries N              give up after N starts in a row without a new checkpoint (3)
+
+What happened is in RUN/incidents.jsonl. Exit status: 0 finished, 64 a mistake in the command or
+config, 65 an input is damaged or does not match, 70 no progress, 76 stopped by SIGTERM and saved
+(start it again), 130 stopped by Ctrl-C. One host: a job of several is not supervised yet.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status of the supervised run."""
+    from trainer.config import parse_flags, validate
+    from trainer.recovery.progress import PHASES
+    from trainer.recovery.supervisor import Options, Supervisor
+    from trainer.run import check_workdir
+
+    parser = CommandParser("launch")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--grace", type=float, default=60.0)
+    parser.add_argument("--limit", action="append", default=[])
+    parser.add_argument("--tries", type=int, default=3)
+    own, rest = parser.parse_known_args(argv)
+    if own.processes < 1 or own.tries < 1 or own.grace < 0:
+        raise UsageError("--processes and --tries are at least 1, --grace at least 0")
+    if found := sorted({"JAX_NUM_PROCESSES", "TORUS_DISTRIBUTED"} & {*os.environ}):
+        raise UsageError(
+            f"{found[0]} is set: `torus launch` supervises the trainers of one host, and "
+            "--processes is their number"
+        )
+    experiment, flags = parse_flags(rest, workdir="folder of the run, local or gs://")
+    validate(experiment)
+    check_workdir(flags["workdir"], experiment)
+    command = [sys.executable, "-m", "trainer.commands.main", "train", *rest]
+    limits = dict(_limit(text, PHASES) for text in own.limit)
+    options = Options(command, flags["workdir"], own.processes, own.grace, limits, own.tries)
+    return Supervisor(options).run()
+
+
+def _limit(text: str, phases: tuple[str, ...]) -> tuple[str, float]:
+    phase, _, seconds = text.partition("=")
+    if phase not in phases:
+        raise UsageError(f"--limit {text}: choose {', '.join(phases)}{nearest(phase, phases)}")
+    try:
+        value = float(seconds)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise UsageError(f"--limit {text}: seconds, more than 0")
+    return phase, value

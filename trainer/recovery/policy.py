@@ -1,0 +1,109 @@
+"""What follows from how trainers ended: pure decisions, told facts and asked for the next thing.
+
+The first cause is looked for among all that went wrong at once: when one process of a job is
+killed, the others fail in their collectives within milliseconds, and must not be blamed.
+"""
+
+import collections
+import math
+import signal
+from dataclasses import dataclass
+
+from trainer.recovery.progress import PHASES, Progress
+
+FINISHED, MISTAKE, BAD_DATA, NO_PROGRESS, PREEMPTED = 0, 64, 65, 70, 76
+"""Exit statuses of `torus launch` (after BSD's sysexits): done; a mistake in command or config;
+an input that is damaged or does not match; several tries in a row without a new checkpoint;
+stopped by a signal, saved, and to be started again."""
+
+_PERMANENT = {2: MISTAKE, 3: BAD_DATA, 4: BAD_DATA}  # statuses of `torus train` that no retry cures
+_COLLATERAL = (1, -signal.SIGABRT)  # what JAX makes of another process's death
+
+# How long a phase may take: until enough of its own past is known, and never less than.
+_FIRST_LIMITS = {
+    "start": 300.0, "data": 600.0, "restore": 1800.0, "compile": 3600.0, "step": 600.0,
+    "eval": 1800.0, "save": 1800.0, "end": 1800.0,
+}  # fmt: skip
+_LEAST = 10.0
+_FACTOR = 20.0  # times the slowest but one in a hundred
+_ENOUGH, _REMEMBERED = 20, 512
+
+
+class PhaseLimits:
+    """How long each phase may take: given, or learned from how long it took so far."""
+
+    def __init__(self, given: dict[str, float] | None = None) -> None:
+        self._given = given or {}
+        self._took = {p: collections.deque(maxlen=_REMEMBERED) for p in PHASES}
+
+    def learn(self, before: Progress, after: Progress) -> None:
+        """Takes note of two readings of one page, both in one phase that was left in between.
+
+        What it took is then at most the time between, and longer by at most one reading.
+        """
+        if after.changes > before.changes and before.phase == after.phase:
+            self._took[before.phase].append(after.since - before.since)
+
+    def of(self, phase: str) -> float:
+        """Returns the limit of `phase` in seconds."""
+        if phase in self._given:
+            return self._given[phase]
+        took = sorted(self._took[phase])
+        if len(took) < _ENOUGH:
+            return _FIRST_LIMITS[phase]
+        slow = took[math.ceil(0.99 * len(took)) - 1]
+        return min(max(_FACTOR * slow, _LEAST), _FIRST_LIMITS[phase])
+
+
+@dataclass(frozen=True)
+class End:
+    """How one trainer ended, or hung: `status` is None for one that still ran."""
+
+    rank: int
+    status: int | None
+    progress: Progress
+
+    @property
+    def text(self) -> str:
+        if self.status is None:
+            return "hung"
+        if self.status < 0:
+            return f"killed by {signal.Signals(-self.status).name}"
+        return f"ended with status {self.status}"
+
+
+def first_cause(ends: list[End]) -> End:
+    """Returns the end that explains the others.
+
+    One that hung is the one that did least; of those that failed, one whose status is not what
+    the death of another makes of it.
+    """
+    hung = [end for end in ends if end.status is None]
+    if hung:
+        return min(hung, key=lambda end: (end.progress.step, end.progress.changes))
+    return min(ends, key=lambda end: (end.status in _COLLATERAL, end.status == 0))
+
+
+def permanent(end: End) -> int | None:
+    """Returns launch's exit status if trying again cannot help, else None."""
+    return _PERMANENT.get(end.status) if end.status is not None else None
+
+
+@dataclass
+class Budget:
+    """Tries are judged by progress, not by count: `tries` in a row without a new checkpoint."""
+
+    tries: int
+    best: int = -1  # newest checkpoint so far
+    wasted: int = 0
+
+    def spend(self, checkpoint: int) -> bool:
+        """Takes note of a try and the newest checkpoint since; False when it was the last try."""
+        self.wasted = 0 if checkpoint > self.best else self.wasted + 1
+        self.best = max(self.best, checkpoint)
+        return self.wasted < self.tries
+
+    @property
+    def pause(self) -> float:
+        """Seconds to wait before the next try: none after progress, then ever more."""
+        return min(30.0, 0.5 * (2**self.wasted - 1))

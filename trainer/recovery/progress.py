@@ -1,0 +1,72 @@
+"""The progress page: what a trainer is doing, in a file that it shares with its supervisor.
+
+Both map the file. The trainer writes words of eight bytes and never waits; the supervisor reads
+them whenever it likes, also when the trainer is frozen or stuck in a collective. Times are of the
+machine's monotonic clock, so a changed wall clock means nothing. A trainer that nobody supervises
+has no page and writes nowhere.
+"""
+
+import faulthandler
+import mmap
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+VARIABLE = "TORUS_PROGRESS"  # the environment variable that names a trainer's page
+PHASES = ("start", "data", "restore", "compile", "step", "eval", "save", "end")
+_SIZE = 4096
+_PHASE, _STEP, _SINCE, _CHANGES = range(4)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the page of one trainer says.
+
+    Attributes:
+      phase: one of PHASES.
+      step: updates done.
+      since: when the phase began, in seconds of the monotonic clock.
+      changes: how often `enter` was called: it grows as long as the trainer moves.
+    """
+
+    phase: str
+    step: int
+    since: float
+    changes: int
+
+
+class ProgressPage:
+    """One trainer's page. `enter` is for the trainer, `read` for its supervisor."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Maps the file, created empty if it is not there; None gives a page that nobody reads."""
+        if path is None:
+            self._map = mmap.mmap(-1, _SIZE)
+        else:
+            with open(path, "a+b") as file:
+                file.truncate(_SIZE)
+                self._map = mmap.mmap(file.fileno(), _SIZE)
+        self._words = memoryview(self._map).cast("q")
+
+    @classmethod
+    def of_this_process(cls) -> "ProgressPage":
+        """Returns the page that the environment names; SIGUSR1 then writes all stacks to stderr."""
+        path = os.environ.get(VARIABLE)
+        if path:
+            faulthandler.register(signal.SIGUSR1, all_threads=True)
+        return cls(Path(path) if path else None)
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Says that `phase` begins now, at `step` if that changed."""
+        if step is not None:
+            self._words[_STEP] = step
+        self._words[_SINCE] = time.monotonic_ns()
+        self._words[_PHASE] = PHASES.index(phase)
+        self._words[_CHANGES] += 1
+
+    def read(self) -> Progress:
+        """Returns what the page says; before the first `enter`, a start at this clock's zero."""
+        words = self._words
+        return Progress(PHASES[words[_PHASE]], words[_STEP], words[_SINCE] / 1e9, words[_CHANGES])
