@@ -143,6 +143,14 @@ def test_a_quarter_or_a_layer_reads_little_else(tmp_path, axis):
     np.testing.assert_array_equal(part, state["w"][where if axis < 2 else 0])
 
 
+def test_shards_in_one_piece_are_read_whole(tmp_path):
+    state = {"w": jax.random.normal(jax.random.key(0), (4096, 2048))}
+    save_all(tmp_path, [1], state, chunk_mib=0)
+    stored = NativeTensors(tmp_path, 1, prefix="")._store("w")
+    assert stored.chunk_layout.read_chunk.shape == (4096, 2048)
+    np.testing.assert_array_equal(stored[:8].read().result(), state["w"][:8])
+
+
 def test_one_device_and_saving_under_a_mesh(tmp_path):
     mesh = make_mesh()
     with jax.set_mesh(mesh):
