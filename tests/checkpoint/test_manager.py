@@ -205,9 +205,9 @@ def test_compression_and_small_pieces_change_nothing_but_the_file(tmp_path):
     assert size["small"] < size["plain"] and size["plain"] >= 2**22
 
 
-def test_pieces_are_no_larger_than_asked(tmp_path):
-    state = {"w": jnp.zeros((1024, 2048), jnp.float32)}  # 8 MiB on one device
-    for mib, expected in ((1, 2**18), (2, 2**19), (16, 2**21)):
+def test_pieces_are_no_larger_than_asked_and_quarter_both_axes(tmp_path):
+    state = {"w": jnp.zeros((4096, 4096), jnp.float32)}  # 64 MiB on one device
+    for mib, expected in ((1, 2**18), (2, 2**19), (16, 2**20)):
         save_all(tmp_path / str(mib), [1], state, chunk_mib=mib)
         leaf = ocp.metadata(tmp_path / str(mib) / "1").metadata["w"]
         assert np.prod(leaf.storage_metadata.chunk_shape) == expected
