@@ -27,7 +27,7 @@ JOBS = {
     "four processes of 2": (4, 2, {"4p-fsdp4-tensor2": {"fsdp": 4, "tensor": 2}}),
     "four processes of 1": (4, 1, {"4p-data2-fsdp2": {"data": 2, "fsdp": 2}}),
 }  # fmt: skip
-FEW = ("one", "data2-fsdp4", "fsdp2-seq2-tensor2")
+FEW = ("one", "data2-fsdp4")
 
 
 def check(whole: dict, moved: dict) -> None:
@@ -39,7 +39,7 @@ def check(whole: dict, moved: dict) -> None:
         np.testing.assert_allclose(losses, whole[saved], rtol=TOLERANCE, err_msg=pair)
 
 
-def test_three_meshes_restore_what_three_saved(tmp_path):
+def test_two_meshes_restore_what_two_saved(tmp_path):
     places = {name: matrix.Place(JOBS["one process"][2][name]) for name in FEW}
     whole = {name: matrix.save(place, tmp_path / name) for name, place in places.items()}
     moved = {
