@@ -29,7 +29,7 @@ with the tokenizer files, or not at all.
   --dtype D        store float32, float16 or bfloat16 instead of what the source has
   --like FOLDER    take tokenizer files, token ids and the rest of config.json from this folder
   --shard-size GB  largest file for Hugging Face (5)
-  --max-memory MIB most bytes of tensors held at once, beside some 300 MB for the program itself
+  --max-memory MIB most bytes of tensors in flight; the process holds some 500 MB beside them
                    (256, or what the largest tensor needs)
   --dry-run        check everything, print the plan row by row, write nothing
   --json           print the plan and the result as JSON
