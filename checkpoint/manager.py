@@ -48,7 +48,7 @@ from sharding.errors import UsageError
 Tree = Any
 
 _STATE = "state"
-_LEAST_CHUNK = 2**18  # bytes; smaller ones cost more to write than they save in reading
+_LEAST_CHUNK = 2**20  # bytes; Orbax warns of smaller ones
 
 
 @dataclass(frozen=True)
@@ -380,8 +380,9 @@ def save_frame(folder: str | os.PathLike, step: int, abstract: Tree, meta: dict[
 def _context(config: CheckpointConfig) -> ocp.Context:
     context = ocp.Context()
     context.array.saving.use_compression = config.compression
-    chunks = partial(_chunks, config.chunk_mib * 2**20)
-    context.array.saving.scoped_storage_options_creator = chunks
+    if config.chunk_mib:
+        chunks = partial(_chunks, config.chunk_mib * 2**20)
+        context.array.saving.scoped_storage_options_creator = chunks
     known = ocp.handlers.local_registry(include_global_registry=False)
     known.add(_only(ocp.handlers.PyTreeHandler(context=context)), checkpointable_name=_STATE)
     # Without this a dict of numbers counts as a tree of arrays and its lists, bools and Nones bend.

@@ -10,8 +10,11 @@ import importlib.metadata
 import re
 import tomllib
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from sharding.errors import UsageError
 
 DISTRIBUTION = "torus-train"
 # The five the stack is built from, and what they share: a wrong one of these breaks the others.
@@ -66,6 +69,19 @@ def _conflicts(names: tuple[str, ...], lookup: Lookup, declared: Iterable[str] |
             continue
         problems.append(f'{owner} needs {name}{ranges}, {has}: pip install "{name}{ranges}"')
     return list(dict.fromkeys(problems))
+
+
+def data_library(module: str) -> Any:
+    """Returns a module of the libraries behind the extra `data`.
+
+    Raises:
+      UsageError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UsageError(f"{package} is not installed: pip install 'torus-train[data]'") from None
 
 
 def library_versions() -> dict[str, str]:

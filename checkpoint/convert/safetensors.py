@@ -9,6 +9,7 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,7 @@ class Tensors:
         self.tensors = tensors
         files = dict.fromkeys(stored.file for stored in tensors.values())
         self._files = {file: os.open(file, mode) for file in files}
+        self._writing = threading.Lock()
 
     @property
     def facts(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -171,9 +173,10 @@ class Tensors:
         stored = self.tensors[name]
         row = stored.nbytes // max(1, stored.shape[0])
         view, offset = memoryview(array.reshape(-1).view(np.uint8)), stored.offset + start * row
-        while view:
-            count = os.pwrite(self._files[stored.file], view, offset)
-            view, offset = view[count:], offset + count
+        with self._writing:  # the system lets only one write to a file, and the others spin
+            while view:
+                count = os.pwrite(self._files[stored.file], view, offset)
+                view, offset = view[count:], offset + count
 
 
 def create(

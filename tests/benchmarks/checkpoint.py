@@ -5,7 +5,8 @@ writes and reads the same arrays in each way, in turn: a raw write with fsync, a
 save that does not, and restores with and without verification. Medians of ratios within rounds.
 
 With `--chunks 1,4,16` it compares sizes of chunks (MiB) instead: time of a save, of a restore, and
-the bytes that each of four processes reads to restore its quarter of every array.
+the bytes that each of four processes reads to restore its quarter of every array. With `--crc` it
+times the storage alone with and without a crc32c in every chunk of 4 MiB, not forced to disk.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from jax.sharding import SingleDeviceSharding
 
 from checkpoint.config import CheckpointConfig
@@ -131,13 +133,54 @@ def compare_chunks(folder: Path, state: dict, abstract: dict, sizes: list[int], 
         )
 
 
+def storage_round(folder: Path, crc: bool) -> dict[str, float]:
+    """Returns the seconds of writing and of reading 512 MiB, two layers at a time."""
+    layers = [np.random.default_rng(i).normal(size=(2048, 4096)).astype(np.float32) for i in (0, 1)]
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    metadata = {
+        "shape": [16, 2048, 4096], "data_type": "float32",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, 256, 4096]}},
+        "codecs": codecs + [{"name": "crc32c"}] * crc,
+    }  # fmt: skip
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
+    kvstore = {"driver": "ocdbt", "base": f"file://{folder}/crc/", "path": "x/"}
+    spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}
+    store = ts.open(spec, create=True, context=context).result()
+
+    def write() -> None:
+        for i in range(0, 16, 2):
+            for future in [store[i + k].write(layers[k]) for k in (0, 1)]:
+                future.result()
+
+    def read() -> None:
+        for i in range(0, 16, 2):
+            for future in [store[i + k].read() for k in (0, 1)]:
+                future.result()
+
+    took = {"write": seconds(write), "read": seconds(read)}
+    shutil.rmtree(folder / "crc")
+    return took
+
+
+def compare_crc(folder: Path, rounds: int) -> None:
+    storage_round(folder, True)  # warms the page cache
+    pairs = [[storage_round(folder, crc) for crc in (True, False)] for _ in range(rounds)]
+    for what in ("write", "read"):
+        ratios = sorted(with_it[what] / without[what] for with_it, without in pairs)
+        print(f"{what}: time with crc32c / without: {', '.join(f'{r:.2f}' for r in ratios)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=None, help="on the disk to measure")
     parser.add_argument("--chunks", default="", help="sizes to compare, MiB")
+    parser.add_argument("--crc", action="store_true", help="the cost of a crc32c in the storage")
     args = parser.parse_args()
+    if args.crc:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            return compare_crc(Path(folder), args.rounds)
     rows = int(args.gib * 2**30 / 16 / 4 / WIDTH)
     keys = jax.random.split(jax.random.key(0), 16)
     state = {f"w{i}": jax.random.normal(key, (rows, WIDTH)) for i, key in enumerate(keys)}

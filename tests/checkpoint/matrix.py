@@ -47,17 +47,20 @@ class Place:
 
 
 def save(place: Place, folder: Path) -> list[float]:
-    state, _ = place.train(init_state(place.experiment, place.layout), slice(BEFORE))
-    with CheckpointManager(folder, CheckpointConfig()) as manager:
+    """Returns the losses after the save, of the run that goes on."""
+    with jax.set_mesh(place.mesh), CheckpointManager(folder, CheckpointConfig()) as manager:
+        state, _ = place.train(init_state(place.experiment, place.layout), slice(BEFORE))
         manager.save(BEFORE, to_stored(state), {}, force=True)
         return place.train(state, slice(BEFORE, None))[1]
 
 
 def restore(place: Place, folder: Path) -> list[float]:
-    abstract = to_stored(abstract_state(place.experiment, place.layout))
-    stored, _ = load_step(folder, BEFORE, abstract, verify=True)
-    state = from_stored(stored, place.experiment, place.layout)
-    return place.train(state, slice(BEFORE, None))[1]
+    """Returns the losses of the run that goes on from what `folder` holds."""
+    with jax.set_mesh(place.mesh):
+        abstract = to_stored(abstract_state(place.experiment, place.layout))
+        stored, _ = load_step(folder, BEFORE, abstract, verify=True)
+        state = from_stored(stored, place.experiment, place.layout)
+        return place.train(state, slice(BEFORE, None))[1]
 
 
 def main(what: str, folder: str, meshes: str, saved: str) -> None:
@@ -65,12 +68,11 @@ def main(what: str, folder: str, meshes: str, saved: str) -> None:
     found = {}
     for name, axes in json.loads(meshes).items():
         place = Place(axes)
-        with jax.set_mesh(place.mesh):
-            if what == "save":
-                found[name] = save(place, Path(folder) / name)
-            else:
-                for other in json.loads(saved):
-                    found[f"{other} > {name}"] = restore(place, Path(folder) / other)
+        if what == "save":
+            found[name] = save(place, Path(folder) / name)
+        else:
+            for other in json.loads(saved):
+                found[f"{other} > {name}"] = restore(place, Path(folder) / other)
     if jax.process_index() == 0:
         print("RESULT " + json.dumps(found))
 

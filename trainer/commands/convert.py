@@ -1,6 +1,7 @@
 """`torus convert`: checkpoints of other stacks to ours, and ours to theirs."""
 
 import argparse
+import ctypes
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ pickle names is ever imported or called.
   --dtype D        store float32, float16 or bfloat16 weights instead of what the source has
   --like FOLDER    take config.json, where SOURCE has none, tokenizer files and token ids from there
   --shard-size GB  largest file for Hugging Face (5)
-  --max-memory MIB most bytes of tensors held at once, beside some 300 MB for the program itself
+  --max-memory MIB most bytes of tensors in flight; the process holds some 500 MB beside them
                    (256, or what the largest tensor needs)
   --dry-run        check everything, print the plan row by row, write nothing
   --json           print the plan and the result as JSON
@@ -54,6 +55,7 @@ tensor missing, left over or of another shape), 4 a damaged or unsafe file, 1 wr
 """
 
 
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # of malloc.h
 _DOING = "converting, verifying"  # each byte counts twice
 
 
@@ -91,9 +93,18 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"{target_kind} is only read; written are {', '.join(WRITTEN)}")
     if args.with_optimizer and "hf" in (kind, target_kind):
         raise UsageError("--with-optimizer: Hugging Face folders hold no optimizer")
+    _keep_freed_memory()
     if kind == "torus":
         return _to_theirs(args, source, target_kind, target)
     return _to_ours(args, kind, source, target)
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep large blocks that are freed: asking for them anew costs more than copying."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**30), (_ARENA_MAX, 1)):
+            mallopt(option, value)
 
 
 def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) -> int:

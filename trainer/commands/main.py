@@ -42,17 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except UsageError as error:
         return _fail(" ".join(str(error).split()), error.status)
-    except CheckpointError as error:
-        print(f"torus: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("torus: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # `torus ... | head`: nobody reads on, which is no error. The interpreter flushes stdout
         # once more when it exits, so it must find an open file there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (CheckpointError, ConnectionError) as error:  # storage that fails or does not answer
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        print("torus: interrupted", file=sys.stderr)
+        return 130
 
 
 def usage() -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sharding.errors import UsageError
+from trainer.packages import data_library
 
 if TYPE_CHECKING:
     from datasketch import MinHash
@@ -98,11 +98,9 @@ def band_keys(text: str) -> np.ndarray:
 
 @cache
 def _sketch() -> "MinHash":
-    try:
-        from datasketch import MinHash
-    except ImportError:
-        raise UsageError("datasketch is not installed: pip install 'torus-train[data]'") from None
-    return MinHash(BANDS * _ROWS, seed=1, hashfunc=zlib.crc32, scheme="affine32")
+    return data_library("datasketch").MinHash(
+        BANDS * _ROWS, seed=1, hashfunc=zlib.crc32, scheme="affine32"
+    )
 
 
 class Duplicates:

@@ -19,8 +19,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from checkpoint.steps import is_remote
 from sharding.config import cache_folder
 from sharding.errors import UsageError
@@ -104,7 +102,7 @@ def build(folder: Path, bpe: int | None = None) -> None:
         for split, documents_ in texts.items():
             encoded = tokenizer.encode_batch([data.decode() for data in documents_])
             for data, tokens in zip(documents_, encoded, strict=True):
-                writer.add(split, np.concatenate(([tokenizer.spec.bos], tokens)), len(data))
+                writer.add(split, tokenizer.spec.document(tokens), len(data))
 
 
 def documents() -> Iterator[bytes]:

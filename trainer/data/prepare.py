@@ -321,8 +321,8 @@ def _make_part(
             if rejected[why.reason] <= SAMPLES:
                 samples.append([why.reason, piece, record, why.detail])
             continue
-        tokens += [np.asarray([spec.bos], dtype), ids.astype(dtype)]
-        lengths.append(1 + len(ids))
+        tokens.append(spec.document(ids).astype(dtype))
+        lengths.append(len(tokens[-1]))
         sizes.append(len(kept))
         digests.append(digest(kept))
         places.append((piece, record))

@@ -16,11 +16,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sharding.errors import UsageError, nearest
 from trainer.data.clean import Rejected
+from trainer.packages import data_library
 
 if TYPE_CHECKING:
     import pyarrow
@@ -172,19 +172,11 @@ def _files(path: str) -> Iterator[str]:
             yield from _files(child)
 
 
-def _library(module: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UsageError(f"{package} is not installed: pip install 'torus-train[data]'") from None
-
-
 @contextmanager
 def _reading(source: Input) -> Iterator[None]:
     errors: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, zlib.error)
     if source.compression == "zst":
-        errors += (_library("zstandard").ZstdError,)
+        errors += (data_library("zstandard").ZstdError,)
     try:
         yield
     except UsageError:
@@ -203,7 +195,7 @@ def _open(source: Input) -> Iterator[tuple[Any, Any]]:
         if source.compression == "gz":
             yield raw, gzip.GzipFile(fileobj=raw)
         elif source.compression == "zst":
-            stream = _library("zstandard").ZstdDecompressor().stream_reader
+            stream = data_library("zstandard").ZstdDecompressor().stream_reader
             yield raw, io.BufferedReader(stream(raw, read_across_frames=True))
         else:
             yield raw, raw
@@ -266,7 +258,7 @@ def _check_column(source: Input, schema: "pyarrow.Schema") -> None:
 
 
 def _parquet(source: Input, _: int) -> Iterator[tuple[int, list[bytes | None]]]:
-    with _library("pyarrow.parquet").ParquetFile(source.path) as file:
+    with data_library("pyarrow.parquet").ParquetFile(source.path) as file:
         _check_column(source, file.schema_arrow)
         for batch in file.iter_batches(_ROWS, columns=[source.field], use_threads=False):
             size = source.bytes * len(batch) // file.metadata.num_rows
@@ -274,7 +266,7 @@ def _parquet(source: Input, _: int) -> Iterator[tuple[int, list[bytes | None]]]:
 
 
 def _arrow(source: Input, _: int) -> Iterator[tuple[int, list[bytes | None]]]:
-    arrow = _library("pyarrow")
+    arrow = data_library("pyarrow")
     with arrow.memory_map(source.path) as file, arrow.ipc.open_stream(file) as stream:
         _check_column(source, stream.schema)
         for batch in stream:
@@ -284,7 +276,7 @@ def _arrow(source: Input, _: int) -> Iterator[tuple[int, list[bytes | None]]]:
 
 
 def _array_record(source: Input, _: int) -> Iterator[tuple[int, list[bytes | None]]]:
-    module = _library("array_record.python.array_record_module")
+    module = data_library("array_record.python.array_record_module")
     reader = module.ArrayRecordReader(source.path)
     count = reader.num_records()
     for begin in range(0, count, _ROWS):

@@ -30,6 +30,10 @@ class TokenizerSpec:
     pad: int
     sha256: str  # of the definition: two tokenizers with one hash give the same ids
 
+    def document(self, ids: np.ndarray) -> np.ndarray:
+        """Returns the ids of a text as a document of a dataset: BOS, the text, EOS."""
+        return np.concatenate(([self.bos], ids, [self.eos]))
+
 
 class Tokenizer(Protocol):
     """What every tokenizer offers."""

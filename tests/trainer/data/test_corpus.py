@@ -32,18 +32,20 @@ def test_size_and_held_out_share(builtin):
     total = train.text_bytes + held_out.text_bytes
     assert total > 5_000_000
     assert 0.005 < held_out.text_bytes / total < 0.05
-    assert train.text_bytes == train.starts[-1] - len(train)  # one BOS each, all else is text
-    assert train.max_token == ByteTokenizer.BOS
+    assert train.text_bytes == train.starts[-1] - 2 * len(train)  # BOS and EOS, all else is text
+    assert train.max_token == ByteTokenizer().spec.eos
 
 
 def test_held_out_bytes_are_what_the_rows_predict(builtin):
     data = corpus.held_out_bytes(builtin)
     dataset = open_dataset(DataConfig(path=str(builtin), seq_len=2048), "val")
-    assert len(data) == dataset.shards.text_bytes == dataset.plan.positions_per_epoch
+    shards = dataset.shards
+    assert len(data) == shards.text_bytes
+    assert dataset.plan.positions_per_epoch == len(data) + len(shards)  # and the end of each
     batch = dataset.rows(np.arange(dataset.rows_per_epoch))
     targets = batch["targets"][batch["segment_ids"] > 0]
     np.testing.assert_array_equal(
-        np.bincount(targets, minlength=256),
+        np.bincount(targets[targets != ByteTokenizer().spec.eos], minlength=256),
         np.bincount(np.frombuffer(data, np.uint8), minlength=256),
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT
+from tests.trainer.test_resume import stored_state
 from trainer.metrics import read_metrics
 
 TINY, STEPS = ROOT / "tests/tiny.py", 24
@@ -64,12 +65,6 @@ def incidents(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "incidents.jsonl").read_text().splitlines()]
 
 
-def final_state(workdir: Path) -> dict:
-    """The fingerprints of every array of the last step, as they were in memory."""
-    path = workdir / "checkpoints" / str(STEPS) / "integrity/data.json"
-    return json.loads(path.read_text())["arrays"]
-
-
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory) -> dict[int, dict]:
     """The last state of undisturbed runs in one process and in two."""
@@ -80,7 +75,7 @@ def calm(tmp_path_factory) -> dict[int, dict]:
         _, error = job.communicate(timeout=240)
         assert job.returncode == 0, error
         assert not (folder / "incidents.jsonl").exists()
-        found[processes] = final_state(folder)
+        found[processes] = stored_state(folder, STEPS)
     return found
 
 
@@ -114,7 +109,7 @@ def test_a_killed_trainer_is_followed_by_another(supervised, calm, processes, vi
         recovered["kind"] == "recovered" and recovered["lost_steps"] <= STEPS - crash["checkpoint"]
     )
     assert recovered["generation"] == 1 and "lost_steps" in error
-    assert final_state(run) == calm[processes]
+    assert stored_state(run, STEPS) == calm[processes]
 
 
 def test_a_frozen_trainer_is_found_and_replaced(supervised, calm):
@@ -126,7 +121,7 @@ def test_a_frozen_trainer_is_found_and_replaced(supervised, calm):
     hang = incidents(run)[0]
     assert (hang["kind"], hang["cause"]) == ("hang", "hung")
     assert "most recent call first" in error  # the stacks of the one that was waiting
-    assert final_state(run) == calm[2]
+    assert stored_state(run, STEPS) == calm[2]
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(supervised, calm):
@@ -139,7 +134,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(supervised, calm):
     again = launch(run)
     _, error = again.communicate(timeout=240)
     assert again.returncode == 0, error
-    assert final_state(run) == calm[1]
+    assert stored_state(run, STEPS) == calm[1]
 
 
 def test_a_crash_loop_ends(supervised):
