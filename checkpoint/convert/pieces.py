@@ -116,6 +116,8 @@ def check_grid(tensor: Pieces, where: str) -> None:
     if 0 in tensor.shape:
         return
     axes = range(len(tensor.shape))
+    if any(len(o) != len(axes) or len(p.shape) != len(axes) for o, p in tensor.pieces):
+        raise UnsafeInputError(f"{where}: its pieces have other axes")
     cuts = [sorted({(o[axis], p.shape[axis]) for o, p in tensor.pieces}) for axis in axes]
     for size, cut in zip(tensor.shape, cuts, strict=True):
         end = 0

@@ -292,10 +292,11 @@ def index_of(folder):
 
 
 def edited(folder, change) -> None:
-    """Rewrites the index after `change(index, first tensor's entry, its place)`."""
+    """Rewrites the index after `change(index, a matrix's entry, its place)`."""
     index = index_of(folder)
     stored = index.get("storage_data")
-    name, entry = next(iter(index.get("state_dict_metadata").items()))
+    name = "model.model.embed_tokens.weight"
+    entry = index.get("state_dict_metadata")[name]
     place = next(p for key, p in stored.items() if key.get("fqn") == name)
     change(index, entry, place)
     (folder / METADATA).write_bytes(dumps(index))
@@ -323,6 +324,8 @@ EDITS = {
     "a huge size": (lambda i, e, p: e.state.update(size=Inert("torch.Size", ((2**50, 24),))), 4,
                     "its pieces end at"),
     "a gap": (lambda i, e, p: chunk(e).update(offsets=Inert("torch.Size", ((1, 0),))), 4, ""),
+    "other axes": (lambda i, e, p: e.state.update(size=Inert("torch.Size", ((5,),))), 4,
+                   "its pieces have other axes"),
     "no chunks": (lambda i, e, p: e.state["chunks"].clear(), 4, "pieces end at 0"),
     "twice": (lambda i, e, p: e.state["chunks"].append(e.state["chunks"][0]), 4, "there twice"),
     "an unknown dtype": (lambda i, e, p: e.state["properties"].__setattr__("state", (1,)), 4,
@@ -417,6 +420,8 @@ def test_grids():
     pieces(*[((i, j), (2, 3)) for i in (0, 2) for j in (0, 3)])
     for wrong in (
         [((0, 0), (3, 6))],
+        [((0,), (4,))],
+        [((0, 0, 0), (4, 6, 1))],
         [((0, 0), (2, 6)), ((1, 0), (3, 6))],
         [((i, j), (2, 3)) for i in (0, 2) for j in (0, 3)][:3],
         [((0, 0), (4, 3)), ((0, 3), (4, 3)), ((0, 3), (4, 3))],
