@@ -27,8 +27,9 @@ class CheckpointConfig:
     compression: bool = False
     """Compress with zstd: about 7% smaller for float32 weights, and 9 times slower to save."""
 
-    chunk_mib: int = 16
-    """Largest piece, in MiB, that one read fetches; small pieces suit restoring on another mesh."""
+    chunk_mib: int = 4
+    """Largest piece, in MiB, that one read fetches, so that another mesh reads little but its own.
+    0 stores each device's shard in one piece: faster to save, and best for the same mesh."""
 
     verify: bool = True
     """Compare restored arrays with the fingerprints of what was saved, and refuse other bits."""
@@ -36,7 +37,7 @@ class CheckpointConfig:
 
 def validate(config: CheckpointConfig) -> None:
     """Raises UsageError naming the first field whose value makes no sense."""
-    least = {"every": 0, "keep_last": 1, "keep_every": 0, "chunk_mib": 1}
+    least = {"every": 0, "keep_last": 1, "keep_every": 0, "chunk_mib": 0}
     for name, bound in least.items():
         value = getattr(config, name)
         if value < bound:

@@ -7,7 +7,7 @@ one element always shows; any other change goes unseen with a chance of about 2*
 against storage and transport, not against someone who wants to deceive.
 """
 
-from functools import partial
+import math
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from checkpoint.tree import flatten
 Tree = Any
 
 _U32 = jnp.uint32
+_PLACE, _ROW = 0x9E3779B1, 0x85EBCA77  # odd: multiplying by them loses no bits of a position
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # bytes an element → word
 
 
@@ -40,11 +41,31 @@ def as_text(found: jax.Array, names: list[str]) -> dict[str, str]:
 def part_sums(part: np.ndarray, first: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
     """Returns uint32 (2,): what a part of an array of `shape` adds to the array's fingerprint.
 
+    On the host, without a copy if the part begins at 64 bytes; may be called by several threads.
+
     Args:
-      part: has all axes of the array.
+      part: has all axes of the array and lies in it in one piece: whole rows, or some of one row.
       first: index of the part's first element.
     """
-    return np.asarray(_fingerprint_of_part(part, [_U32(i) for i in first], shape))
+    whole = next((axis for axis, size in enumerate(part.shape) if size != 1), part.ndim)
+    if part.shape[whole + 1 :] != shape[whole + 1 :]:
+        raise ValueError(f"a part {part.shape} of {shape} that is not in one piece")
+    words = _host_words(part)
+    each = words.size // max(1, part.size)
+    width = each * math.prod(shape[1:]) if shape else 1  # words in a row
+    rows = part.shape[0] if shape else words.size
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(1, len(shape))]
+    inner = each * sum(i * n for i, n in zip(first[1:], strides, strict=True))
+    numbers = (np.uint32(n % 2**32) for n in (first[0] if shape else 0, inner, width))
+    return np.asarray(_sums_of_rows(words.reshape(rows, -1), *numbers))
+
+
+def rows_sums(
+    part: np.ndarray, lead: tuple[int, ...], start: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Returns what array[lead][start:], as far as `part` goes, adds to the fingerprint."""
+    whole = part.reshape((1,) * (len(shape) - part.ndim) + part.shape)
+    return part_sums(whole, (*lead, start, *(0 for _ in shape))[: len(shape)], shape)
 
 
 def sums_text(sums: np.ndarray) -> str:
@@ -57,29 +78,43 @@ def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([_fingerprint(leaf) for leaf in leaves])
 
 
-@partial(jax.jit, static_argnums=2)
-def _fingerprint_of_part(x: jax.Array, first: list[jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    return _fingerprint(x, first, shape)
-
-
-def _fingerprint(
-    x: jax.Array, first: list[jax.Array] | None = None, shape: tuple[int, ...] = ()
+@jax.jit
+def _sums_of_rows(
+    words: jax.Array, row: jax.Array, inner: jax.Array, width: jax.Array
 ) -> jax.Array:
-    """The two sums of an array, or of a part at index `first` of an array of `shape`."""
+    """The two sums of some words of each of some rows; `row`, `inner` are the first one's place."""
+    row = row + lax.broadcasted_iota(_U32, words.shape, 0)
+    place = row * width + inner + lax.broadcasted_iota(_U32, words.shape, 1)
+    return _sums(words.astype(_U32), place * _U32(_PLACE) ^ row * _U32(_ROW))
+
+
+def _host_words(part: np.ndarray) -> np.ndarray:
+    """The bits of the elements as unsigned integers; `_bits` on the host."""
+    if part.dtype.name in ("int4", "int2"):
+        part = part.astype(np.int8)
+    elif part.dtype.name in ("uint4", "uint2"):
+        part = part.astype(np.uint8)
+    word = min(part.dtype.itemsize, 4)
+    return np.ascontiguousarray(part).reshape(-1).view(f"u{word}")
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """The two sums of an array."""
     bits = _bits(x)
-    shape = (*(shape or x.shape), *bits.shape[x.ndim :])
     # Rows of the first dimension are told apart by a term of their own, so that positions stay
     # distinct in arrays of more than 2**32 elements too.
     key = jnp.zeros((), _U32)
     stride = 1
     for axis in reversed(range(bits.ndim)):
         place = lax.broadcasted_iota(_U32, bits.shape, axis)
-        if first is not None and axis < len(first):
-            place = place + first[axis]
-        key = key + place * _U32(stride * 0x9E3779B1 % 2**32)
+        key = key + place * _U32(stride * _PLACE % 2**32)
         if axis == 0:
-            key = key ^ (place * _U32(0x85EBCA77))
-        stride *= shape[axis]
+            key = key ^ (place * _U32(_ROW))
+        stride *= bits.shape[axis]
+    return _sums(bits, key)
+
+
+def _sums(bits: jax.Array, key: jax.Array) -> jax.Array:
     first = _mix(bits * _U32(0xC2B2AE3D) ^ _mix(key))
     second = (first ^ (first >> 13)) * _U32(0x27D4EB2F)
     # One reduction of both, not two sums: XLA:CPU reads and hashes the array once, 6 times as fast.

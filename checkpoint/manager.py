@@ -19,6 +19,7 @@ from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -38,8 +39,7 @@ from checkpoint.manifest import (
     META,
     check_fingerprints,
     integrity_record,
-    read_manifest,
-    read_meta,
+    read_step,
 )
 from checkpoint.steps import CheckpointError
 from checkpoint.tree import check_storable, flatten
@@ -48,6 +48,7 @@ from sharding.errors import UsageError
 Tree = Any
 
 _STATE = "state"
+_LEAST_CHUNK = 2**20  # bytes; Orbax warns of smaller ones
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,17 @@ class CheckpointManager:
         check_storable(state)
         _check_json(meta)
         manifest = _manifest(state)
-        # Enqueued before the caller's next update may reuse the buffers; fetched while writing.
-        record = _Record(step, list(flatten(state)), fingerprints(state), manifest, meta)
+        record = _Record(step, list(flatten(state)), Future(), manifest, meta)
         try:
             with self._context:
                 items = {_STATE: state, MANIFEST: manifest, META: meta, INTEGRITY: record}
                 response = ocp.save_checkpointables_async(self.folder / str(step), items)
         except Exception as error:
+            record.fingerprints.set_exception(error)
             raise self._failed(step, error) from error
+        # Enqueued before the caller's next update may reuse the buffers, but after Orbax is set up,
+        # which would have to share the processor with them; fetched while writing.
+        record.fingerprints.set_result(fingerprints(state))
         self._current = step
         self._pending = self._worker.submit(self._finish, step, response)
         if not self._config.asynchronous:
@@ -293,11 +297,11 @@ def load_step(
     unplaced = [name for name, leaf in flatten(abstract).items() if leaf.sharding is None]
     if unplaced:
         raise ValueError(f"restoring needs a sharding for {steps.listing(unplaced)}")
-    stored, wanted = read_manifest(folder, step)["arrays"], _facts(abstract)
+    manifest, meta, saved = read_step(folder, step)
+    stored, wanted = manifest["arrays"], _facts(abstract)
     if partial:
         stored = {name: facts for name, facts in stored.items() if name in wanted}
     _check_matching(stored, wanted, f"step {step} in {folder}")
-    meta = read_meta(folder, step)
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     try:
@@ -307,7 +311,7 @@ def load_step(
         text = f"cannot read step {step} in {folder}: {steps.reason(error)}"
         raise CheckpointError(text) from error
     if verify:
-        check_fingerprints(folder, step, as_text(fingerprints(state), list(flatten(state))))
+        check_fingerprints(folder, step, as_text(fingerprints(state), list(flatten(state))), saved)
     return state, meta
 
 
@@ -324,12 +328,12 @@ class _Record:
 
     step: int
     names: list[str]
-    fingerprints: jax.Array
+    fingerprints: Future[jax.Array]
     manifest: dict[str, Any]
     meta: dict[str, Any]
 
     def text(self) -> str:
-        arrays = as_text(self.fingerprints, self.names)
+        arrays = as_text(self.fingerprints.result(), self.names)
         return json.dumps(integrity_record(self.step, arrays, self.manifest, self.meta))
 
 
@@ -374,16 +378,36 @@ def save_frame(folder: str | os.PathLike, step: int, abstract: Tree, meta: dict[
 
 
 def _context(config: CheckpointConfig) -> ocp.Context:
-    known = ocp.handlers.local_registry()
+    context = ocp.Context()
+    context.array.saving.use_compression = config.compression
+    if config.chunk_mib:
+        chunks = partial(_chunks, config.chunk_mib * 2**20)
+        context.array.saving.scoped_storage_options_creator = chunks
+    known = ocp.handlers.local_registry(include_global_registry=False)
+    known.add(_only(ocp.handlers.PyTreeHandler(context=context)), checkpointable_name=_STATE)
     # Without this a dict of numbers counts as a tree of arrays and its lists, bools and Nones bend.
     for item in (MANIFEST, META):
         known.add(ocp.handlers.JsonHandler, checkpointable_name=item)
     known.add(_RecordHandler, checkpointable_name=INTEGRITY)
-    context = ocp.Context()
     context.checkpointables.registry = known
-    context.array.saving.use_compression = config.compression
-    context.array.saving.storage_options.chunk_byte_size = config.chunk_mib * 2**20
     return context
+
+
+def _chunks(largest: int, _: Any, leaf: Any) -> Any:
+    """How an array is cut: by layers (and any stack), then into squares.
+
+    The squares are small enough that a quarter along either axis, which another mesh may want, is
+    whole chunks. Of a sharded array Orbax cuts the sharded axis alone, as far as that goes.
+    """
+    quarter = min(leaf.shape[-2:], default=1) // 4
+    size = min(largest, max(_LEAST_CHUNK, quarter**2 * leaf.dtype.itemsize))
+    stacked = (0,) if leaf.ndim > 2 else None  # else a layer could not be read without the others
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=size, shard_axes=stacked)
+
+
+def _only(handler: Any) -> type:
+    """Returns a class that gives `handler`: Orbax makes them all anew, eight times for one save."""
+    return type("Only", (), {"__new__": lambda cls: handler})
 
 
 def _manifest(state: Tree) -> dict[str, Any]:

@@ -35,14 +35,37 @@ def integrity_record(
     return record | {"record": _digest(record)}
 
 
-def check_fingerprints(folder: str | os.PathLike, step: int, found: dict[str, str]) -> None:
+def read_step(
+    folder: str | os.PathLike, step: int
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Returns the manifest, the run's `meta` and name → fingerprint, all files read once.
+
+    Raises:
+        CheckpointError: one is missing, damaged, another step's, or of an unknown format.
+    """
+    manifest = read_manifest(folder, step, checked=False)
+    record = _read_record(folder, step)
+    _check_digest(folder, step, MANIFEST, manifest, record)
+    meta = _read(folder, step, META)
+    _check_digest(folder, step, META, meta, record)
+    return manifest, meta, record["arrays"]
+
+
+def check_fingerprints(
+    folder: str | os.PathLike,
+    step: int,
+    found: dict[str, str],
+    saved: dict[str, str] | None = None,
+) -> None:
     """Compares name → fingerprint of arrays that were read with those saved as `step`.
+
+    saved: from `read_step`, where that was called already.
 
     Raises:
         CheckpointError: arrays differ, and which; the integrity record is missing, damaged, or
             another step's.
     """
-    saved = _read_record(folder, step)["arrays"]
+    saved = _read_record(folder, step)["arrays"] if saved is None else saved
     wrong = [name for name, text in found.items() if saved.get(name) != text]
     if wrong:
         raise CheckpointError(
@@ -57,7 +80,9 @@ def read_meta(folder: str | os.PathLike, step: int) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    return _checked(folder, step, META, _read(folder, step, META))
+    meta = _read(folder, step, META)
+    _check_digest(folder, step, META, meta, _read_record(folder, step))
+    return meta
 
 
 def write_record(folder: str | os.PathLike, step: int, arrays: dict[str, str]) -> None:
@@ -82,7 +107,9 @@ def read_manifest(folder: str | os.PathLike, step: int, *, checked: bool = True)
             f"cannot read step {step} in {folder}: manifest format {manifest.get('format')}, "
             f"this version reads {FORMAT}"
         )
-    return _checked(folder, step, MANIFEST, manifest) if checked else manifest
+    if checked:
+        _check_digest(folder, step, MANIFEST, manifest, _read_record(folder, step))
+    return manifest
 
 
 def describe(folder: str | os.PathLike) -> dict[str, Any]:
@@ -126,14 +153,17 @@ def _read(folder: str | os.PathLike, step: int, item: str) -> dict[str, Any]:
     return found
 
 
-def _checked(
-    folder: str | os.PathLike, step: int, item: str, found: dict[str, Any]
-) -> dict[str, Any]:
-    if _digest(found) != _read_record(folder, step).get(item):
+def _check_digest(
+    folder: str | os.PathLike,
+    step: int,
+    item: str,
+    found: dict[str, Any],
+    record: dict[str, Any],
+) -> None:
+    if _digest(found) != record.get(item):
         raise CheckpointError(
             f"step {step} in {folder}: {item} is not what was saved (damaged or edited)"
         )
-    return found
 
 
 def _read_record(folder: str | os.PathLike, step: int) -> dict[str, Any]:

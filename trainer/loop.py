@@ -23,7 +23,7 @@ from trainer.evaluate import baselines, evaluate
 from trainer.journal import Journal
 from trainer.profiler import Profiler
 from trainer.recovery.progress import ProgressPage
-from trainer.restore import first_params
+from trainer.restore import first_state
 from trainer.run import CHECKPOINTS, check_start, check_workdir, write_experiment
 from trainer.signals import StopSignals
 from trainer.state import abstract_state, from_stored, init_state, make_layout, to_stored
@@ -85,7 +85,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         else:
             state = init_state(experiment, layout)
             if experiment.train.init_from:
-                state = state.replace(params=first_params(experiment, layout))
+                state = first_state(state, experiment, layout)
 
         train_step = jax.jit(make_train_step(experiment, layout), donate_argnums=0)
         eval_step = jax.jit(make_eval_step(experiment))

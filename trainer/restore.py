@@ -1,19 +1,20 @@
-"""Brings the parameters of a run back for use, on the devices that are here now."""
+"""Brings parameters, or what a run starts with, back for use on the devices that are here now."""
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from checkpoint.manager import load_step
-from checkpoint.manifest import read_manifest
+from checkpoint.manifest import read_manifest, read_meta
 from checkpoint.steps import pick_step
+from checkpoint.tree import name_optimizer, unname_optimizer
 from models.spec import Tree, path_name
 from sharding.config import MeshConfig
 from sharding.errors import UsageError
 from sharding.mesh import make_mesh, start_runtime
 from trainer.config import Experiment
 from trainer.run import CHECKPOINTS
-from trainer.state import Layout, abstract_state, make_layout
+from trainer.state import Layout, TrainState, abstract_state, make_layout
 
 
 def restore_params(run: str, experiment: Experiment, step: int) -> tuple[Tree, Mesh]:
@@ -28,29 +29,41 @@ def restore_params(run: str, experiment: Experiment, step: int) -> tuple[Tree, M
     except UsageError:  # trained on another number of devices
         mesh = make_mesh(MeshConfig())
     layout = make_layout(experiment, mesh)
-    return _load_params(f"{run}/{CHECKPOINTS}", step, experiment, layout), mesh
+    wanted = {"params": abstract_state(experiment, layout).params}
+    return _load(f"{run}/{CHECKPOINTS}", step, wanted)["params"], mesh
 
 
-def first_params(experiment: Experiment, layout: Layout) -> Tree:
-    """Returns the newest parameters of the run `config.train.init_from`, for a run to start with.
+def first_state(state: TrainState, experiment: Experiment, layout: Layout) -> TrainState:
+    """Returns `state` with what a run starts with from `config.train.init_from`.
+
+    That is the newest parameters there, and if moments of Adam were converted with them, these and
+    their count of updates; the step, and with it schedule and data, begin at 0.
 
     Raises:
       UsageError: names or shapes differ. CheckpointError: the step is damaged.
     """
     folder = f"{experiment.train.init_from}/{CHECKPOINTS}"
-    return _load_params(folder, pick_step(folder), experiment, layout)
+    step = pick_step(folder)
+    abstract = abstract_state(experiment, layout)
+    wanted = {"params": abstract.params}
+    if "optimizer" in read_meta(folder, step).get("source", {}):
+        wanted["optimizer"] = name_optimizer(abstract.opt_state)
+    stored = _load(folder, step, wanted)
+    if "optimizer" in stored:
+        moments = unname_optimizer(stored["optimizer"], abstract.opt_state)
+        state = state.replace(opt_state=moments)
+    return state.replace(params=stored["params"])
 
 
-def _load_params(folder: str, step: int, experiment: Experiment, layout: Layout) -> Tree:
-    """Returns parameters as float32; converted ones are stored as they came, and widen exactly."""
+def _load(folder: str, step: int, wanted: Tree) -> Tree:
+    """Returns arrays in the wanted dtype; converted ones are stored as they came, and widen."""
     facts = read_manifest(folder, step)["arrays"]
 
     def as_stored(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        dtype = facts.get(f"params/{path_name(path)}", {}).get("dtype")
-        narrow = dtype in ("bfloat16", "float16")
+        dtype = facts.get(path_name(path), {}).get("dtype")
+        narrow = dtype in ("bfloat16", "float16") and leaf.dtype == jnp.float32
         return leaf.update(dtype=jnp.dtype(dtype)) if narrow else leaf
 
-    wanted = abstract_state(experiment, layout).params
-    abstract = {"params": jax.tree_util.tree_map_with_path(as_stored, wanted)}
+    abstract = jax.tree_util.tree_map_with_path(as_stored, wanted)
     stored, _ = load_step(folder, step, abstract, partial=True)
-    return jax.tree.map(lambda w, leaf: w.astype(leaf.dtype), stored["params"], wanted)
+    return jax.tree.map(lambda w, leaf: w.astype(leaf.dtype), stored, wanted)

@@ -1,18 +1,21 @@
-"""Plans a conversion from names, shapes and dtypes alone, then runs it one tensor at a time.
+"""Plans a conversion from names, shapes and dtypes alone, then runs it within a bound of memory.
 
-The plan refuses everything that can be refused before a byte is written. The output is made in a
-folder beside the target, read back, and renamed: it appears whole or not at all, and what a killed
-conversion left behind is cleared by the next one.
+The plan refuses everything that can be refused before a byte is written. Threads read, transform
+and write at once, as many bytes as the bound allows. The output is made in a folder beside the
+target, read back, and renamed: it appears whole or not at all, and what a killed conversion left
+behind is cleared by the next one.
 """
 
 import fcntl
 import math
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,13 @@ import numpy as np
 
 from checkpoint.convert.families import Family
 from checkpoint.convert.mapping import BLOCK, Element, Row, build, to_ours, to_theirs
+from checkpoint.fingerprint import rows_sums
 from checkpoint.steps import CheckpointError
 from models.config import ModelConfig
 from sharding.errors import MismatchError, UsageError
 
 STAGING = ".converting"  # added to the target's name while it is being made
+MEMORY = 2**28  # bytes in flight, unless one tensor needs more
 FLOATS = {str(np.dtype(d)): np.dtype(d)
           for d in (np.float32, np.float16, ml_dtypes.bfloat16)}  # fmt: skip
 
@@ -107,6 +112,11 @@ def plan_to_theirs(family: Family, model: ModelConfig, source: Facts, dtype: str
     return _plan(family, model, rows, elements, names, [], set(), source, full, dtype)
 
 
+def of_moments(plan: Plan) -> Plan:
+    """Returns the plan for moments of Adam: the same moves, but nothing is added to them."""
+    return replace(plan, elements=tuple(replace(e, offset=0.0) for e in plan.elements))
+
+
 def _check_shapes(wanted: dict[str, tuple[int, ...]], source: Facts) -> None:
     for name, shape in wanted.items():
         if name not in source:
@@ -149,46 +159,165 @@ class _Renamed:
         return self._tensors.read(self._names[name], lead, start, stop)
 
 
-def run(plan: Plan, source: Any, target: Any, advance: Callable[[int], None]) -> None:
-    """Makes every tensor of the target and reads it back; `advance` is told bytes, each twice.
+@dataclass(frozen=True)
+class Moved:
+    """What a conversion did: the fingerprint's sums of every tensor, and its most bytes at once."""
+
+    sums: dict[str, np.ndarray]
+    in_flight: int
+
+
+class InFlight:
+    """Runs jobs in threads while the bytes that they hold at once stay within a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held, self._failed = limit, 0, False
+        self._changed = threading.Condition()
+        self.peak = 0
+
+    def run(self, jobs: Iterable[tuple[int, Callable[[], None]]]) -> None:
+        """Runs (bytes it holds, work) one after the other begun; raises the first failure."""
+        with ThreadPoolExecutor((os.cpu_count() or 1) + 1, "convert") as pool:
+            try:
+                started = [pool.submit(self._do, *job) for job in jobs if self._admit(job[0])]
+                for job in started:
+                    job.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _admit(self, nbytes: int) -> bool:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._failed or not self._held or self._held + nbytes <= self._limit
+            )
+            self._held += nbytes
+            self.peak = max(self.peak, self._held)
+            return not self._failed
+
+    def _do(self, nbytes: int, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException:
+            self._failed = True
+            raise
+        finally:
+            with self._changed:
+                self._held -= nbytes
+                self._changed.notify()
+
+
+def memory_limit(plan: Plan, wanted: int | None) -> int:
+    """Returns how many bytes `run` may hold: `wanted`, or MEMORY and what the largest tensor needs.
 
     Raises:
+      UsageError: `wanted` is less than the largest tensor needs.
+    """
+    needed = max(_held(plan, part) for e in plan.elements for part in _split(plan, e, 1))
+    if wanted is not None and wanted < needed:
+        raise UsageError(
+            f"--max-memory {wanted / 2**20:g}: the largest tensor needs {-(-needed // 2**20)} MiB"
+        )
+    return wanted or max(MEMORY, needed + MEMORY // 2)
+
+
+def _held(plan: Plan, part: Element) -> int:
+    """What building a part holds: itself, a block of its source and the storage's copy of that."""
+    nbytes = math.prod(part.shape) * plan.target[part.name][0].itemsize
+    return nbytes + 2 * min(nbytes, BLOCK)
+
+
+def _split(plan: Plan, element: Element, together: int) -> Iterator[Element]:
+    """Yields parts of about BLOCK bytes whose rows are multiples of `together`, if it can be."""
+    row = math.prod(element.shape[1:]) * plan.target[element.name][0].itemsize
+    return element.split(max(1, BLOCK // max(1, row) // together) * together)
+
+
+def run(
+    plan: Plan,
+    source: Any,
+    target: Any,
+    advance: Callable[[int], None],
+    memory: int | None = None,
+) -> Moved:
+    """Makes every tensor of the target and reads it back; `advance` is told bytes, each twice.
+
+    Args:
+      source: reads by `read` (mapping.Tensors); must bear several threads, as must the target.
+      target: reads likewise; takes whole elements by put(name, lead, array). One that also takes
+        rows, put(name, lead, array, start), says by part_rows(name, lead) how many at least.
+      memory: bytes that may be in flight, as `memory_limit` has it.
+
+    Raises:
+      UsageError: `memory` is too little.
       MismatchError: a tensor that repeats another one differs from it.
       CheckpointError: what was read back is not what was written.
     """
-    for copy, original in plan.copies:
-        for ours, theirs in zip(
-            _blocks(source, copy, (), plan.source[copy]),
-            _blocks(source, original, (), plan.source[original]),
-            strict=True,
-        ):
-            if ours.tobytes() != theirs.tobytes():
-                raise MismatchError(f"`{copy}` differs from `{original}`, but the config ties them")
-    digests = {}
+    crew = InFlight(memory_limit(plan, memory))
+    crew.run(_comparing(plan, source))
+    sums: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+    adding = threading.Lock()
+
+    def add(found: dict, part: np.ndarray, element: Element, start: int) -> None:
+        more = rows_sums(part, element.lead, start, plan.target[element.name][1])
+        key = element.name, element.lead
+        with adding:
+            found[key] = found.get(key, 0) + more
+        advance(part.nbytes)
+
     renamed = _Renamed(source, plan.names)
-    for element in plan.elements:
-        array = build(element, renamed, plan.target[element.name][0])
-        digests[element.name, element.lead] = zlib.crc32(_bytes(array))
-        target.put(element.name, element.lead, array)
-        advance(array.nbytes)
-    for element in plan.elements:
-        key, digest = (element.name, element.lead), 0
-        for block in _blocks(target, *key, (plan.target[element.name][0], element.shape)):
-            digest = zlib.crc32(_bytes(block), digest)
-            advance(block.nbytes)
-        if digest != digests[key]:
-            raise CheckpointError(f"`{element.name}` was not stored as it was written")
+
+    def make(part: Element) -> None:
+        array = build(part, renamed, plan.target[part.name][0])
+        add(sums, array, part, part.start)
+        target.put(part.name, part.lead, array, *([part.start] if rows else []))
+
+    rows = getattr(target, "part_rows", None)
+    parts = (
+        part
+        for e in plan.elements
+        for part in (_split(plan, e, rows(e.name, e.lead)) if rows else [e])
+    )
+    crew.run((_held(plan, part), partial(make, part)) for part in parts)
+    stored: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+
+    def check(element: Element, start: int, stop: int) -> None:
+        add(stored, target.read(element.name, element.lead, start, stop), element, start)
+
+    crew.run(
+        (2 * nbytes, partial(check, element, start, stop))
+        for element in plan.elements
+        for start, stop, nbytes in _blocks((plan.target[element.name][0], element.shape))
+    )
+    totals: dict[str, np.ndarray] = {}
+    for (name, lead), found in sums.items():
+        if not np.array_equal(stored[name, lead], found):
+            raise CheckpointError(f"`{name}` was not stored as it was written")
+        totals[name] = totals.get(name, 0) + found
+    return Moved(totals, crew.peak)
 
 
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def _comparing(plan: Plan, source: Any) -> Iterator[tuple[int, Callable[[], None]]]:
+    """Yields the jobs that compare tensors that repeat others with these."""
+
+    def compare(copy: str, original: str, start: int, stop: int) -> None:
+        pair = (source.read(name, (), start, stop).view(np.uint8) for name in (copy, original))
+        if not np.array_equal(*pair):
+            raise MismatchError(f"`{copy}` differs from `{original}`, but the config ties them")
+
+    for copy, original in plan.copies:
+        for start, stop, nbytes in _blocks(plan.source[copy]):
+            yield 2 * nbytes, partial(compare, copy, original, start, stop)
 
 
-def _blocks(tensors: Any, name: str, lead: tuple, facts: tuple) -> Iterator[np.ndarray]:
+def _blocks(facts: tuple[np.dtype, tuple[int, ...]]) -> Iterator[tuple[int, int, int]]:
+    """Yields (start, stop, bytes) of the rows of a tensor."""
     dtype, shape = facts
-    rows = max(1, BLOCK // max(1, math.prod(shape[1:]) * dtype.itemsize))
+    row = math.prod(shape[1:]) * dtype.itemsize
+    rows = max(1, BLOCK // max(1, row))
     for start in range(0, shape[0], rows):
-        yield tensors.read(name, lead, start, min(start + rows, shape[0]))
+        stop = min(start + rows, shape[0])
+        yield start, stop, (stop - start) * row
 
 
 @contextmanager

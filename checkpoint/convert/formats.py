@@ -1,6 +1,10 @@
-"""Which format a place on the command line has: `hf:FOLDER`, `torus:RUN`, or found out.
+"""Which format a place on the command line has: `hf:FOLDER`, `torus:RUN`, …, or found out.
 
-Imports no JAX. A later format is one more name here and a module that gives named tensors.
+    hf      Hugging Face: config.json and safetensors      torch  one file of torch.save, or folder
+    torus   a run, a folder of steps, or a step of ours    dcp    torch.distributed.checkpoint
+    zero    a run of DeepSpeed ZeRO, or one of its steps   ucp    DeepSpeed's universal checkpoint
+
+Imports no JAX. A later format is one more name here and a function in sources.py.
 """
 
 from pathlib import Path
@@ -8,7 +12,9 @@ from pathlib import Path
 from checkpoint.steps import pick_step
 from sharding.errors import UsageError, nearest
 
-FORMATS = ("hf", "torus")
+FORMATS = ("hf", "torus", "torch", "dcp", "zero", "ucp")
+WRITTEN = ("hf", "torus", "dcp", "ucp")
+TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def split_format(place: str) -> tuple[str, Path]:
@@ -40,6 +46,10 @@ def open_place(place: str) -> tuple[str, Path]:
         return name, path
     if any((path / part).exists() for part in ("experiment.json", "checkpoints", "manifest")):
         return "torus", path
+    if path.is_file() and path.suffix in TORCH_FILES:
+        return "torch", path
+    if path.is_dir() and (found := _of_torch(path)):
+        return found, path
     if path.suffix == ".safetensors" or (path / "config.json").exists():
         return "hf", path
     if path.is_dir():
@@ -47,7 +57,23 @@ def open_place(place: str) -> tuple[str, Path]:
             return "torus", path
         if any(path.glob("*.safetensors*")):
             return "hf", path
-    raise UsageError(f"{path} is neither a run or step of ours nor a Hugging Face folder")
+    raise UsageError(
+        f"{path} is neither a run or step of ours nor of another known format; name one of "
+        f"{', '.join(f'{name}:' for name in FORMATS)} before it"
+    )
+
+
+def _of_torch(path: Path) -> str:
+    """Returns the format of a folder that torch or DeepSpeed wrote, "" for another one."""
+    if any(path.glob("*.safetensors*")):
+        return ""
+    if (path / ".metadata").exists():
+        return "dcp"
+    if (path / "latest").is_file() or any(path.glob("*zero_pp_rank_*_optim_states.pt")):
+        return "zero"
+    if (path / "latest_universal").exists() or (path / "zero/optimizer_state.pt").exists():
+        return "ucp"
+    return "torch" if any(path.glob("pytorch_model.bin*")) else ""
 
 
 def find_step(path: Path, step: int | None = None) -> tuple[Path, int]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from checkpoint.convert.safetensors import Stored, Tensors, create, read_header, read_json
-from sharding.errors import MismatchError, UnsafeInputError, UsageError
+from sharding.errors import MismatchError, UnsafeInputError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -59,8 +59,6 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
       UnsafeInputError: damaged or hostile files. MismatchError: index and shards disagree.
     """
     if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists() and any(folder.glob("*.bin")):
-            raise UsageError(f"{folder} holds pickled weights; save them as safetensors first")
         return read_header(inside(folder, SINGLE))[0]
     where = read_json(inside(folder, INDEX)).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):

@@ -26,8 +26,8 @@ import numpy as np
 
 from sharding.errors import UsageError
 
-BLOCK = 32 * 2**20  # bytes of a source tensor held at a time
-TILE = 2**16  # elements
+BLOCK = 8 * 2**20  # bytes of a tensor held at a time on either side, where the table allows it
+TILE = 2**14  # elements
 TIED = {"head": "embedding"}  # our leaf that may be missing → the one that then serves for it
 
 Letters = tuple[str, ...]
@@ -194,11 +194,24 @@ class Layout:
         left = [x for x in factors if x not in index]
         return tensor.transpose([left.index(x) for x in order])
 
-    def blocks(self, row_bytes: int, index: Mapping[str, int]) -> Iterator[tuple]:
+    def slowest(self) -> str:
+        """Returns the letter that varies slowest in the part."""
+        first = self.axes[0][0]
+        return first.parts[self.part][0] if isinstance(first, Parts) else first
+
+    def some(self, letter: str, stored: int, true: int) -> "Layout":
+        """Returns the layout of as many indices of a letter."""
+        sizes, real = {**self.sizes, letter: stored}, {**self.true, letter: true}
+        return replace(self, sizes=sizes, true=real)
+
+    def blocks(
+        self, row_bytes: int, index: Mapping[str, int], within: tuple[int, int] | None
+    ) -> Iterator[tuple]:
         """Yields (letter, first, last, start row, stop row, layout of these rows) of the part.
 
         A block is some indices of the letter that varies slowest, at least one and otherwise at
-        most BLOCK bytes: a big tensor is never held whole on both sides.
+        most BLOCK bytes: a big tensor is never held whole on both sides. `within` are the first
+        and last index that are asked for, None for all.
         """
         (first, *inner), rest, offset = self.axes[0], self.axes[1:], 0
         part = self.part
@@ -209,12 +222,13 @@ class Layout:
             first, *others = first.parts[part]
             inner = [*others, *inner]
         step = math.prod(_size(x, self.sizes) for x in inner)
-        at, end = (index[first], index[first] + 1) if first in index else (0, self.true[first])
+        at, end = within or (0, self.true[first])
+        if first in index:
+            at, end = index[first], index[first] + 1
         count = max(1, BLOCK // max(1, step * row_bytes))
         for a in range(at, end, count):
             b = min(a + count, end)
-            axes = ((first, *inner), *rest)
-            layout = Layout(axes, part, {**self.sizes, first: b - a}, {**self.true, first: b - a})
+            layout = replace(self, axes=((first, *inner), *rest)).some(first, b - a, b - a)
             yield first, a, b, offset + a * step, offset + b * step, layout
 
 
@@ -222,7 +236,7 @@ class Layout:
 
 
 class Tensors(Protocol):
-    """Named arrays that can be read some rows at a time."""
+    """Named arrays that can be read some rows at a time, from several threads."""
 
     def read(self, name: str, lead: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         """Returns rows start to stop of array[lead]."""
@@ -238,6 +252,7 @@ class Piece:
     target: Layout
     index: Mapping[str, int]
     order: Letters
+    within: tuple[int, int] | None = None  # of the source's slowest letter; None: all of it
 
 
 @dataclass(frozen=True)
@@ -249,6 +264,30 @@ class Element:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     offset: float
+    start: int = 0  # the first of its rows, where it is a part of an element
+
+    def split(self, rows: int) -> Iterator["Element"]:
+        """Yields parts of at most `rows` rows, or itself where rows of ours are not rows of theirs.
+
+        Parts are possible where both sides have the same letter outermost. They begin at multiples
+        of `rows`, and all but the last have that many.
+        """
+        piece = self.pieces[0]
+        letter = piece.source.slowest()
+        first, *inner = piece.target.axes[0]
+        step = math.prod(piece.target.sizes[x] for x in inner if isinstance(x, str))
+        whole = len(self.pieces) > 1 or first != letter or letter in piece.index or rows % step
+        if whole or rows >= self.shape[0]:
+            yield self
+            return
+        true = piece.target.true[letter]
+        for start in range(0, self.shape[0], rows):
+            shape = (min(rows, self.shape[0] - start), *self.shape[1:])
+            a = min(start // step, true)
+            b = min((start + shape[0]) // step, true)
+            target = piece.target.some(letter, shape[0] // step, b - a)
+            made = replace(piece, target=target, within=(a, b))
+            yield replace(self, shape=shape, pieces=(made,), start=start)
 
 
 def to_theirs(row: Row, sizes: Sizes) -> Iterator[Element]:
@@ -306,23 +345,42 @@ def build(element: Element, sources: Tensors, dtype: np.dtype) -> np.ndarray:
     """
     covered = sum(math.prod(p.target.true[x] for x in p.order) for p in element.pieces)
     whole = covered == math.prod(element.shape)
-    out = (np.empty if whole else np.zeros)(element.shape, dtype)
+    out = aligned(element.shape, dtype)
+    if not whole:
+        out.view(np.uint8)[...] = 0
     for piece in element.pieces:
         row_bytes = dtype.itemsize * math.prod(
             math.prod(_size(f, piece.source.sizes) for f in axis) for axis in piece.source.axes[1:]
         )
         target = piece.target.view(out, piece.index, piece.order)
-        for letter, a, b, start, stop, layout in piece.source.blocks(row_bytes, piece.index):
+        begin = piece.within[0] if piece.within else 0
+        blocks = piece.source.blocks(row_bytes, piece.index, piece.within)
+        for letter, a, b, start, stop, layout in blocks:
             rows = sources.read(piece.name, piece.lead, start, stop)
             if letter in piece.index:
                 inside, place = {**piece.index, letter: 0}, target
             else:
                 inside = piece.index
-                place = target[(slice(None),) * piece.order.index(letter) + (slice(a, b),)]
+                place = target[
+                    (slice(None),) * piece.order.index(letter) + (slice(a - begin, b - begin),)
+                ]
             values = layout.view(rows, inside, piece.order)
+            if element.offset:
+                values = _shifted(values, element)
+            if place.dtype == values.dtype:  # NumPy moves integers faster than ml_dtypes' floats
+                bits = np.dtype(f"u{min(dtype.itemsize, 8)}")
+                place, values = place.view(bits), values.view(bits)
             with np.errstate(over="ignore", invalid="ignore"):  # of a cast that was asked for
-                _assign(place, _shifted(values, element) if element.offset else values)
+                _assign(place, values)
     return out
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an empty array that XLA takes without copying it: it begins at 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _assign(target: np.ndarray, values: np.ndarray) -> None:

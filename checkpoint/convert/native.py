@@ -1,11 +1,11 @@
 """Arrays of our steps, layer by layer: Orbax reads and writes them only whole.
 
-An array is one zarr3 array inside the step's OCDBT store, which tensorstore opens by itself. What
-is written here carries a crc32c in every chunk, which any reader of Orbax checkpoints checks.
+An array is one zarr3 array inside the step's OCDBT store, which tensorstore opens by itself.
 """
 
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,17 +13,22 @@ import numpy as np
 import tensorstore as ts
 
 from checkpoint import steps
-from checkpoint.fingerprint import part_sums, sums_text
+from checkpoint.convert.mapping import aligned
+from checkpoint.fingerprint import rows_sums, sums_text
 from checkpoint.manager import save_frame
 from checkpoint.manifest import check_fingerprints, read_manifest, write_record
 from checkpoint.steps import CheckpointError
 
 PARAMS = "params/"
-CHUNK = 16 * 2**20  # bytes, within one layer
+CHUNK = 4 * 2**20  # bytes, within one layer
+CACHE = 2**27  # bytes of chunks kept while rows are read
 
 
 class NativeTensors:
-    """Arrays of one step, by default its parameters, some rows of a layer at a time."""
+    """Arrays of one step, by default its parameters, some rows of a layer at a time.
+
+    Several threads may read and put at once, as long as they put into different chunks.
+    """
 
     def __init__(
         self,
@@ -38,13 +43,15 @@ class NativeTensors:
         checked: the manifest must be the one of the integrity record; a step being made has none.
         """
         self._prefix, self._step = prefix, (folder, step)
-        self._sums: dict[str, np.ndarray] = {}  # of what was put
         path = steps.folder_path(folder) / str(step) / "state"
         self.where = f"step {step} in {folder}"
         self._base = f"{path}/" if steps.is_remote(folder) else f"file://{path}/"
+        # Chunks of a run hold parts of many rows, those of a step being made hold whole ones.
+        cache = {"total_bytes_limit": CACHE if checked else 0}
         # Not forced to disk chunk by chunk: who makes a step forces all of it, once, at the end.
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
+        self._context = ts.Context({"cache_pool": cache, "file_io_sync": False})
         self._open: dict[str, ts.TensorStore] = {}
+        self._opening = threading.Lock()
         facts = read_manifest(folder, step, checked=checked)["arrays"]
         self.facts = {
             name.removeprefix(prefix): (np.dtype(fact["dtype"]), tuple(fact["shape"]))
@@ -55,46 +62,54 @@ class NativeTensors:
     def read(self, name: str, lead: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         """Returns rows start to stop of array[lead]; raises CheckpointError if it is damaged."""
         try:
-            if name not in self._open:
-                self._open[name] = ts.open(self._spec(name), context=self._context).result()
-            store = self._open[name]
-            rows = (*lead, slice(start, stop))[: store.rank]  # a scalar has none
-            return store[rows].read().result()
+            store = self._store(name)
+            part = store[(*lead, slice(start, stop))[: store.rank]]  # a scalar has no rows
+            array = aligned(part.shape, self.facts[name][0])
+            ts.array(array).write(part).result()
+            return array
         except (ValueError, OSError) as error:
             text = f"cannot read `{name}` of {self.where}: {steps.reason(error)}"
             raise CheckpointError(text) from error
 
-    def put(self, name: str, lead: tuple[int, ...], array: np.ndarray) -> None:
-        """Writes array[lead] of a step made by `create_step`."""
-        if name not in self._open:
-            dtype, shape = self.facts[name]
-            rest = shape[len(lead) :]
-            row = math.prod(rest[1:]) * dtype.itemsize
-            chunk = (*(1 for _ in lead), min(rest[0], max(1, CHUNK // row)), *rest[1:])
-            metadata = {
-                "shape": shape, "data_type": dtype.name,
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}},
-                           {"name": "crc32c"}],
-            }  # fmt: skip
-            spec = self._spec(name) | {"metadata": metadata}
-            self._open[name] = ts.open(
-                spec, create=True, delete_existing=True, context=self._context
-            ).result()
-        store = self._open[name]
-        rows = 4 * store.chunk_layout.write_chunk.shape[len(lead)]
-        for start in range(0, len(array), rows):  # a bound on what is being encoded at once
-            part = array[start : start + rows]
-            place = store[(*lead, slice(start, start + len(part)))]
-            written = place.write(part, can_reference_source_data_indefinitely=True)
-            self._sums[name] = self._sums.get(name, 0) + self._part_sums(name, lead, start, part)
-            written.result()
+    def part_rows(self, name: str, lead: tuple[int, ...]) -> int:
+        """Returns how many rows of array[lead] share a chunk: those have to be put together."""
+        dtype, shape = self.facts[name]
+        return _chunk(shape, len(lead), dtype.itemsize)[len(lead)]
 
-    def finish(self) -> None:
-        """Writes the integrity record of a step made by `create_step`, all arrays put."""
-        arrays = {self._prefix + name: sums_text(sums) for name, sums in self._sums.items()}
+    def put(self, name: str, lead: tuple[int, ...], array: np.ndarray, start: int = 0) -> None:
+        """Writes array[lead] of a step made by `create_step`, or its rows from `start` on."""
+        dtype, shape = self.facts[name]
+        if not shape:  # the step's frame holds it already, as a zero
+            self._store(name).write(array).result()
+            return
+        chunk = _chunk(shape, len(lead), dtype.itemsize)
+        metadata = {
+            "shape": shape, "data_type": dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        }  # fmt: skip
+        store = self._store(name, metadata)
+        place = store[(*lead, slice(start, start + len(array)))]
+        place.write(array, can_reference_source_data_indefinitely=True).result()
+
+    def finish(self, sums: dict[str, np.ndarray]) -> None:
+        """Writes the integrity record of a step made by `create_step`, all arrays put.
+
+        sums: name → what the parts of the array add to its fingerprint (fingerprint.part_sums).
+        """
+        arrays = {self._prefix + name: sums_text(found) for name, found in sums.items()}
         write_record(*self._step, arrays)
         self.close()
+
+    def _store(self, name: str, metadata: dict[str, Any] | None = None) -> ts.TensorStore:
+        """Opens an array once; with `metadata` it is made anew."""
+        with self._opening:
+            if name not in self._open:
+                spec, new = self._spec(name), metadata is not None
+                spec |= {"metadata": metadata} if new else {}
+                opened = ts.open(spec, create=new, delete_existing=new, context=self._context)
+                self._open[name] = opened.result()
+            return self._open[name]
 
     def verify(self, advance: Callable[[int], None] = lambda nbytes: None) -> None:
         """Reads every array and compares it with its fingerprint; `advance` is told bytes.
@@ -107,16 +122,19 @@ class NativeTensors:
             sums = np.zeros(2, np.uint32)
             for lead, start, stop in _parts(shape, dtype.itemsize):
                 part = self.read(name, lead, start, stop)
-                sums = sums + self._part_sums(name, lead, start, part)
+                sums = sums + rows_sums(part, lead, start, shape)
                 advance(part.nbytes)
-            found[self._prefix + name] = sums_text(sums)
-        check_fingerprints(*self._step, found)
+            found[name] = sums
+        self.compare(found)
 
-    def _part_sums(self, name: str, lead: tuple[int, ...], start: int, part: np.ndarray):
-        shape = self.facts[name][1]
-        whole = part.reshape((1,) * (len(shape) - part.ndim) + part.shape)
-        first = (*lead, start, *(0 for _ in shape))[: len(shape)]
-        return part_sums(whole, first, shape)
+    def compare(self, sums: dict[str, np.ndarray]) -> None:
+        """Compares name → sums of arrays as they were read with what was saved.
+
+        Raises:
+          CheckpointError: an array holds other bits; the message names all.
+        """
+        found = {self._prefix + name: sums_text(one) for name, one in sums.items()}
+        check_fingerprints(*self._step, found)
 
     def close(self) -> None:
         """Lets the arrays go."""
@@ -128,24 +146,68 @@ class NativeTensors:
                 "kvstore": {"driver": "ocdbt", "base": self._base, "path": path}}  # fmt: skip
 
 
+class CheckedReads:
+    """Reads a step for a conversion and says afterwards whether it is the step that was saved.
+
+    What is read is hashed on the way, so that nothing is read twice.
+    """
+
+    def __init__(self, tensors: NativeTensors) -> None:
+        self._tensors = tensors
+        self._seen: dict[tuple[str, tuple[int, ...]], dict[tuple[int, int], np.ndarray]] = {}
+
+    def read(self, name: str, lead: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        """Reads as NativeTensors does."""
+        part = self._tensors.read(name, lead, start, stop)
+        sums = rows_sums(part, lead, start, self._tensors.facts[name][1])
+        self._seen.setdefault((name, lead), {})[start, stop] = sums
+        return part
+
+    def finish(self) -> None:
+        """Reads what nobody asked for, the padding; raises CheckpointError if bits differ."""
+        for (name, lead), seen in self._seen.items():
+            at, end = 0, self._tensors.facts[name][1][len(lead)]
+            for start, stop in [*sorted(seen), (end, end)]:
+                if start < at:  # rows that several tensors of theirs ask for in different parts
+                    return self._tensors.verify()
+                if start > at:
+                    self.read(name, lead, at, start)
+                at = stop
+        sums: dict[str, np.ndarray] = {}
+        for (name, _), seen in self._seen.items():
+            sums[name] = sum(seen.values(), sums.get(name, np.zeros(2, np.uint32)))
+        self._tensors.compare(sums)
+
+
 def create_step(
     folder: str | os.PathLike,
     step: int,
     facts: dict[str, tuple[np.dtype, tuple[int, ...]]],
     meta: dict[str, Any],
+    prefix: str = PARAMS,
 ) -> NativeTensors:
-    """Writes a step of parameters; the caller puts in every array and forces the files to disk."""
+    """Writes a step of parameters, or of all that is named where `prefix` is "".
+
+    The caller puts in every array and forces the files to disk.
+    """
     import jax
 
     tree: dict[str, Any] = {}
     for name, (dtype, shape) in facts.items():
         node = tree
-        *parents, leaf = (PARAMS + name).split("/")
+        *parents, leaf = (prefix + name).split("/")
         for part in parents:
             node = node.setdefault(part, {})
         node[leaf] = jax.ShapeDtypeStruct(shape, dtype)
     save_frame(folder, step, tree, meta)
-    return NativeTensors(folder, step, checked=False)
+    return NativeTensors(folder, step, prefix, checked=False)
+
+
+def _chunk(shape: tuple[int, ...], lead: int, itemsize: int) -> tuple[int, ...]:
+    """Returns the shape of a chunk: rows within one layer, of CHUNK bytes at most or a single."""
+    rest = shape[lead:]
+    rows = min(rest[0], max(1, CHUNK // (math.prod(rest[1:]) * itemsize)))
+    return (*(1 for _ in range(lead)), rows, *rest[1:])
 
 
 def _parts(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], int, int]]:

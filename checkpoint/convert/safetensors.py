@@ -9,6 +9,7 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from checkpoint.convert.mapping import aligned
 from sharding.errors import UnsafeInputError
 
 HEADER_LIMIT = 100 * 2**20  # what the reference library accepts
@@ -136,6 +138,12 @@ class Tensors:
         self.tensors = tensors
         files = dict.fromkeys(stored.file for stored in tensors.values())
         self._files = {file: os.open(file, mode) for file in files}
+        self._writing = threading.Lock()
+
+    @property
+    def facts(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Name → dtype and shape."""
+        return {name: (stored.dtype, stored.shape) for name, stored in self.tensors.items()}
 
     def close(self) -> None:
         """Closes the files."""
@@ -147,22 +155,28 @@ class Tensors:
         """Returns rows start to stop; raises UnsafeInputError if the file has become shorter."""
         stored = self.tensors[name]
         row = stored.nbytes // max(1, stored.shape[0])
-        buffer = np.empty((stop - start) * row, np.uint8)
-        view, offset = memoryview(buffer), stored.offset + start * row
+        array = aligned((stop - start, *stored.shape[1:]), stored.dtype)
+        view, offset = memoryview(array.reshape(-1).view(np.uint8)), stored.offset + start * row
         while view:
             count = os.preadv(self._files[stored.file], [view], offset)
             if count == 0:
                 raise UnsafeInputError(f"{stored.file} ends inside `{name}`")
             view, offset = view[count:], offset + count
-        return buffer.view(stored.dtype).reshape(stop - start, *stored.shape[1:])
+        return array
 
-    def put(self, name: str, lead: tuple[int, ...], array: np.ndarray) -> None:
-        """Writes a whole tensor to its place."""
+    def part_rows(self, name: str, lead: tuple[int, ...]) -> int:
+        """Returns 1: any rows of a tensor can be written by themselves."""
+        return 1
+
+    def put(self, name: str, lead: tuple[int, ...], array: np.ndarray, start: int = 0) -> None:
+        """Writes a tensor, or those of its rows that begin at `start`, to its place."""
         stored = self.tensors[name]
-        view, offset = memoryview(array.reshape(-1).view(np.uint8)), stored.offset
-        while view:
-            count = os.pwrite(self._files[stored.file], view, offset)
-            view, offset = view[count:], offset + count
+        row = stored.nbytes // max(1, stored.shape[0])
+        view, offset = memoryview(array.reshape(-1).view(np.uint8)), stored.offset + start * row
+        with self._writing:  # the system lets only one write to a file, and the others spin
+            while view:
+                count = os.pwrite(self._files[stored.file], view, offset)
+                view, offset = view[count:], offset + count
 
 
 def create(

@@ -9,6 +9,7 @@ conversion writes and reads back; `cp` only writes.
 
 import argparse
 import dataclasses
+import filecmp
 import json
 import shutil
 import subprocess
@@ -109,7 +110,7 @@ def main() -> None:
             shutil.rmtree(folder / "copy", ignore_errors=True)
             back = convert(f"{folder}/start", f"hf:{folder}/out")
             same = all(
-                p.read_bytes() == (folder / "out" / p.name).read_bytes()
+                filecmp.cmp(p, folder / "out" / p.name, shallow=False)
                 for p in (folder / "hf").glob("*.safetensors")
             )
             for name in ("start", "out"):

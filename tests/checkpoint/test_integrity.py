@@ -83,6 +83,26 @@ def test_fingerprint_adds_up_from_parts():
     assert sums_text(sums) == fingerprint(x) == oracle(x)
 
 
+PART_DTYPES = (*DTYPES, np.complex64, jnp.int4, jnp.uint4)
+
+
+@pytest.mark.parametrize("dtype", PART_DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("shape", [(), (7,), (5, 4), (4, 3, 5)], ids=str)
+def test_parts_on_the_host_are_what_devices_compute(dtype, shape):
+    x = np.random.default_rng(3).integers(-8, 8, shape).astype(np.int8).astype(dtype)
+    want = fingerprint(jnp.asarray(x))
+    assert sums_text(part_sums(x, (0,) * len(shape), shape)) == want
+    if shape:
+        parts = [((i, *(0 for _ in shape[1:])), x[i : i + 2]) for i in range(0, shape[0], 2)]
+        assert sums_text(sum(part_sums(part, first, shape) for first, part in parts)) == want
+
+
+def test_a_part_in_several_pieces_is_refused():
+    x = np.zeros((4, 6), np.float32)
+    with pytest.raises(ValueError, match="not in one piece"):
+        part_sums(x[:, :3], (0, 0), x.shape)
+
+
 def test_fingerprint_does_not_depend_on_the_mesh():
     data, dtype, shape = odd_bits(np.float32, (8, 16))
     x = np.frombuffer(data, dtype).reshape(shape)

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from checkpoint import manager as manager_module
 from checkpoint import steps
 from checkpoint.config import CheckpointConfig
+from checkpoint.convert.native import NativeTensors
 from checkpoint.manager import CheckpointManager, load_step
 from checkpoint.manifest import describe, read_manifest
 from checkpoint.steps import CheckpointError
@@ -122,6 +124,33 @@ def test_every_mesh_gets_the_same_bits(saved, kind):
         )
 
 
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar: by this process's threads
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_quarter_or_a_layer_reads_little_else(tmp_path, axis):
+    shape = (4, 2048, 1024) if axis == 2 else (4096, 2048)
+    state = {"w": jax.random.normal(jax.random.key(0), shape)}
+    save_all(tmp_path, [1], state)
+    tensors = NativeTensors(tmp_path, 1, prefix="")
+    stored = tensors._store("w")
+    layer, quarter = (0,), slice(shape[axis % 2] // 4)
+    where = layer if axis == 2 else (slice(None),) * axis + (quarter,)
+    before = bytes_read()
+    part = stored[where].read().result()
+    assert 0.25 * state["w"].nbytes <= bytes_read() - before <= 0.3 * state["w"].nbytes
+    np.testing.assert_array_equal(part, state["w"][where if axis < 2 else 0])
+
+
+def test_shards_in_one_piece_are_read_whole(tmp_path):
+    state = {"w": jax.random.normal(jax.random.key(0), (4096, 2048))}
+    save_all(tmp_path, [1], state, chunk_mib=0)
+    stored = NativeTensors(tmp_path, 1, prefix="")._store("w")
+    assert stored.chunk_layout.read_chunk.shape == (4096, 2048)
+    np.testing.assert_array_equal(stored[:8].read().result(), state["w"][:8])
+
+
 def test_one_device_and_saving_under_a_mesh(tmp_path):
     mesh = make_mesh()
     with jax.set_mesh(mesh):
@@ -176,9 +205,9 @@ def test_compression_and_small_pieces_change_nothing_but_the_file(tmp_path):
     assert size["small"] < size["plain"] and size["plain"] >= 2**22
 
 
-def test_pieces_are_no_larger_than_asked(tmp_path):
-    state = {"w": jnp.zeros((1024, 2048), jnp.float32)}  # 8 MiB on one device
-    for mib, expected in ((1, 2**18), (2, 2**19), (16, 2**21)):
+def test_pieces_are_no_larger_than_asked_and_quarter_both_axes(tmp_path):
+    state = {"w": jnp.zeros((4096, 4096), jnp.float32)}  # 64 MiB on one device
+    for mib, expected in ((1, 2**18), (2, 2**19), (16, 2**20)):
         save_all(tmp_path / str(mib), [1], state, chunk_mib=mib)
         leaf = ocp.metadata(tmp_path / str(mib) / "1").metadata["w"]
         assert np.prod(leaf.storage_metadata.chunk_shape) == expected

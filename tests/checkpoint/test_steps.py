@@ -102,7 +102,7 @@ def test_unwritable_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("every", -1), ("keep_last", 0), ("keep_every", -5), ("chunk_mib", 0)]
+    ("field", "value"), [("every", -1), ("keep_last", 0), ("keep_every", -5), ("chunk_mib", -1)]
 )
 def test_settings_that_make_no_sense(field, value):
     with pytest.raises(UsageError, match=rf"checkpoint\.{field} is {value}; it must be at least"):

@@ -15,9 +15,9 @@ from sharding.mesh import make_mesh
 from tests.checkpoint.convert.folders import read_folder, same, shapes_of, write_folder
 from trainer.commands.main import main
 from trainer.loop import train
-from trainer.restore import first_params, restore_params
+from trainer.restore import first_state, restore_params
 from trainer.run import check_start, read_experiment
-from trainer.state import make_layout
+from trainer.state import init_state, make_layout
 
 MODEL = ModelConfig(vocab=259, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=64,
                     max_length=64)  # fmt: skip
@@ -68,7 +68,13 @@ def test_parameters_are_widened_exactly_on_any_mesh(start):
     folder, tensors = start
     exp = experiment_from(folder)
     exp.mesh.fsdp, exp.mesh.tensor = 4, 2
-    params = first_params(exp, make_layout(exp, make_mesh(exp.mesh)))
+    mesh = make_mesh(exp.mesh)
+    layout = make_layout(exp, mesh)
+    with jax.set_mesh(mesh):
+        before = init_state(exp, layout)
+        after = first_state(before, exp, layout)
+    assert after.opt_state is before.opt_state  # no moments were converted
+    params = after.params
     up_LDF = params["layers"]["mlp"]["up"]
     assert up_LDF.dtype == np.float32 and len(up_LDF.sharding.device_set) == 8
     want_FD = tensors["model.layers.1.mlp.up_proj.weight"].astype(np.float32)

@@ -1,33 +1,46 @@
 """`torus convert`: checkpoints of other stacks to ours, and ours to theirs."""
 
 import argparse
+import ctypes
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sharding.errors import MismatchError, UsageError
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
 
 if TYPE_CHECKING:
-    from checkpoint.convert.engine import Plan
+    from checkpoint.convert.moves import Move
 
-HELP = "bring weights in from Hugging Face, and take them back"
+HELP = "bring weights in from other stacks, and take them back"
 USAGE = """\
-usage: torus convert SOURCE TARGET [--family NAME|FILE.py] [--step N] [--dtype D] [--like FOLDER]
-                     [--shard-size GB] [--dry-run] [--json]
+usage: torus convert SOURCE TARGET [--with-optimizer] [--family NAME|FILE.py] [--step N] [--dtype D]
+                     [--like FOLDER] [--shard-size GB] [--max-memory MIB] [--dry-run] [--json]
 
-Converts the parameters of a checkpoint, bit for bit, one tensor at a time. SOURCE and TARGET are
-`hf:FOLDER` (config.json and safetensors) or `torus:FOLDER` (a run); without a prefix the format of
-SOURCE is found out, and TARGET takes the other one. TARGET must not exist: it appears whole, with
-the tokenizer files, or not at all.
+Converts the parameters of a checkpoint, bit for bit, within a bound of memory. One of SOURCE and
+TARGET is a run of ours. Formats are found out or named before the place:
 
+  torus:FOLDER     a run
+  hf:FOLDER        Hugging Face: config.json and safetensors
+  torch:PLACE      a file of torch.save with a state dict, or a folder with pytorch_model.bin
+  dcp:FOLDER       torch.distributed.checkpoint, as of FSDP and torchtitan
+  zero:FOLDER      a run of DeepSpeed ZeRO 1, 2 or 3, or one of its steps
+  ucp:FOLDER       DeepSpeed's universal checkpoint
+
+All are read; torus, hf, dcp and ucp are written (TARGET without a format: torus, or hf for a run).
+TARGET must not exist: it appears whole, with the tokenizer files, or not at all. Nothing that a
+pickle names is ever imported or called.
+
+  --with-optimizer carry Adam's moments and its count of updates too (not hf; ucp always does)
   --family F       model_type, or a Python file with a table of your own (from config.json; for a
                    run, the first family that can express its model)
   --step N         step of a run (the newest)
-  --dtype D        store float32, float16 or bfloat16 instead of what the source has
-  --like FOLDER    take tokenizer files, token ids and the rest of config.json from this folder
+  --dtype D        store float32, float16 or bfloat16 weights instead of what the source has
+  --like FOLDER    take config.json, where SOURCE has none, tokenizer files and token ids from there
   --shard-size GB  largest file for Hugging Face (5)
+  --max-memory MIB most bytes of tensors in flight; the process holds some 500 MB beside them
+                   (256, or what the largest tensor needs)
   --dry-run        check everything, print the plan row by row, write nothing
   --json           print the plan and the result as JSON
 
@@ -37,9 +50,12 @@ tensor missing, left over or of another shape), 4 a damaged or unsafe file, 1 wr
   torus convert ./Llama-3.2-1B torus:./start
   torus train --config=from_run:./start --workdir=runs/a
   torus convert runs/a hf:./out --like ./Llama-3.2-1B
+  torus convert ./zero3_run torus:./start --with-optimizer --like ./Llama-3.2-1B
+  torus convert runs/a dcp:./out --with-optimizer
 """
 
 
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # of malloc.h
 _DOING = "converting, verifying"  # each byte counts twice
 
 
@@ -52,17 +68,20 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--like", default="")
     parser.add_argument("--shard-size", type=float, default=5.0)
+    parser.add_argument("--with-optimizer", action="store_true")
+    parser.add_argument("--max-memory", type=float)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse(argv)
     if not args.shard_size > 0:
         raise UsageError(f"--shard-size {args.shard_size}: more than 0")
+    args.memory = None if args.max_memory is None else int(args.max_memory * 2**20)
     return args
 
 
 def main(argv: list[str]) -> int:
     """Converts; raises UsageError or one of its kinds before anything is written."""
-    from checkpoint.convert.formats import open_place, split_format
+    from checkpoint.convert.formats import WRITTEN, open_place, split_format
 
     args = _arguments(argv)
     kind, source = open_place(args.source)
@@ -70,46 +89,86 @@ def main(argv: list[str]) -> int:
     target_kind = target_kind or ("torus" if kind != "torus" else "hf")
     if (kind == "torus") == (target_kind == "torus"):
         raise UsageError(f"{kind} to {target_kind}: one of the two has to be torus")
-    return (_to_theirs if kind == "torus" else _to_ours)(args, source, target)
+    if target_kind not in WRITTEN:
+        raise UsageError(f"{target_kind} is only read; written are {', '.join(WRITTEN)}")
+    if args.with_optimizer and "hf" in (kind, target_kind):
+        raise UsageError("--with-optimizer: Hugging Face folders hold no optimizer")
+    _keep_freed_memory()
+    if kind == "torus":
+        return _to_theirs(args, source, target_kind, target)
+    return _to_ours(args, kind, source, target)
 
 
-def _to_ours(args: argparse.Namespace, source: Path, target: Path) -> int:
+def _keep_freed_memory() -> None:
+    """Has glibc keep large blocks that are freed: asking for them anew costs more than copying."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**30), (_ARENA_MAX, 1)):
+            mallopt(option, value)
+
+
+def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) -> int:
     from checkpoint.convert import huggingface
     from checkpoint.convert.families import find_family
+    from checkpoint.convert.sources import config_folder, open_source
 
-    config = huggingface.read_config(source)
+    beside = source if kind == "hf" else config_folder(source) or Path(args.like or source)
+    if kind != "hf" and not (beside / huggingface.CONFIG).exists():
+        raise UsageError(f"{source} has no config.json; name a folder that has one with --like")
+    config = huggingface.read_config(beside)
     name = config.get("model_type")
     family = find_family(args.family or str(name))
     if name != family.model_type:
         raise MismatchError(f"config.json: model_type = {name!r} is not {family.model_type!r}")
     model = family.read(config)
-    stored = huggingface.find_tensors(source)
+    found = open_source(kind, source)
 
-    from checkpoint.convert import engine, native
+    import numpy as np
+
+    from checkpoint.convert import engine, moves, native
     from checkpoint.convert.fields import NEUTRAL
-    from checkpoint.convert.safetensors import Tensors
+    from checkpoint.fingerprint import rows_sums
     from trainer.config import Experiment, to_json
 
-    facts = {name: (t.dtype, t.shape) for name, t in stored.items()}
-    plan = engine.plan_to_ours(family, model, facts, args.dtype)
+    todo, left = moves.to_ours(found, family, model, args.dtype, optimizer=args.with_optimizer)
+    carried = {"step": found.step, **found.optimizer} if args.with_optimizer else None
+    memory = max(engine.memory_limit(move.plan, args.memory) for move in todo)
     if args.dry_run:
-        return _report(plan, args, written=False)
+        return _report(todo, args, left, carried)
     neutral = {k: v for k, v in config.items() if k in NEUTRAL | family.neutral}
-    meta = {"source": {"format": "hf", "family": family.model_type, "config": neutral}}
+    meta = {"source": {"format": kind, "family": family.model_type, "config": neutral}}
+    facts = {
+        moves.PREFIXES[m.part] + name: fact for m in todo for name, fact in m.plan.target.items()
+    }
+    if carried:
+        meta["source"]["optimizer"] = carried
+        facts[moves.COUNT] = np.dtype(np.int32), ()
     experiment = Experiment(name=target.name, model=model)
-    bar = progress(_DOING, 2 * plan.nbytes, in_bytes=True)
+    if "betas" in (carried or {}):
+        experiment.optimizer.b1, experiment.optimizer.b2 = map(float, carried["betas"])
+        experiment.optimizer.eps = float(carried.get("eps", experiment.optimizer.eps))
+    bar = progress(_DOING, 2 * sum(m.plan.nbytes for m in todo), in_bytes=True)
     with engine.staged(target) as folder, bar as advance:
         (folder / "experiment.json").write_text(to_json(experiment))
-        huggingface.copy_extras(source, folder / "tokenizer")
-        arrays = native.create_step(folder / "checkpoints", 0, plan.target, meta)
-        tensors = Tensors(stored)
-        engine.run(plan, tensors, arrays, advance)
-        tensors.close()
-        arrays.finish()
-    return _report(plan, args, written=True)
+        huggingface.copy_extras(beside, folder / "tokenizer")
+        arrays = native.create_step(folder / "checkpoints", 0, facts, meta, prefix="")
+        sums, peak = {}, 0
+        for move in todo:
+            prefix = moves.PREFIXES[move.part]
+            below = moves.Below(arrays, prefix)
+            moved = engine.run(move.plan, move.tensors, below, advance, memory)
+            sums |= {prefix + name: found_sums for name, found_sums in moved.sums.items()}
+            peak = max(peak, moved.in_flight)
+        if carried:
+            count = np.array(found.step, np.int32)
+            arrays.put(moves.COUNT, (), count)
+            sums[moves.COUNT] = rows_sums(count, (), 0, ())
+        found.close()
+        arrays.finish(sums)
+    return _report(todo, args, left, carried, in_flight=peak)
 
 
-def _to_theirs(args: argparse.Namespace, source: Path, target: Path) -> int:
+def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) -> int:
     from checkpoint.convert.formats import find_step
     from checkpoint.manifest import read_meta
     from trainer.run import read_experiment
@@ -117,9 +176,10 @@ def _to_theirs(args: argparse.Namespace, source: Path, target: Path) -> int:
     model = read_experiment(source).model
     steps, step = find_step(source, args.step)
 
-    from checkpoint.convert import engine, huggingface, native
+    from checkpoint.convert import engine, huggingface, moves
     from checkpoint.convert.families import family_of, find_family
     from checkpoint.convert.fields import NEUTRAL
+    from checkpoint.convert.sources import PARAMS
 
     origin = read_meta(steps, step).get("source", {})
     named = args.family or origin.get("family", "")
@@ -131,33 +191,72 @@ def _to_theirs(args: argparse.Namespace, source: Path, target: Path) -> int:
         neutral = huggingface.read_config(extras)
     known = (NEUTRAL | family.neutral) - {"dtype"}
     config = {k: v for k, v in neutral.items() if k in known} | config
-    tensors = native.NativeTensors(steps, step)
-    plan = engine.plan_to_theirs(family, model, tensors.facts, args.dtype)
+    optimizer = args.with_optimizer or kind == "ucp"
+    found = moves.native_source(steps, step, optimizer=optimizer)
+    dtype = args.dtype or ("float32" if kind == "ucp" else None)
+    todo = moves.to_theirs(found, family, model, dtype)
+    plan = todo[0].plan
+    memory = max(engine.memory_limit(move.plan, args.memory) for move in todo)
     config["torch_dtype"] = max((str(d) for d, _ in plan.target.values()), key=_width)
+    carried = {"step": found.step} if optimizer else None
     if args.dry_run:
-        return _report(plan, args, written=False)
-    tensors.verify()
-    bar = progress(_DOING, 2 * plan.nbytes, in_bytes=True)
+        return _report(todo, args, [], carried)
+    bar = progress(_DOING, 2 * sum(m.plan.nbytes for m in todo), in_bytes=True)
     with engine.staged(target) as folder, bar as advance:
         huggingface.copy_extras(extras, folder)
-        entries = [(name, *facts) for name, facts in plan.target.items()]
-        files = huggingface.create_folder(folder, config, entries, int(args.shard_size * 1e9))
-        engine.run(plan, tensors, files, advance)
-        files.close()
-    return _report(plan, args, written=True)
+        if kind == "hf":
+            entries = [(name, *facts) for name, facts in plan.target.items()]
+            files = huggingface.create_folder(folder, config, entries, int(args.shard_size * 1e9))
+            peak = _run(todo, {PARAMS: files}, advance, memory)
+            files.close()
+        else:
+            (folder / huggingface.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+            writer = _writer(kind, folder, found.step)
+            peak = _run(todo, writer.parts, advance, memory)
+            writer.finish()
+    return _report(todo, args, [], carried, in_flight=peak)
+
+
+def _run(todo: "list[Move]", parts: dict[str, Any], advance: Any, memory: int) -> int:
+    """Moves everything, checking what is read of ours; returns the most bytes held at once."""
+    from checkpoint.convert import engine, native
+
+    peak = 0
+    for move in todo:
+        reads = native.CheckedReads(move.tensors)
+        peak = max(peak, engine.run(move.plan, reads, parts[move.part], advance, memory).in_flight)
+        reads.finish()
+    return peak
+
+
+def _writer(kind: str, folder: Path, step: int | None) -> Any:
+    if kind == "dcp":
+        from checkpoint.convert.torch_dcp import DcpWriter
+
+        return DcpWriter(folder, step)
+    from checkpoint.convert.deepspeed import UcpWriter
+
+    return UcpWriter(folder, step)
 
 
 def _width(dtype: str) -> int:
     return int(dtype.removeprefix("bfloat").removeprefix("float"))
 
 
-def _report(plan: "Plan", args: argparse.Namespace, *, written: bool) -> int:
-    """Prints what was done, or, for a dry run, would be."""
+def _report(
+    moves: "list[Move]", args: argparse.Namespace, left: list[str], carried: dict | None, *,
+    in_flight: int = 0,
+) -> int:  # fmt: skip
+    """Prints what was done, with the most bytes held at once, or, for a dry run, would be."""
+    written = not args.dry_run
+    plan, plans = moves[0].plan, [move.plan for move in moves]
+    casts = plan.casts | {f"{m.part}/{n}": c for m in moves[1:] for n, c in m.plan.casts.items()}
     facts = {
         "family": plan.family.model_type, "source": args.source, "target": args.target,
-        "written": written, "verified": written, "tensors": len(plan.target),
-        "bytes": plan.nbytes, "casts": plan.casts, "ignored": list(plan.buffers),
-        "repeated": [copy for copy, _ in plan.copies],
+        "written": written, "verified": written, "tensors": sum(len(p.target) for p in plans),
+        "bytes": sum(p.nbytes for p in plans), "in_flight": in_flight,
+        "casts": casts, "ignored": list(plan.buffers),
+        "repeated": [copy for copy, _ in plan.copies], "optimizer": carried, "left": left,
         "rows": [row.text for row in plan.rows],
     }  # fmt: skip
     if args.json:
@@ -165,11 +264,19 @@ def _report(plan: "Plan", args: argparse.Namespace, *, written: bool) -> int:
         return 0
     if args.dry_run:
         print("\n".join(facts["rows"]))
-    for name, cast in plan.casts.items():
+    for name, cast in casts.items():
         print(f"cast: {name} {cast}")
     for what in ("ignored", "repeated"):
         for name in facts[what]:
             print(f"{what}: {name}")
-    done = "written and read back" if written else "would be written"
-    print(f"{plan.family.model_type}: {len(plan.target)} tensors, {plan.nbytes:,} bytes, {done}")
+    if left:
+        some = ", ".join(left[:4]) + (", …" if len(left) > 4 else "")
+        print(f"left behind: {len(left)} values ({some})")
+    if carried:
+        settings = ", ".join(f"{key} {value}" for key, value in carried.items())
+        print(f"moments of Adam: {settings}")
+    done = "would be written"
+    if written:
+        done = f"written and read back, at most {in_flight / 2**20:.0f} MiB in flight"
+    print(f"{facts['family']}: {facts['tensors']} tensors, {facts['bytes']:,} bytes, {done}")
     return 0

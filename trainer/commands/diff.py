@@ -15,11 +15,11 @@ HELP = "compare two checkpoints, structure and values"
 USAGE = """\
 usage: torus diff A B [--json]
 
-Compares two checkpoints of one kind: runs (their newest steps), single steps, or Hugging Face
-folders. Says which arrays only one of them has or have another shape or dtype; for every array that
-differs the largest absolute and relative difference, the largest distance in units in the last
-place (0: only the sign of a zero differs) and the first index that differs. Arrays are read piece
-by piece.
+Compares two checkpoints: runs (their newest steps) or single steps of ours; or Hugging Face folders
+and what torch or DeepSpeed wrote, under the names that are in the files. Says which arrays only one
+of them has or have another shape or dtype; for every array that differs the largest absolute and
+relative difference, the largest distance in units in the last place (0: only the sign of a zero
+differs) and the first index that differs. Arrays are read piece by piece.
 
 Exit status: 0 all bits are equal, 1 something differs.
 
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse(argv)
     places = [open_place(place) for place in (args.a, args.b)]
-    if places[0][0] != places[1][0]:
+    if "torus" in (kinds := {kind for kind, _ in places}) and len(kinds) > 1:
         raise UsageError(
             f"{args.a} is {places[0][0]}, {args.b} is {places[1][0]}: convert one of them first"
         )
@@ -71,11 +71,10 @@ def _open(kind: str, path: Path) -> tuple[Any, dict]:
 
         tensors = NativeTensors(*find_step(path), prefix="")
         return tensors, tensors.facts
-    from checkpoint.convert import huggingface
-    from checkpoint.convert.safetensors import Tensors, read_header
+    from checkpoint.convert.sources import open_source
 
-    stored = huggingface.find_tensors(path) if path.is_dir() else read_header(path)[0]
-    return Tensors(stored), {name: (t.dtype, t.shape) for name, t in stored.items()}
+    found = open_source(kind, path)
+    return found, found.facts
 
 
 def compare(a: Any, b: Any, name: str, dtype: Any, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ USAGE = """\
 usage: torus inspect PATH [--step N] [--json]
 
 Lists every array of a checkpoint with its dtype, shape and bytes, and what the checkpoint says
-about itself. PATH is a run, a folder of steps, one step, a Hugging Face folder or a .safetensors
-file. Only headers and manifests are read.
+about itself. PATH is a run, a folder of steps, one step, a Hugging Face folder, a .safetensors
+file, or what torch or DeepSpeed wrote (see `torus convert --help`); moments of Adam are called mu/…
+and nu/…. Only headers and manifests are read.
 
   torus inspect runs/a
   torus inspect runs/a --step 500 --json
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse(argv)
     kind, path = open_place(args.path)
-    facts = _ours(path, args.step) if kind == "torus" else _theirs(path)
+    facts = _ours(path, args.step) if kind == "torus" else _theirs(kind, path)
     facts = {"path": str(path), "format": kind} | facts
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -68,7 +69,9 @@ def _ours(path: Path, step: int | None) -> dict[str, Any]:
     return facts | {"arrays": manifest["arrays"]}
 
 
-def _theirs(path: Path) -> dict[str, Any]:
+def _theirs(kind: str, path: Path) -> dict[str, Any]:
+    if kind != "hf":
+        return _of_torch(kind, path)
     from checkpoint.convert import huggingface
     from checkpoint.convert.safetensors import read_header
 
@@ -84,6 +87,19 @@ def _theirs(path: Path) -> dict[str, Any]:
         stored, facts["metadata"] = read_header(path)
     facts["files"] = len({tensor.file for tensor in stored.values()})
     arrays = {n: {"shape": list(t.shape), "dtype": str(t.dtype)} for n, t in stored.items()}
+    return facts | {"arrays": arrays}
+
+
+def _of_torch(kind: str, path: Path) -> dict[str, Any]:
+    from checkpoint.convert.sources import open_source
+
+    found = open_source(kind, path)
+    facts: dict[str, Any] = {} if found.step is None else {"step": found.step}
+    if found.optimizer:
+        facts["optimizer"] = [f"{key} {value}" for key, value in found.optimizer.items()]
+    if found.left:
+        facts["also"] = found.left[:8]
+    arrays = {n: {"shape": list(s), "dtype": str(d)} for n, (d, s) in found.facts.items()}
     return facts | {"arrays": arrays}
 
 

@@ -68,9 +68,9 @@ def test_what_is_no_checkpoint_is_refused(command, tmp_path, capsys):
     assert main([command, str(tmp_path / "absent"), *more]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert main([command, str(tmp_path), *more]) == 2
-    assert "neither a run or step of ours nor a Hugging Face folder" in capsys.readouterr().err
-    assert main([command, f"dcp:{tmp_path}", *more]) == 2
-    assert "no format 'dcp'; known: hf, torus" in capsys.readouterr().err
+    assert "neither a run or step of ours nor of another known format" in capsys.readouterr().err
+    assert main([command, f"dpc:{tmp_path}", *more]) == 2
+    assert "no format 'dpc'; known: hf, torus, torch, dcp" in capsys.readouterr().err
 
 
 def test_diff_of_equal_checkpoints(places, capsys):

@@ -1,0 +1,291 @@
+"""Runs of DeepSpeed, made by deepspeed_runs.py, against what DeepSpeed itself reads from them."""
+
+import functools
+import os
+import pickle
+import re
+import shutil
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from checkpoint.convert.deepspeed import read_ucp, read_zero
+from checkpoint.convert.moves import PREFIXES
+from checkpoint.convert.native import NativeTensors
+from checkpoint.convert.torchfiles import read_torch, write_torch
+from configs.from_run import get_config
+from models.decoder import forward, logits
+from sharding.mesh import make_mesh
+from sharding.rules import BATCH, SEQ
+from tests.checkpoint.convert.deepspeed_runs import ARCHIVE, BETAS, EPS, LR, RUNS, STEPS
+from tests.checkpoint.convert.test_pickles import Calls, archive
+from trainer.commands.main import main
+from trainer.restore import first_state
+from trainer.state import init_state, make_layout
+from trainer.step import make_train_step
+
+KEYS = {"fp32": "params", "exp_avg": "mu", "exp_avg_sq": "nu"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deepspeed")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    """Returns a function that copies a run, to be broken."""
+
+    def copy(name):
+        shutil.copytree(runs / name, tmp_path / name)
+        return tmp_path / name
+
+    return copy
+
+
+def theirs(folder) -> dict[str, np.ndarray]:
+    """Returns part/name → array of a universal checkpoint that DeepSpeed made, file by file."""
+    found = {}
+    for path in sorted(folder.glob(f"global_step{STEPS}_universal/zero/*/*.pt")):
+        if path.stem in KEYS:
+            value = read_torch(path)
+            tensor = value["param"] if isinstance(value, dict) else value
+            found[f"{KEYS[path.stem]}/{path.parent.name}"] = tensor.read()
+    return found
+
+
+def arrays(source) -> dict[str, np.ndarray]:
+    return {
+        f"{part}/{name}": tensors.read(name, (), 0, shape[0])
+        for part, tensors in source.parts.items()
+        for name, (_, shape) in tensors.facts.items()
+    }
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and a[n].tobytes() == b[n].tobytes() for n in a
+    )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_weights_and_moments_are_those_that_deepspeed_reads(name, runs):
+    want = theirs(runs / name)
+    assert len(want) == 3 * 21
+    for source in (read_zero(runs / name), read_ucp(runs / name)):
+        assert equal(arrays(source), want)
+        assert source.step == STEPS
+        assert (source.optimizer["betas"], source.optimizer["eps"]) == (BETAS, EPS)
+        assert source.facts["mu/model.embed_tokens.weight"] == (np.dtype("float32"), (19, 8))
+
+
+@pytest.mark.parametrize("name", ["zero1_world3", "zero3_world2"])
+def test_to_torus_and_back_bit_for_bit(name, runs, tmp_path, capsys):
+    command = ["convert", str(runs / name), f"torus:{tmp_path}/start", "--with-optimizer"]
+    assert main([*command, "--dry-run"]) == 0
+    assert not (tmp_path / "start").exists()
+    assert main(command) == 0
+    assert "moments of Adam: step 3, lr 0.01, betas (0.9, 0.95)" in capsys.readouterr().out
+    assert main(["convert", f"{tmp_path}/start", f"ucp:{tmp_path}/ucp"]) == 0
+    assert main(["convert", f"{tmp_path}/start", f"dcp:{tmp_path}/dcp", "--with-optimizer"]) == 0
+    assert main(["diff", f"ucp:{runs / name}", f"{tmp_path}/ucp"]) == 0
+    assert main(["diff", str(runs / name), f"{tmp_path}/ucp"]) == 0
+    for back in ("ucp", "dcp"):
+        capsys.readouterr()
+        again = f"{tmp_path}/from_{back}"
+        assert main(["convert", f"{tmp_path}/{back}", f"torus:{again}", "--with-optimizer"]) == 0
+        assert main(["diff", f"{tmp_path}/start", again]) == 0
+        assert "37 arrays equal in every bit" in capsys.readouterr().out
+
+
+def test_what_is_left_behind_is_told(runs, tmp_path, capsys):
+    assert main(["convert", str(runs / "zero1_world2"), f"torus:{tmp_path}/start"]) == 0
+    assert "left behind: 42 values (mu/" in capsys.readouterr().out
+    facts = NativeTensors(tmp_path / "start/checkpoints", 0, "").facts
+    assert {name.split("/")[0] for name in facts} == {"params"}
+    assert main(["convert", f"{tmp_path}/start", f"ucp:{tmp_path}/ucp"]) == 3
+    assert "holds no moments and count of Adam" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["zero2_world2", "zero3_world3"])
+def test_the_next_step_is_theirs(name, runs, tmp_path):
+    command = ["convert", str(runs / name), f"torus:{tmp_path}/start", "--with-optimizer"]
+    assert main(command) == 0
+    exp = get_config(f"{tmp_path}/start")
+    assert (exp.optimizer.b1, exp.optimizer.b2, exp.optimizer.eps) == (*BETAS, EPS)
+    exp.model.dtype, exp.model.remat = "float32", "none"
+    exp.optimizer.peak_lr, exp.optimizer.warmup_steps = LR, 0
+    exp.optimizer.schedule, exp.optimizer.clip_norm = "constant", 0.0
+    mesh = make_mesh(exp.mesh, jax.devices()[:1])
+    expected = np.load(runs / name / "expected.npz")
+    tokens_BT = expected["batch"].astype(np.int32)
+    B, T = tokens_BT.shape
+    targets_BT = np.concatenate([tokens_BT[:, 1:], np.full((B, 1), -1, np.int32)], 1)
+    positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    with jax.set_mesh(mesh):
+        layout = make_layout(exp, mesh)
+        state = first_state(init_state(exp, layout), exp, layout)
+        counts = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 0]
+        assert [int(count) for count in counts] == [STEPS] and int(state.step) == 0
+        rows = jax.device_put(
+            {"tokens": tokens_BT, "targets": targets_BT, "positions": positions_BT,
+             "segment_ids": np.ones_like(tokens_BT)}, NamedSharding(mesh, P(BATCH, SEQ))
+        )  # fmt: skip
+
+        # Compiling takes longer than running, so it is not to try hard.
+        quickly = {"xla_backend_optimization_level": "0"}
+
+        @functools.partial(jax.jit, compiler_options=quickly)
+        def run_logits(params, rows):
+            order = ("tokens", "positions", "segment_ids")
+            x_BTD, _ = forward(params, *(rows[k] for k in order), exp.model)
+            return logits(params, x_BTD, exp.model)
+
+        found_BTV = np.asarray(run_logits(state.params, rows))
+        assert np.abs(found_BTV - expected["logits"]).max() < 1e-4
+        step = jax.jit(make_train_step(exp, layout), compiler_options=quickly)
+        after, metrics = step(state, rows)
+    assert float(metrics["learning_rate"]) == pytest.approx(LR)
+    embedding = np.asarray(after.params["embedding"])[: exp.model.vocab]
+    moved = np.abs(embedding - np.asarray(state.params["embedding"])[: exp.model.vocab]).max()
+    assert moved > 1e-3  # the step is no small one
+    assert np.abs(embedding - expected["model.embed_tokens.weight"]).max() < 1e-6
+    layers = after.params["layers"]
+    for index in range(exp.model.layers):
+        prefix = f"model.layers.{index}."
+        for ours, name in (
+            (layers["mlp"]["up"][index].T, "mlp.up_proj.weight"),
+            (layers["mlp"]["down"][index].T, "mlp.down_proj.weight"),
+            (layers["mlp_norm"]["scale"][index], "post_attention_layernorm.weight"),
+            (layers["attention"]["wq"][index].reshape(8, 8).T, "self_attn.q_proj.weight"),
+            (layers["attention"]["wo"][index].reshape(8, 8).T, "self_attn.o_proj.weight"),
+        ):
+            error = float(jnp.abs(jnp.asarray(np.asarray(ours)) - expected[prefix + name]).max())
+            assert error < 1e-6, name
+
+
+def test_moments_of_a_padded_vocabulary_are_zeros_there(runs, tmp_path):
+    command = ["convert", str(runs / "zero2_world2"), f"torus:{tmp_path}/start"]
+    assert main([*command, "--with-optimizer"]) == 0
+    for prefix in PREFIXES.values():
+        tensors = NativeTensors(tmp_path / "start/checkpoints", 0, prefix)
+        rows = tensors.facts["embedding"][1][0]
+        assert rows > 19 and not tensors.read("embedding", (), 19, rows).any()
+
+
+# ---------------------------------------------------------------- refused
+
+
+def refused(path, tmp_path, capsys, status, *options) -> str:
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert main(["convert", str(path), f"torus:{tmp_path}/no", *options]) == status
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and len(error) < 1000
+    return error
+
+
+@pytest.mark.parametrize("name", ["zero1_world3", "zero3_world3"])
+def test_a_rank_that_is_missing(name, run, tmp_path, capsys):
+    folder = run(name)
+    next(folder.glob("*/*rank_1_mp_rank_00_optim_states.pt")).unlink()
+    assert "ranks [0, 2], not of 3" in refused(folder, tmp_path, capsys, 3)
+
+
+def change_states(folder, change) -> None:
+    """Rewrites the optimizer states of rank 0 with plain values after `change`."""
+    path = next(folder.glob("*/*zero_pp_rank_0_mp_rank_00_optim_states.pt"))
+    state = read_torch(path, frozenset({
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address"}))  # fmt: skip
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(plain(v) for v in value)
+        return value.read() if hasattr(value, "read") else value
+
+    state = plain(state)
+    change(state["optimizer_state_dict"])
+    with path.open("wb") as file:
+        write_torch(file, state)
+
+
+def short(state):
+    state["single_partition_of_fp32_groups"][0] = np.zeros(5, np.float32)
+
+
+CHANGES = {
+    "another step": (lambda s: s["base_optimizer_state"]["state"][0].update(
+        step=np.array(4, np.float32)), 3, r"its ranks are at steps \[3, 4\]"),
+    "a short buffer": (short, 4, "ends inside"),
+    "no moments": (lambda s: s["base_optimizer_state"]["state"].clear(), 4, "is not a run of ZeRO"),
+    "no groups": (lambda s: s.pop("base_optimizer_state"), 4, "KeyError: 'base_optimizer_state'"),
+    "a matrix for a buffer": (lambda s: s["single_partition_of_fp32_groups"].__setitem__(
+        0, np.zeros((4, 4), np.float32)), 4, "is not flat"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_states_that_contradict_each_other(name, run, tmp_path, capsys):
+    change, status, message = CHANGES[name]
+    folder = run("zero1_world2")
+    change_states(folder, change)
+    assert re.search(message, refused(folder, tmp_path, capsys, status))
+
+
+def test_places_outside_of_the_folder(run, tmp_path, capsys):
+    folder = run("zero1_world2")
+    for name in ("../zero1_world2", "/etc", "..", ""):
+        (folder / "latest").write_text(name)
+        assert "outside of its own" in refused(folder, tmp_path, capsys, 4)
+    (folder / "latest").write_text("absent")
+    assert "which is not there" in refused(folder, tmp_path, capsys, 3)
+    tag = folder / f"global_step{STEPS}"
+    shutil.move(tag, tmp_path / "elsewhere")
+    tag.symlink_to(tmp_path / "elsewhere")
+    (folder / "latest").write_text(tag.name)
+    assert "link out of its folder" in refused(folder, tmp_path, capsys, 4)
+
+
+def test_a_universal_checkpoint_that_leads_outside(run, tmp_path, capsys):
+    folder = run("zero3_world2")
+    place = folder / f"global_step{STEPS}_universal/zero/model.norm.weight"
+    shutil.move(place, tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    error = refused(f"ucp:{folder}", tmp_path, capsys, 4, "--with-optimizer")
+    assert "link out of its folder" in error
+    place.unlink()
+    zero = place.parent
+    zero.rename(tmp_path / "zero")
+    zero.symlink_to(tmp_path / "zero")
+    assert "link out of its folder" in refused(f"ucp:{folder}", tmp_path, capsys, 4)
+    zero.unlink()
+    (tmp_path / "zero").rename(zero)
+    assert "tensors are needed" in refused(f"ucp:{folder}", tmp_path, capsys, 3)
+
+
+@pytest.mark.parametrize("place", [
+    "zero1_world2/global_step3/mp_rank_00_model_states.pt",
+    "zero3_world2/global_step3/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    "ucp:zero2_world2/global_step3_universal/zero/lm_head.weight/fp32.pt",
+    "ucp:zero2_world2/global_step3_universal/zero/optimizer_state.pt",
+])  # fmt: skip
+def test_a_pickle_that_calls(place, run, tmp_path, capsys):
+    kind, path = place.split(":") if ":" in place else ("zero", place)
+    folder = run(path.split("/")[0])
+    evil = pickle.dumps(Calls(os.system, f"touch {tmp_path}/ran"), 2)
+    (tmp_path / path).write_bytes(archive(evil))
+    error = refused(f"{kind}:{folder}", tmp_path, capsys, 4)
+    assert "names `posix.system`" in error
