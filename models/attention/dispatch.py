@@ -51,7 +51,7 @@ class Backend:
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("pallas", tpu_attention, tpu_refusal, 32, tpu_only=True, skips_padding=True),
-    Backend("blockwise", blockwise_attention, fewest_queries=32),
+    Backend("blockwise", blockwise_attention, fewest_queries=32, skips_padding=True),
     Backend("reference", reference_attention),
 )
 """In the order in which `auto` tries them."""
@@ -83,7 +83,8 @@ def attention(
     Scores are `softcap(scale * q.k)` in float32, plus what is added to them, and lse is their
     natural log-sum-exp per row, so that results over parts of the keys can be merged. A row that
     sees no key gives out 0, lse `EMPTY_LSE` and no gradient. Padding (segment 0) may hold anything,
-    NaN included: it reaches neither the results nor the gradients of other rows.
+    NaN included: it reaches neither the results nor the gradients of other rows. Nor does a NaN in
+    one document reach another, except with `reference`; in its own it stays to be seen.
 
     prefix_BS: bool, keys that every query of their segment sees, whatever else the mask says
         (a prefix language model's prompt).

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.attention import schedule
 from models.attention.blocks import DEFAULT_CHIP, DQ_BYTES, VMEM_BYTES, Blocks, blocks_for
-from models.attention.mask import FAR, Mask, Reach, needed_IJ
+from models.attention.mask import FAR, Mask, Reach, finite, needed_IJ
 from models.attention.problem import Extras, Problem
 from models.attention.tpu_backward import backward
 from models.attention.tpu_call import F32, LOG2E, Kernel
@@ -124,7 +124,9 @@ def _attend_bwd(problem: Problem, residuals, cotangents):
     G, blocks = N // K, blocks_for(_chip(problem), "backward", max(H, V), T, S)
     # d lse / d s = p, so the gradient through lse only shifts the row constant of FlashAttention.
     delta_BTN = (dout_BTNV.astype(F32) * out_BTNV.astype(F32)).sum(-1) - dlse_BTN
-    delta_BTN = jnp.where(reach.q_segments_BT[:, :, None] > 0, delta_BTN, 0.0)
+    # What is not finite in a row stands in its lse, from where masks keep it from other documents.
+    lse_BTN = jnp.where(jnp.isfinite(delta_BTN), lse_BTN, jnp.nan)
+    delta_BTN = finite(delta_BTN)
     reach = _padded(reach, blocks)
     k_hSH, v_hSV = _heads_first(k_BSKH, blocks.k), _heads_first(v_BSKV, blocks.k)
     rows = (
@@ -215,20 +217,18 @@ def _ids(reach: Reach, problem: Problem) -> jax.Array:
     """Returns the int32 (B, 8, tokens) by which PART blocks test pairs.
 
     With a diagonal, rows 0-1: the first and the last row that a query sees. Else the arrays of
-    `Reach`, queries in rows 0-2, keys in rows 3-5, with no segment in common to padding. Rows 6-7:
-    the segments of queries and of keys.
+    `Reach`, queries in rows 0-2, keys in rows 3-5, with no segment in common to padding.
     """
-    zero_BT = jnp.zeros_like(reach.q_last_BT)
     real_BT = reach.q_segments_BT > 0
     if _diagonal(problem):
-        row_T = jnp.arange(zero_BT.shape[1], dtype=jnp.int32)
+        row_T = jnp.arange(real_BT.shape[1], dtype=jnp.int32)
         first_BT = row_T - (reach.q_last_BT - jnp.maximum(reach.q_first_BT, 0))
-        ids = [jnp.where(real_BT, first_BT, FAR), jnp.where(real_BT, row_T, -1), *[zero_BT] * 4]
+        ids = jnp.where(real_BT, first_BT, FAR), jnp.where(real_BT, row_T, -1)
     else:
         ids = reach._replace(q_segments_BT=jnp.where(real_BT, reach.q_segments_BT, -1))
-    ids = [*ids, reach.q_segments_BT, reach.k_segments_BS]
     length = max(x.shape[1] for x in ids)
-    return jnp.stack([jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in ids], 1)
+    ids = jnp.stack([jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in ids], 1)
+    return jnp.pad(ids, ((0, 0), (0, 8 - ids.shape[1]), (0, 0)))
 
 
 def _scaled(q_BTNH: jax.Array, problem: Problem) -> jax.Array:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from models.attention import schedule
+from models.attention.mask import finite
 from models.attention.tpu_call import (
     F32,
     LANES,
@@ -29,7 +30,6 @@ from models.attention.tpu_call import (
     launch,
     load,
     spans,
-    without_padding,
 )
 
 
@@ -82,9 +82,10 @@ def _backward_kernel(
         if kernel.softcap is not None:
             t_CR = jnp.tanh(s_CR)
             s_CR = t_CR * (kernel.softcap * LOG2E)
+        s_CR -= lse_ref[0, :, rows]
         if hidden is not None:
-            s_CR = hidden(s_CR)
-        p_CR = jnp.exp2(s_CR - lse_ref[0, :, rows])
+            s_CR = hidden(s_CR)  # last, so that a row's NaN reaches only the keys that it sees
+        p_CR = jnp.exp2(s_CR)
         dv_sum_ref[columns] += dot(p_CR.astype(do_RV.dtype), do_RV, 1, 0)
         ds_CR = p_CR * (dot(load(v_ref, columns), do_RV, 1, 1) - delta_ref[0, :, rows])
         if kernel.softcap is not None:
@@ -130,10 +131,6 @@ def _backward_kernel(
         q_start = lax.rem(schedule.query_tile(step) + first[0], q_tiles) * blocks.q
         k_start = schedule.key_tile(step) * blocks.k
 
-        def load_real(ref, at: slice):
-            start, row = (q_start, 6) if ref is q_ref or ref is do_ref else (k_start, 7)
-            return without_padding(ref, ids_ref, start, at, row)
-
         for i, rows in enumerate(spans(0, blocks.q, sub)):
             for j, columns in enumerate(spans(0, blocks.k, sub)):
 
@@ -143,7 +140,7 @@ def _backward_kernel(
                         _hide, ids_ref=ids_ref, q_start=q_start + rows.start,
                         k_start=k_start + columns.start, kernel=kernel,
                     )  # fmt: skip
-                    tile(rows, columns, hidden, load_real)
+                    tile(rows, columns, hidden, lambda *at: finite(load(*at)))
 
     @pl.when(schedule.is_last(step))
     def _():

@@ -125,16 +125,6 @@ def ids_of(ids_ref, start, length: int) -> jax.Array:
     return ids_ref[0, :, pl.ds(pl.multiple_of(start, LANES), length)]
 
 
-def without_padding(tokens_ref, ids_ref, start, at: slice, row: int) -> jax.Array:
-    """Rows `at` of a block, zeros for padding: it may hold NaN, and 0 times NaN is NaN.
-
-    start: of the block in the sequence. row: of `ids`, that is not positive for padding.
-    """
-    ids_R8 = ids_of(ids_ref, start + at.start, at.stop - at.start).T
-    tokens_RH = jnp.where(ids_R8[:, row : row + 1] > 0, tokens_ref[0, at].astype(F32), 0.0)
-    return tokens_RH.astype(tokens_ref.dtype)
-
-
 def load(ref, at: slice) -> jax.Array:
     """Rows `at` of a block."""
     return ref[0, at]

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from models.attention import schedule
-from models.attention.mask import EMPTY_LSE
+from models.attention.mask import EMPTY_LSE, finite
 from models.attention.tpu_call import (
     F32,
     LANES,
@@ -30,7 +30,6 @@ from models.attention.tpu_call import (
     launch,
     load,
     spans,
-    without_padding,
 )
 
 # JAX 0.12 has moved it; 0.10 has it at the old place only.
@@ -144,9 +143,14 @@ def _forward_kernel(
         q_start = schedule.query_tile(step) * blocks.q
         k_start = schedule.key_tile(step) * blocks.k
 
-        def load_real(ref, at: slice):
-            start, row = (q_start, 6) if ref is q_ref else (k_start, 7)
-            return without_padding(ref, ids_ref, start, at, row)
+        def load_apart(ref, at: slice):
+            """What is not finite in a value moves into its key's score, which `hide` can remove."""
+            if ref is v_ref:
+                return finite(load(v_ref, at))
+            if ref is k_ref:
+                flaw_C1 = (0.0 * v_ref[0, at].astype(F32)).sum(1, keepdims=True)
+                return (k_ref[0, at].astype(F32) + flaw_C1).astype(k_ref.dtype)
+            return load(ref, at)
 
         for i, rows in enumerate(spans(0, blocks.q, sub)):
             for j, columns in enumerate(spans(0, blocks.k, sub)):
@@ -159,7 +163,7 @@ def _forward_kernel(
                             hide, ids_ref=ids_ref, q_start=q_start + part.start,
                             k_start=k_start + columns.start, kernel=kernel,
                         )  # fmt: skip
-                        tile(part, columns, hidden, load=load_real)
+                        tile(part, columns, hidden, load=load_apart)
 
     @pl.when(schedule.is_last(step))
     def _():
