@@ -50,13 +50,17 @@ TABLE: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
 }
 
 
+def limit_of(head_dim: int) -> int:
+    """Returns the head size whose entry of the table serves this one."""
+    return 128 if head_dim <= 128 else 256
+
+
 def blocks_for(chip: str, direction: str, head_dim: int, T: int, S: int) -> Blocks:
     """Returns the blocks for a call of T queries and S keys; the larger of two head sizes counts.
 
     Lengths are cut into equal blocks no larger than the table's, so that little is padded.
     """
-    limit = 128 if head_dim <= 128 else 256
-    block, sub, rows, columns = TABLE[chip, direction, limit]
+    block, sub, rows, columns = TABLE[chip, direction, limit_of(head_dim)]
     q, k = even(T, block), even(S, block)
     sub = max(s for s in range(128, sub + 1, 128) if q % s == 0 and k % s == 0)
     return Blocks(q, k, sub, rows, columns)
