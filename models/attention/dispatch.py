@@ -145,6 +145,16 @@ def attention(
     return (out_BTNV, lse_BTN) if sinks_N is None else _with_sinks(out_BTNV, lse_BTN, sinks_N)
 
 
+def merge(
+    one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (out_BTNV, lse_BTN), float32, over the keys of both of two results. Associative."""
+    (out_BTNV, lse_BTN), (other_out_BTNV, other_lse_BTN) = one, other
+    total_BTN = jnp.logaddexp(lse_BTN, other_lse_BTN)
+    share_BTN, other_share_BTN = (jnp.exp(x - total_BTN) for x in (lse_BTN, other_lse_BTN))
+    return share_BTN[..., None] * out_BTNV + other_share_BTN[..., None] * other_out_BTNV, total_BTN
+
+
 def _without_padding(run, q_BTNH, k_BSKH, v_BSKV, reach: Reach, *others):
     """Runs a backend on zeros in the place of padding: a probability of 0 times NaN is NaN."""
     q_real_BT11 = (reach.q_segments_BT > 0)[:, :, None, None]

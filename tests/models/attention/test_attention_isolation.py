@@ -171,36 +171,6 @@ def test_queries_whose_document_is_elsewhere(backend):
 
 
 @every_backend
-def test_parts_merge_through_lse(backend):
-    """Keys split in two and merged by (out, lse) are the whole, in values and gradients."""
-    q, k, v = inputs()
-    positions, segments = (jnp.asarray(x, jnp.int32) for x in (POSITIONS_BT, SEGMENTS_BT))
-
-    def part(q, k, v, keys):
-        return attention(
-            q, k[:, keys], v[:, keys], Mask(), q_positions_BT=positions, q_segments_BT=segments,
-            k_positions_BS=positions[:, keys], k_segments_BS=segments[:, keys], scale=0.3,
-            backend=backend,
-        )  # fmt: skip
-
-    def whole(q, k, v):
-        out, lse = part(q, k, v, slice(None))
-        return (out**2).sum() + jnp.cos(lse).sum()
-
-    def merged(q, k, v):
-        (out_a, lse_a), (out_b, lse_b) = (part(q, k, v, s) for s in (slice(23), slice(23, None)))
-        lse = jnp.logaddexp(lse_a, lse_b)
-        weight_a, weight_b = jnp.exp(lse_a - lse), jnp.exp(lse_b - lse)
-        out = out_a * weight_a[..., None] + out_b * weight_b[..., None]
-        real = (segments > 0)[..., None]
-        return (out**2 * real[..., None]).sum() + jnp.cos(jnp.where(real, lse, EMPTY_LSE)).sum()
-
-    want, got = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (whole, merged))
-    for a, b in zip(want, got, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
-
-
-@every_backend
 def test_parts_share_the_gradient_of_the_whole(backend):
     """Given out and lse of the whole, every part of the keys gives its own share and no more."""
     positions, segments = (jnp.asarray(x, jnp.int32) for x in (POSITIONS_BT, SEGMENTS_BT))
