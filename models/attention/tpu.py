@@ -55,7 +55,7 @@ def refusal(problem: Problem) -> str | None:
     if problem.dtype not in (jnp.bfloat16, F32):
         return f"it takes bfloat16 and float32, not {problem.dtype}"
     T, S, group = problem.queries, problem.keys, problem.heads // problem.kv_heads
-    blocks = blocks_for(_chip(problem), "backward", size, T, S)
+    blocks = _blocks(problem, "backward")
     steps = int(_listed(problem.mask, T, S, blocks, problem.rows_aligned).sum()) * group
     if problem.batch * steps * 12 > _STEP_BYTES:
         return f"{problem.batch} x {steps:,} blocks are more than the scalar memory can list"
@@ -64,6 +64,11 @@ def refusal(problem: Problem) -> str | None:
 
 def _chip(problem: Problem) -> str:
     return problem.chip or DEFAULT_CHIP
+
+
+def _blocks(problem: Problem, direction: str) -> Blocks:
+    size, window = max(problem.head_dim, problem.value_dim), problem.mask.window
+    return blocks_for(_chip(problem), direction, size, problem.queries, problem.keys, window)
 
 
 def _diagonal(problem: Problem) -> bool:
@@ -78,6 +83,7 @@ def _kernel(problem: Problem, blocks: Blocks) -> Kernel:
         softcap=problem.softcap,
         bounded=bool(bounds) and min(bounds) <= LARGEST_BOUND,
         aligned=_diagonal(problem),
+        edge=_diagonal(problem) and schedule.window_edge(problem.mask, (blocks.q, blocks.k)) > 0,
         causal=problem.mask.causal,
         limited=problem.mask.limited,
         vmem_bytes=VMEM_BYTES[_chip(problem)],
@@ -99,8 +105,8 @@ def _attend_fwd(q_BTNH, k_BSKH, v_BSKV, reach: Reach, given, problem: Problem):
 
 
 def _forward(q_BTNH, k_BSKH, v_BSKV, reach: Reach, problem: Problem):
-    (B, T, N, H), (S, V) = q_BTNH.shape, v_BSKV.shape[1::2]
-    blocks = blocks_for(_chip(problem), "forward", max(H, V), T, S)
+    (B, T, N, _), V = q_BTNH.shape, v_BSKV.shape[3]
+    blocks = _blocks(problem, "forward")
     reach = _padded(reach, blocks)
     kind_BIJ, bits_BIJ, needed = _blocks_seen(reach, problem, blocks)
     step_BP, bits_BP = schedule.forward_table(kind_BIJ, bits_BIJ, needed, _diagonal(problem))
@@ -120,8 +126,8 @@ def _forward(q_BTNH, k_BSKH, v_BSKV, reach: Reach, problem: Problem):
 def _attend_bwd(problem: Problem, residuals, cotangents):
     q_BTNH, k_BSKH, v_BSKV, reach, out_BTNV, lse_BTN = residuals
     dout_BTNV, dlse_BTN = cotangents
-    (B, T, N, H), (S, K, V) = q_BTNH.shape, v_BSKV.shape[1:]
-    G, blocks = N // K, blocks_for(_chip(problem), "backward", max(H, V), T, S)
+    (B, T, N, _), (S, K) = q_BTNH.shape, v_BSKV.shape[1:3]
+    G, blocks = N // K, _blocks(problem, "backward")
     # d lse / d s = p, so the gradient through lse only shifts the row constant of FlashAttention.
     delta_BTN = (dout_BTNV.astype(F32) * out_BTNV.astype(F32)).sum(-1) - dlse_BTN
     # What is not finite in a row stands in its lse, from where masks keep it from other documents.

@@ -10,6 +10,7 @@ Shapes: B batch, T queries, S keys, K kv heads, G query heads per kv head, H hea
 R query rows of a tile, C keys of a tile. The G heads of a kv head are one column of G * T rows.
 """
 
+import operator
 from functools import partial
 
 import jax
@@ -25,6 +26,7 @@ from models.attention.tpu_call import (
     LN2,
     LOG2E,
     Kernel,
+    cut,
     dot,
     ids_of,
     launch,
@@ -73,6 +75,8 @@ def _backward_kernel(
     blocks, sub = kernel.blocks, kernel.blocks.sub
     step = steps[index]
     kind = schedule.kind(step)
+    in_head = lax.rem(schedule.query_tile(step) + first[0], q_tiles)
+    on_diagonal = in_head == schedule.key_tile(step)
     row = pl.multiple_of(schedule.query_tile(step) * blocks.q, LANES)
 
     def tile(rows: slice, columns: slice, hidden=None, load=load):
@@ -110,13 +114,14 @@ def _backward_kernel(
         dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
         dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
 
-    if kernel.aligned:
+    for edge in (False, True)[: kernel.aligned + kernel.edge]:
 
-        @pl.when(kind == schedule.DIAGONAL)
-        def _():
+        @pl.when((kind == schedule.DIAGONAL) & (~on_diagonal if edge else on_diagonal))
+        def _(edge=edge):
+            keep = operator.gt if edge else operator.le  # of key and query
             for c in range(0, blocks.k, sub):
-                for r in range(c, blocks.q, sub):
-                    hidden = _above if r == c else None
+                for r in range(0, c + sub, sub) if edge else range(c, blocks.q, sub):
+                    hidden = partial(cut, keep, 0) if r == c else None
                     tile(slice(r, r + sub), slice(c, c + sub), hidden)
 
     @pl.when(kind == schedule.FULL)
@@ -128,7 +133,7 @@ def _backward_kernel(
     @pl.when(kind == schedule.PART)
     def _():
         visible = bits[index]
-        q_start = lax.rem(schedule.query_tile(step) + first[0], q_tiles) * blocks.q
+        q_start = in_head * blocks.q
         k_start = schedule.key_tile(step) * blocks.k
 
         for i, rows in enumerate(spans(0, blocks.q, sub)):
@@ -151,12 +156,6 @@ def _backward_kernel(
     @pl.when(schedule.emits(step))
     def _():
         dq_ref[0] = (dq_all_ref[pl.ds(row, blocks.q)] * scale).astype(dq_ref.dtype)
-
-
-def _above(s_CR: jax.Array) -> jax.Array:
-    """Puts -inf where the key comes after the query in a tile on the diagonal."""
-    key_CR, query_CR = (lax.broadcasted_iota(jnp.int32, s_CR.shape, axis) for axis in (0, 1))
-    return jnp.where(query_CR >= key_CR, s_CR, -jnp.inf)
 
 
 def _hide(s_CR: jax.Array, ids_ref, q_start, k_start, kernel: Kernel) -> jax.Array:

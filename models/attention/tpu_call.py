@@ -27,6 +27,7 @@ class Kernel:
 
     bounded: scores are known to stay within the range of exp2, so no maximum is kept.
     aligned: rows are aligned, so what a query sees is one run of rows: `ids` holds its ends.
+    edge: DIAGONAL blocks may also stand where a window ends (`schedule.window_edge`).
     causal, limited: else, which sides of a query's reach PART blocks test.
     """
 
@@ -34,6 +35,7 @@ class Kernel:
     softcap: float | None
     bounded: bool
     aligned: bool
+    edge: bool
     causal: bool
     limited: bool
     vmem_bytes: int
@@ -123,6 +125,12 @@ def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
 def ids_of(ids_ref, start, length: int) -> jax.Array:
     """The columns of `ids` for `length` tokens from `start`."""
     return ids_ref[0, :, pl.ds(pl.multiple_of(start, LANES), length)]
+
+
+def cut(keep: Callable, offset: int, s: jax.Array) -> jax.Array:
+    """Puts -inf where `keep(row + offset, column)` does not hold, as on one side of a diagonal."""
+    row, column = (lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (0, 1))
+    return jnp.where(keep(row + offset, column), s, -jnp.inf)
 
 
 def load(ref, at: slice) -> jax.Array:

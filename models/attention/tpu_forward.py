@@ -9,6 +9,7 @@ Shapes: T queries, S keys, H head dim, V of values, P grid steps, R rows of a ti
 tile, L lanes. `h` counts batch and query heads.
 """
 
+import operator
 from functools import partial
 
 import jax
@@ -25,6 +26,7 @@ from models.attention.tpu_call import (
     LN2,
     LOG2E,
     Kernel,
+    cut,
     dot,
     ids_of,
     launch,
@@ -84,6 +86,7 @@ def _forward_kernel(
     blocks, sub = kernel.blocks, kernel.blocks.sub
     step = steps[index]
     kind = schedule.kind(step)
+    on_diagonal = schedule.query_tile(step) == schedule.key_tile(step)
 
     def tile(rows: slice, columns: slice, hidden=None, starts: bool = False, load=load):
         """Adds the keys of `columns` to the sums of `rows`, or starts the sums with them."""
@@ -94,7 +97,6 @@ def _forward_kernel(
             s_RC = hidden(s_RC)
         if kernel.bounded:
             p_RC = jnp.exp2(s_RC)
-            sum_RL = sum(p_RC[:, c : c + LANES] for c in range(0, p_RC.shape[1], LANES))
         else:
             max_RL = jnp.broadcast_to(s_RC.max(1, keepdims=True), (s_RC.shape[0], LANES))
             if not starts:
@@ -103,7 +105,8 @@ def _forward_kernel(
                 decay_RL = jnp.exp2(old_RL - max_RL)
             max_ref[rows] = max_RL
             p_RC = jnp.exp2(s_RC - widen(max_RL, s_RC.shape[1]))
-            sum_RL = jnp.broadcast_to(p_RC.sum(1, keepdims=True), max_RL.shape)
+        # Sums stay apart by lane until the last step: adding lanes up at every tile costs more.
+        sum_RL = sum(p_RC[:, c : c + LANES] for c in range(0, p_RC.shape[1], LANES))
         pv_RH = dot(p_RC.astype(v_ref.dtype), load(v_ref, columns), 1, 0)
         if starts:
             sum_ref[rows], acc_ref[rows] = sum_RL, pv_RH
@@ -122,14 +125,25 @@ def _forward_kernel(
 
     if kernel.aligned:
 
-        @pl.when(kind == schedule.DIAGONAL)
+        @pl.when((kind == schedule.DIAGONAL) & on_diagonal)
         def _():
             for c in range(0, blocks.k, sub):
                 columns = slice(c, c + sub)
                 for rows in spans(c, c + sub, blocks.rows):
-                    tile(rows, columns, partial(below, rows.start - c), c == 0)
+                    tile(rows, columns, partial(cut, operator.ge, rows.start - c), c == 0)
                 for rows in spans(c + sub, blocks.q, blocks.rows):
                     tile(rows, columns, starts=c == 0)
+
+    if kernel.edge:
+
+        @pl.when((kind == schedule.DIAGONAL) & ~on_diagonal)
+        def _():
+            for c in range(0, blocks.k, sub):
+                columns = slice(c, c + sub)
+                for rows in spans(0, c, blocks.rows):
+                    tile(rows, columns)
+                for rows in spans(c, c + sub, blocks.rows):
+                    tile(rows, columns, partial(cut, operator.lt, rows.start - c))
 
     @pl.when(kind == schedule.FULL)
     def _():
@@ -167,9 +181,7 @@ def _forward_kernel(
 
     @pl.when(schedule.is_last(step))
     def _():
-        sum_RL = sum_ref[...]
-        if kernel.bounded:
-            sum_RL = jnp.broadcast_to(sum_RL.sum(1, keepdims=True), sum_RL.shape)
+        sum_RL = jnp.broadcast_to(sum_ref[...].sum(1, keepdims=True), sum_ref.shape)
         # A row that saw nothing has sum 0 and accumulator 0: any finite divisor gives 0.
         divisor_RL = jnp.maximum(sum_RL, 1e-30)
         inverse_RL = _reciprocal(divisor_RL, approx=True)
@@ -182,12 +194,6 @@ def _forward_kernel(
         sum_1R, max_1R = both_LR[:1], both_LR[LANES // 2 : LANES // 2 + 1]
         lse_1R = jnp.log(jnp.maximum(sum_1R, 1e-30)) + (0.0 if kernel.bounded else max_1R * LN2)
         lse_ref[0] = jnp.where(sum_1R == 0, EMPTY_LSE, lse_1R)
-
-
-def below(offset: int, s_RC: jax.Array) -> jax.Array:
-    """Puts -inf above the diagonal of a tile whose first row is row `offset` of its matrix."""
-    row_RC, column_RC = (lax.broadcasted_iota(jnp.int32, s_RC.shape, axis) for axis in (0, 1))
-    return jnp.where(row_RC + offset >= column_RC, s_RC, -jnp.inf)
 
 
 def widen(x_RL: jax.Array, width: int) -> jax.Array:

@@ -73,7 +73,7 @@ def compile_torus(chip: str, shape: Shape, direction: str, auto_layout: bool = F
 def torus_seconds(chip: str, shape: Shape, direction: str, kernel: bundles.Kernel) -> float:
     """Weighs the parts of the kernel by what the tables of this very call make of every step."""
     T, group = shape.length, shape.heads // shape.kv_heads
-    sizes = table.blocks_for(chip, direction, shape.head_dim, T, T)
+    sizes = table.blocks_for(chip, direction, shape.head_dim, T, T, shape.window)
     mask = Mask(window=shape.window)
     documents = shape.document_of()
     starts = np.searchsorted(documents, np.arange(shape.documents))
@@ -86,6 +86,7 @@ def torus_seconds(chip: str, shape: Shape, direction: str, kernel: bundles.Kerne
     backward = direction == "backward"
     repeat = group if backward else 1
     counts = {kind: repeat * int(((kinds == kind) & needed).sum()) for kind in range(4)}
+    edges = repeat * int(((kinds == schedule.DIAGONAL) & ~np.eye(len(kinds), dtype=bool)).sum())
     subtiles = repeat * sum(int(b).bit_count() for b in bits[(kinds == schedule.PART) & needed])
     steps = repeat * int(needed.sum())
     runs = T // sizes.k if backward else T // sizes.q
@@ -100,17 +101,19 @@ def torus_seconds(chip: str, shape: Shape, direction: str, kernel: bundles.Kerne
     bodies = [r for r in kernel.regions if r.products]
     before = [r for r in kernel.regions if r.stop <= bodies[0].start]
     after = [r for r in kernel.regions if r.start >= bodies[-1].stop]
-    diagonal, full, part = bodies
+    diagonal, *edge, full, part = bodies
     pairs = sizes.q * sizes.k
     n = sizes.q // sizes.sub
     cycles = steps * kernel.overhead
     cycles += runs * (before[-1].bundles if backward else 0) + runs * after[0].bundles
     if not backward:  # the start of rows that begin with another block than a diagonal one
-        cycles += (runs - min(runs, counts[schedule.DIAGONAL])) * before[0].bundles
+        cycles += (runs - min(runs, counts[schedule.DIAGONAL] - edges)) * before[0].bundles
     else:
         cycles += repeat * (T // sizes.q) * after[1].bundles
         cycles += repeat * T / 128 * before[0].bundles
-    cycles += counts[schedule.DIAGONAL] * max(diagonal.bundles, floor(pairs * (n + 1) / (2 * n)))
+    triangles = [(diagonal, counts[schedule.DIAGONAL] - edges), *((body, edges) for body in edge)]
+    for body, count in triangles:
+        cycles += count * max(body.bundles, floor(pairs * (n + 1) / (2 * n)))
     cycles += counts[schedule.FULL] * max(full.bundles, floor(pairs))
     tile = max(r.bundles for r in part.inner)
     cycles += subtiles * max(tile, floor(sizes.sub**2))

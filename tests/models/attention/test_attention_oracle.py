@@ -186,6 +186,12 @@ def test_full_size_tiles(backend):
     check(backend, SIZES)
 
 
+@pytest.mark.parametrize("window", [128, 256])
+def test_windows_that_end_at_the_corners_of_blocks(window, monkeypatch):
+    monkeypatch.setattr(blocks, "TABLE", dict.fromkeys(blocks.TABLE, (128, 128, 128, 128)))
+    check("pallas", SIZES | dict(length=500, window=window, head_dim=64, seed=4))
+
+
 @pytest.mark.parametrize("bound", [40.0, 400.0])
 def test_scores_at_the_bound(bound):
     """Scores reach the bound that is promised; one too large for exp is ignored, not trusted."""
