@@ -10,7 +10,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from models.attention import blocks, blockwise
+from models.attention import blocks, blockwise, schedule
 from models.attention.dispatch import attention, merge
 from models.attention.mask import EMPTY_LSE, Mask
 from tests.models.attention import oracle
@@ -186,10 +186,12 @@ def test_full_size_tiles(backend):
     check(backend, SIZES)
 
 
-@pytest.mark.parametrize("window", [128, 256])
+@pytest.mark.parametrize("window", [256, 512])
 def test_windows_that_end_at_the_corners_of_blocks(window, monkeypatch):
-    monkeypatch.setattr(blocks, "TABLE", dict.fromkeys(blocks.TABLE, (128, 128, 128, 128)))
-    check("pallas", SIZES | dict(length=500, window=window, head_dim=64, seed=4))
+    """Three blocks of 256, four sub-tiles each; this seed makes the row one document."""
+    small_tiles(monkeypatch)
+    assert schedule.window_edge(Mask(window=window), (256, 256)) == window // 256
+    check("pallas", SIZES | dict(length=768, window=window, head_dim=64, seed=2))
 
 
 @pytest.mark.parametrize("bound", [40.0, 400.0])
