@@ -1,7 +1,7 @@
 """Block sizes of the TPU kernels, by chip, direction and head size.
 
-Seeds from a study of bundle counts for heads of 128 (docs/benchmarks.md);
-`python -m tests.benchmarks.attention_tpu tune` compiles candidates and prints the best by estimate.
+Chosen by bundle counts for heads of 128 (docs/benchmarks.md);
+`python -m tests.benchmarks.attention_tpu tune` compiles candidates and prints them by estimate.
 Compiling proves that an entry fits the chip's VMEM: `pytest -m soak tests/models/attention`.
 
 Shapes: T queries, S keys.
@@ -43,20 +43,33 @@ DEFAULT_CHIP = "v5e"  # for interpret mode, where sizes only matter for time
 # (chip, direction, head size up to) -> block, sub, rows, columns
 TABLE: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     **{(chip, "forward", 128): (1024, 512, 256, 512) for chip in ("v4", "v5e", "v5p")},
-    **{(chip, "forward", 128): (1024, 512, 1024, 512) for chip in ("v6e", "tpu7x")},
-    **{(chip, "backward", 128): (1024, 256, 512, 512) for chip in VMEM_BYTES},
+    ("v6e", "forward", 128): (2048, 512, 1024, 512),
+    ("tpu7x", "forward", 128): (1024, 512, 1024, 512),
+    **{(chip, "backward", 128): (1024, 256, 512, 512) for chip in ("v4", "v5e", "v5p", "tpu7x")},
+    ("v6e", "backward", 128): (1024, 512, 512, 512),
     **{(chip, "forward", 256): (512, 256, 256, 512) for chip in VMEM_BYTES},
     **{(chip, "backward", 256): (512, 256, 512, 512) for chip in VMEM_BYTES},
 }
 
 
-def blocks_for(chip: str, direction: str, head_dim: int, T: int, S: int) -> Blocks:
+def limit_of(head_dim: int) -> int:
+    """Returns the head size whose entry of the table serves this one."""
+    return 128 if head_dim <= 128 else 256
+
+
+def blocks_for(
+    chip: str, direction: str, head_dim: int, T: int, S: int, window: int | None = None
+) -> Blocks:
     """Returns the blocks for a call of T queries and S keys; the larger of two head sizes counts.
 
-    Lengths are cut into equal blocks no larger than the table's, so that little is padded.
+    Lengths are cut into equal blocks no larger than the table's, so that little is padded, nor
+    than a window from 512 on, so that it may end where a block does.
     """
-    limit = 128 if head_dim <= 128 else 256
-    block, sub, rows, columns = TABLE[chip, direction, limit]
+    block, sub, rows, columns = TABLE[chip, direction, limit_of(head_dim)]
+    if window is not None:
+        block = min(block, max(512, window // 512 * 512))
+    if T % block or S % block:
+        block = min(block, 1024)  # smaller sub-tiles of a larger block would be too many
     q, k = even(T, block), even(S, block)
     sub = max(s for s in range(128, sub + 1, 128) if q % s == 0 and k % s == 0)
     return Blocks(q, k, sub, rows, columns)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attention.mask import EMPTY_LSE, Mask, Reach, tiles, visible_BTS
+from models.attention.mask import EMPTY_LSE, Mask, Reach, finite, tiles, visible_BTS
 from models.attention.problem import Extras, Problem, alibi_BNTS
 from models.attention.reference import soft_cap
 
@@ -106,6 +106,8 @@ def _forward(q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, problem: Problem):
     tokens = _tied(tokens, q_BTNH)
     q_BKGTH = _grouped(q_BTNH, K) * problem.scale
     k_BKSH, v_BKSV = _heads_first(k_BSKH), _heads_first(v_BSKV)
+    # What is not finite in a value moves into its key's score, which the mask can remove.
+    k_BKSH, v_BKSV = k_BKSH + (0.0 * v_BKSV).sum(-1, keepdims=True), finite(v_BKSV)
     bq, bk = _block(T), _block(S)
 
     def visit(carry, tile):
@@ -149,6 +151,11 @@ def _attend_bwd(problem: Problem, residuals, cotangents):
     tokens = _tied(tokens, q_BTNH)
     # d lse / d s = p, so the gradient through lse only shifts the row constant of FlashAttention.
     delta_BTN = (dout_BTNV.astype(F32) * out_BTNV.astype(F32)).sum(-1) - dlse_BTN
+    # What is not finite in a row stands in its lse, from where masks keep it from other documents.
+    lse_BTN = jnp.where(jnp.isfinite(delta_BTN), lse_BTN, jnp.nan)
+    q_BTNH, k_BSKH, v_BSKV, dout_BTNV, delta_BTN = (
+        finite(x) for x in (q_BTNH, k_BSKH, v_BSKV, dout_BTNV, delta_BTN)
+    )
     delta_BKGT = _grouped(delta_BTN[..., None], K)[..., 0]
     lse_BKGT = _grouped(lse_BTN[..., None], K)[..., 0]
     q_BKGTH, dout_BKGTV = _grouped(q_BTNH, K) * problem.scale, _grouped(dout_BTNV, K)
@@ -167,8 +174,8 @@ def _attend_bwd(problem: Problem, residuals, cotangents):
         seen_BST = tokens.seen_BTS(problem.mask, q0, k0, bq, bk).swapaxes(1, 2)
         added = tokens.added_BKGTS(K, q0, k0, bq, bk)
         added = added if isinstance(added, int) else jnp.moveaxis(added, 4, 2)
-        masked_BKSGT = jnp.where(seen_BST[:, None, :, None], s_BKSGT + added, -jnp.inf)
-        p_BKSGT = jnp.exp(masked_BKSGT - _cut(lse_BKGT, q0, bq, 3)[:, :, None])
+        p_BKSGT = jnp.exp(s_BKSGT + added - _cut(lse_BKGT, q0, bq, 3)[:, :, None])
+        p_BKSGT = jnp.where(seen_BST[:, None, :, None], p_BKSGT, 0.0)
         dp_BKSGT = jnp.einsum("BKSV,BKGTV->BKSGT", _cut(v_BKSV, k0, bk, 2), douti_BKGTV)
         ds_BKSGT = p_BKSGT * (dp_BKSGT - _cut(delta_BKGT, q0, bq, 3)[:, :, None])
         if dbias is not None:

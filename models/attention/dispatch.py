@@ -59,7 +59,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("pallas", tpu_attention, tpu_refusal, 32, "tpu", skips_padding=True),
     Backend("cudnn", cudnn_attention, cudnn_refusal, 32, "cuda"),
     Backend("triton", triton_attention, triton_refusal, 32, "cuda", by_name=True),
-    Backend("blockwise", blockwise_attention, fewest_queries=32),
+    Backend("blockwise", blockwise_attention, fewest_queries=32, skips_padding=True),
     Backend("reference", reference_attention),
 )
 """In the order in which `auto` tries them."""
@@ -93,7 +93,8 @@ def attention(
     Scores are `softcap(scale * q.k)` in float32, plus what is added to them, and lse is their
     natural log-sum-exp per row, so that results over parts of the keys can be merged. A row that
     sees no key gives out 0, lse `EMPTY_LSE` and no gradient. Padding (segment 0) may hold anything,
-    NaN included: it reaches neither the results nor the gradients of other rows.
+    NaN included: it reaches neither the results nor the gradients of other rows. Nor does a NaN in
+    one document reach another, except with `reference`; in its own it stays to be seen.
 
     prefix_BS: bool, keys that every query of their segment sees, whatever else the mask says
         (a prefix language model's prompt).
@@ -158,6 +159,16 @@ def attention(
     run = chosen.run if chosen.skips_padding else functools.partial(_without_padding, chosen.run)
     out_BTNV, lse_BTN = run(q_BTNH, k_BSKH, v_BSKV, reach(mask, *tokens), extras, problem, given)
     return (out_BTNV, lse_BTN) if sinks_N is None else _with_sinks(out_BTNV, lse_BTN, sinks_N)
+
+
+def merge(
+    one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (out_BTNV, lse_BTN), float32, over the keys of both of two results. Associative."""
+    (out_BTNV, lse_BTN), (other_out_BTNV, other_lse_BTN) = one, other
+    total_BTN = jnp.logaddexp(lse_BTN, other_lse_BTN)
+    share_BTN, other_share_BTN = (jnp.exp(x - total_BTN) for x in (lse_BTN, other_lse_BTN))
+    return share_BTN[..., None] * out_BTNV + other_share_BTN[..., None] * other_out_BTNV, total_BTN
 
 
 def _without_padding(run, q_BTNH, k_BSKH, v_BSKV, reach: Reach, *others):

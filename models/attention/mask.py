@@ -123,6 +123,12 @@ def visible_BTS(mask: Mask, reach: Reach) -> jax.Array:
     return seen_BTS
 
 
+def finite(x: jax.Array) -> jax.Array:
+    """Puts 0 where a value is NaN or infinite: times a probability of 0 it would be NaN."""
+    wide = x.astype(jnp.float32)
+    return jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0).astype(x.dtype)
+
+
 def needed_IJ(
     mask: Mask, queries: int, keys: int, q_block: int, k_block: int, rows_aligned: bool
 ) -> np.ndarray:

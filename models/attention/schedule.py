@@ -15,7 +15,9 @@ from jax import lax
 
 from models.attention.mask import FAR, Mask, Reach
 
-NOTHING, FULL, PART, DIAGONAL = range(4)  # DIAGONAL: below the diagonal of one document, all seen
+NOTHING, FULL, PART, DIAGONAL = range(4)
+"""DIAGONAL: a block of one document, cut from corner to corner. Where key and query tile are the
+same, all up to the query is seen; elsewhere a window ends there: all after its first key is."""
 
 # One step: kind in bits 0-1, flags in 2-4, key tile in 5-16, query tile in 17-30.
 _FIRST, _LAST, _EMIT, _KEYS, _QUERIES = 2, 3, 4, 5, 17
@@ -93,7 +95,8 @@ def block_kinds(
     """Returns (kind_BIJ of blocks, bits_BIJ of the visible sub-tiles in each, row by row).
 
     `diagonal`: rows are aligned and no key is a prefix, so a block on the diagonal whose tokens are
-    of one document and in reach of each other but for their order is DIAGONAL.
+    of one document and in reach of each other but for their order is DIAGONAL. So is one that is
+    `window_edge` blocks before it.
     """
     fine = tile_kinds(reach, *sub, causal=mask.causal, limited=mask.limited)
     B, rows, columns = fine.shape
@@ -105,9 +108,18 @@ def block_kinds(
     bits_BIJ = (seen * jnp.asarray(1 << np.arange(q_subs * k_subs), jnp.int32)).sum(-1)
     if diagonal:
         within = tile_kinds(reach, *block, causal=False, limited=mask.limited) == FULL
-        within &= jnp.eye(within.shape[1], dtype=bool)
+        within &= np.eye(within.shape[1], dtype=bool)
+        if edge := window_edge(mask, block):
+            alone = tile_kinds(reach, *block, causal=False, limited=False) == FULL
+            within |= alone & np.eye(within.shape[1], k=-edge, dtype=bool)
         kind_BIJ = jnp.where(within, DIAGONAL, kind_BIJ)
     return kind_BIJ, bits_BIJ
+
+
+def window_edge(mask: Mask, block: tuple[int, int]) -> int:
+    """Returns how many blocks before the diagonal a window ends, 0 where it ends amid blocks."""
+    whole = mask.window and not mask.chunk and mask.window % block[0] == 0
+    return mask.window // block[0] if whole and block[0] == block[1] else 0
 
 
 def forward_table(

@@ -24,7 +24,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from models.attention.dispatch import attention
+from models.attention.dispatch import attention, merge
 from models.attention.mask import EMPTY_LSE, Mask
 from models.attention.sequence_plan import SequencePlan, Sizes, sequence_plan
 from models.config import ModelConfig
@@ -247,12 +247,9 @@ def _absorb(total, q_BTNH, rows: Rows, kv_BSJH, k_rows: Rows, plan, mask: Mask, 
     """Merges attention to one block of keys into total, (out_BTNH float32, lse_BTN)."""
 
     def tile(total, q0, q_size, k0, k_size):
-        q, q_ids, (old_BTNH, old_lse_BTN) = _cut((q_BTNH, rows, total), q0, q_size)
+        q, q_ids, old = _cut((q_BTNH, rows, total), q0, q_size)
         kv, k_ids = _cut((kv_BSJH, k_rows), k0, k_size)
-        out_BTNH, lse_BTN = local(q, *jnp.split(kv, 2, axis=2), q_ids, k_ids)
-        new_lse_BTN = jnp.logaddexp(old_lse_BTN, lse_BTN)
-        old_part, part = (jnp.exp(x - new_lse_BTN)[..., None] for x in (old_lse_BTN, lse_BTN))
-        return _put(total, (old_part * old_BTNH + part * out_BTNH, new_lse_BTN), q0)
+        return _put(total, merge(old, local(q, *jnp.split(kv, 2, axis=2), q_ids, k_ids)), q0)
 
     return _over_tiles(tile, total, rows, k_rows, plan, mask)
 

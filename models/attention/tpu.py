@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.attention import schedule
 from models.attention.blocks import DEFAULT_CHIP, DQ_BYTES, VMEM_BYTES, Blocks, blocks_for
-from models.attention.mask import FAR, Mask, Reach, needed_IJ
+from models.attention.mask import FAR, Mask, Reach, finite, needed_IJ
 from models.attention.problem import Extras, Problem
 from models.attention.tpu_backward import backward
 from models.attention.tpu_call import F32, LOG2E, Kernel
@@ -55,7 +55,7 @@ def refusal(problem: Problem) -> str | None:
     if problem.dtype not in (jnp.bfloat16, F32):
         return f"it takes bfloat16 and float32, not {problem.dtype}"
     T, S, group = problem.queries, problem.keys, problem.heads // problem.kv_heads
-    blocks = blocks_for(_chip(problem), "backward", size, T, S)
+    blocks = _blocks(problem, "backward")
     steps = int(_listed(problem.mask, T, S, blocks, problem.rows_aligned).sum()) * group
     if problem.batch * steps * 12 > _STEP_BYTES:
         return f"{problem.batch} x {steps:,} blocks are more than the scalar memory can list"
@@ -64,6 +64,11 @@ def refusal(problem: Problem) -> str | None:
 
 def _chip(problem: Problem) -> str:
     return problem.chip or DEFAULT_CHIP
+
+
+def _blocks(problem: Problem, direction: str) -> Blocks:
+    size, window = max(problem.head_dim, problem.value_dim), problem.mask.window
+    return blocks_for(_chip(problem), direction, size, problem.queries, problem.keys, window)
 
 
 def _diagonal(problem: Problem) -> bool:
@@ -78,6 +83,7 @@ def _kernel(problem: Problem, blocks: Blocks) -> Kernel:
         softcap=problem.softcap,
         bounded=bool(bounds) and min(bounds) <= LARGEST_BOUND,
         aligned=_diagonal(problem),
+        edge=_diagonal(problem) and schedule.window_edge(problem.mask, (blocks.q, blocks.k)) > 0,
         causal=problem.mask.causal,
         limited=problem.mask.limited,
         vmem_bytes=VMEM_BYTES[_chip(problem)],
@@ -99,8 +105,8 @@ def _attend_fwd(q_BTNH, k_BSKH, v_BSKV, reach: Reach, given, problem: Problem):
 
 
 def _forward(q_BTNH, k_BSKH, v_BSKV, reach: Reach, problem: Problem):
-    (B, T, N, H), (S, V) = q_BTNH.shape, v_BSKV.shape[1::2]
-    blocks = blocks_for(_chip(problem), "forward", max(H, V), T, S)
+    (B, T, N, _), V = q_BTNH.shape, v_BSKV.shape[3]
+    blocks = _blocks(problem, "forward")
     reach = _padded(reach, blocks)
     kind_BIJ, bits_BIJ, needed = _blocks_seen(reach, problem, blocks)
     step_BP, bits_BP = schedule.forward_table(kind_BIJ, bits_BIJ, needed, _diagonal(problem))
@@ -120,11 +126,13 @@ def _forward(q_BTNH, k_BSKH, v_BSKV, reach: Reach, problem: Problem):
 def _attend_bwd(problem: Problem, residuals, cotangents):
     q_BTNH, k_BSKH, v_BSKV, reach, out_BTNV, lse_BTN = residuals
     dout_BTNV, dlse_BTN = cotangents
-    (B, T, N, H), (S, K, V) = q_BTNH.shape, v_BSKV.shape[1:]
-    G, blocks = N // K, blocks_for(_chip(problem), "backward", max(H, V), T, S)
+    (B, T, N, _), (S, K) = q_BTNH.shape, v_BSKV.shape[1:3]
+    G, blocks = N // K, _blocks(problem, "backward")
     # d lse / d s = p, so the gradient through lse only shifts the row constant of FlashAttention.
     delta_BTN = (dout_BTNV.astype(F32) * out_BTNV.astype(F32)).sum(-1) - dlse_BTN
-    delta_BTN = jnp.where(reach.q_segments_BT[:, :, None] > 0, delta_BTN, 0.0)
+    # What is not finite in a row stands in its lse, from where masks keep it from other documents.
+    lse_BTN = jnp.where(jnp.isfinite(delta_BTN), lse_BTN, jnp.nan)
+    delta_BTN = finite(delta_BTN)
     reach = _padded(reach, blocks)
     k_hSH, v_hSV = _heads_first(k_BSKH, blocks.k), _heads_first(v_BSKV, blocks.k)
     rows = (
@@ -215,20 +223,18 @@ def _ids(reach: Reach, problem: Problem) -> jax.Array:
     """Returns the int32 (B, 8, tokens) by which PART blocks test pairs.
 
     With a diagonal, rows 0-1: the first and the last row that a query sees. Else the arrays of
-    `Reach`, queries in rows 0-2, keys in rows 3-5, with no segment in common to padding. Rows 6-7:
-    the segments of queries and of keys.
+    `Reach`, queries in rows 0-2, keys in rows 3-5, with no segment in common to padding.
     """
-    zero_BT = jnp.zeros_like(reach.q_last_BT)
     real_BT = reach.q_segments_BT > 0
     if _diagonal(problem):
-        row_T = jnp.arange(zero_BT.shape[1], dtype=jnp.int32)
+        row_T = jnp.arange(real_BT.shape[1], dtype=jnp.int32)
         first_BT = row_T - (reach.q_last_BT - jnp.maximum(reach.q_first_BT, 0))
-        ids = [jnp.where(real_BT, first_BT, FAR), jnp.where(real_BT, row_T, -1), *[zero_BT] * 4]
+        ids = jnp.where(real_BT, first_BT, FAR), jnp.where(real_BT, row_T, -1)
     else:
         ids = reach._replace(q_segments_BT=jnp.where(real_BT, reach.q_segments_BT, -1))
-    ids = [*ids, reach.q_segments_BT, reach.k_segments_BS]
     length = max(x.shape[1] for x in ids)
-    return jnp.stack([jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in ids], 1)
+    ids = jnp.stack([jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in ids], 1)
+    return jnp.pad(ids, ((0, 0), (0, 8 - ids.shape[1]), (0, 0)))
 
 
 def _scaled(q_BTNH: jax.Array, problem: Problem) -> jax.Array:

@@ -10,6 +10,7 @@ Shapes: B batch, T queries, S keys, K kv heads, G query heads per kv head, H hea
 R query rows of a tile, C keys of a tile. The G heads of a kv head are one column of G * T rows.
 """
 
+import operator
 from functools import partial
 
 import jax
@@ -18,18 +19,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from models.attention import schedule
+from models.attention.mask import finite
 from models.attention.tpu_call import (
     F32,
     LANES,
     LN2,
     LOG2E,
     Kernel,
+    cut,
     dot,
     ids_of,
     launch,
     load,
     spans,
-    without_padding,
 )
 
 
@@ -73,6 +75,8 @@ def _backward_kernel(
     blocks, sub = kernel.blocks, kernel.blocks.sub
     step = steps[index]
     kind = schedule.kind(step)
+    in_head = lax.rem(schedule.query_tile(step) + first[0], q_tiles)
+    on_diagonal = in_head == schedule.key_tile(step)
     row = pl.multiple_of(schedule.query_tile(step) * blocks.q, LANES)
 
     def tile(rows: slice, columns: slice, hidden=None, load=load):
@@ -82,9 +86,10 @@ def _backward_kernel(
         if kernel.softcap is not None:
             t_CR = jnp.tanh(s_CR)
             s_CR = t_CR * (kernel.softcap * LOG2E)
+        s_CR -= lse_ref[0, :, rows]
         if hidden is not None:
-            s_CR = hidden(s_CR)
-        p_CR = jnp.exp2(s_CR - lse_ref[0, :, rows])
+            s_CR = hidden(s_CR)  # last, so that a row's NaN reaches only the keys that it sees
+        p_CR = jnp.exp2(s_CR)
         dv_sum_ref[columns] += dot(p_CR.astype(do_RV.dtype), do_RV, 1, 0)
         ds_CR = p_CR * (dot(load(v_ref, columns), do_RV, 1, 1) - delta_ref[0, :, rows])
         if kernel.softcap is not None:
@@ -109,13 +114,14 @@ def _backward_kernel(
         dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
         dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
 
-    if kernel.aligned:
+    for edge in (False, True)[: kernel.aligned + kernel.edge]:
 
-        @pl.when(kind == schedule.DIAGONAL)
-        def _():
+        @pl.when((kind == schedule.DIAGONAL) & (~on_diagonal if edge else on_diagonal))
+        def _(edge=edge):
+            keep = operator.gt if edge else operator.le  # of key and query
             for c in range(0, blocks.k, sub):
-                for r in range(c, blocks.q, sub):
-                    hidden = _above if r == c else None
+                for r in range(0, c + sub, sub) if edge else range(c, blocks.q, sub):
+                    hidden = partial(cut, keep, 0) if r == c else None
                     tile(slice(r, r + sub), slice(c, c + sub), hidden)
 
     @pl.when(kind == schedule.FULL)
@@ -127,12 +133,8 @@ def _backward_kernel(
     @pl.when(kind == schedule.PART)
     def _():
         visible = bits[index]
-        q_start = lax.rem(schedule.query_tile(step) + first[0], q_tiles) * blocks.q
+        q_start = in_head * blocks.q
         k_start = schedule.key_tile(step) * blocks.k
-
-        def load_real(ref, at: slice):
-            start, row = (q_start, 6) if ref is q_ref or ref is do_ref else (k_start, 7)
-            return without_padding(ref, ids_ref, start, at, row)
 
         for i, rows in enumerate(spans(0, blocks.q, sub)):
             for j, columns in enumerate(spans(0, blocks.k, sub)):
@@ -143,7 +145,7 @@ def _backward_kernel(
                         _hide, ids_ref=ids_ref, q_start=q_start + rows.start,
                         k_start=k_start + columns.start, kernel=kernel,
                     )  # fmt: skip
-                    tile(rows, columns, hidden, load_real)
+                    tile(rows, columns, hidden, lambda *at: finite(load(*at)))
 
     @pl.when(schedule.is_last(step))
     def _():
@@ -154,12 +156,6 @@ def _backward_kernel(
     @pl.when(schedule.emits(step))
     def _():
         dq_ref[0] = (dq_all_ref[pl.ds(row, blocks.q)] * scale).astype(dq_ref.dtype)
-
-
-def _above(s_CR: jax.Array) -> jax.Array:
-    """Puts -inf where the key comes after the query in a tile on the diagonal."""
-    key_CR, query_CR = (lax.broadcasted_iota(jnp.int32, s_CR.shape, axis) for axis in (0, 1))
-    return jnp.where(query_CR >= key_CR, s_CR, -jnp.inf)
 
 
 def _hide(s_CR: jax.Array, ids_ref, q_start, k_start, kernel: Kernel) -> jax.Array:

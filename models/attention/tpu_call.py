@@ -27,6 +27,7 @@ class Kernel:
 
     bounded: scores are known to stay within the range of exp2, so no maximum is kept.
     aligned: rows are aligned, so what a query sees is one run of rows: `ids` holds its ends.
+    edge: DIAGONAL blocks may also stand where a window ends (`schedule.window_edge`).
     causal, limited: else, which sides of a query's reach PART blocks test.
     """
 
@@ -34,6 +35,7 @@ class Kernel:
     softcap: float | None
     bounded: bool
     aligned: bool
+    edge: bool
     causal: bool
     limited: bool
     vmem_bytes: int
@@ -125,14 +127,10 @@ def ids_of(ids_ref, start, length: int) -> jax.Array:
     return ids_ref[0, :, pl.ds(pl.multiple_of(start, LANES), length)]
 
 
-def without_padding(tokens_ref, ids_ref, start, at: slice, row: int) -> jax.Array:
-    """Rows `at` of a block, zeros for padding: it may hold NaN, and 0 times NaN is NaN.
-
-    start: of the block in the sequence. row: of `ids`, that is not positive for padding.
-    """
-    ids_R8 = ids_of(ids_ref, start + at.start, at.stop - at.start).T
-    tokens_RH = jnp.where(ids_R8[:, row : row + 1] > 0, tokens_ref[0, at].astype(F32), 0.0)
-    return tokens_RH.astype(tokens_ref.dtype)
+def cut(keep: Callable, offset: int, s: jax.Array) -> jax.Array:
+    """Puts -inf where `keep(row + offset, column)` does not hold, as on one side of a diagonal."""
+    row, column = (lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (0, 1))
+    return jnp.where(keep(row + offset, column), s, -jnp.inf)
 
 
 def load(ref, at: slice) -> jax.Array:

@@ -9,6 +9,7 @@ Shapes: T queries, S keys, H head dim, V of values, P grid steps, R rows of a ti
 tile, L lanes. `h` counts batch and query heads.
 """
 
+import operator
 from functools import partial
 
 import jax
@@ -18,19 +19,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from models.attention import schedule
-from models.attention.mask import EMPTY_LSE
+from models.attention.mask import EMPTY_LSE, finite
 from models.attention.tpu_call import (
     F32,
     LANES,
     LN2,
     LOG2E,
     Kernel,
+    cut,
     dot,
     ids_of,
     launch,
     load,
     spans,
-    without_padding,
 )
 
 # JAX 0.12 has moved it; 0.10 has it at the old place only.
@@ -85,6 +86,7 @@ def _forward_kernel(
     blocks, sub = kernel.blocks, kernel.blocks.sub
     step = steps[index]
     kind = schedule.kind(step)
+    on_diagonal = schedule.query_tile(step) == schedule.key_tile(step)
 
     def tile(rows: slice, columns: slice, hidden=None, starts: bool = False, load=load):
         """Adds the keys of `columns` to the sums of `rows`, or starts the sums with them."""
@@ -95,7 +97,6 @@ def _forward_kernel(
             s_RC = hidden(s_RC)
         if kernel.bounded:
             p_RC = jnp.exp2(s_RC)
-            sum_RL = sum(p_RC[:, c : c + LANES] for c in range(0, p_RC.shape[1], LANES))
         else:
             max_RL = jnp.broadcast_to(s_RC.max(1, keepdims=True), (s_RC.shape[0], LANES))
             if not starts:
@@ -104,7 +105,8 @@ def _forward_kernel(
                 decay_RL = jnp.exp2(old_RL - max_RL)
             max_ref[rows] = max_RL
             p_RC = jnp.exp2(s_RC - widen(max_RL, s_RC.shape[1]))
-            sum_RL = jnp.broadcast_to(p_RC.sum(1, keepdims=True), max_RL.shape)
+        # Sums stay apart by lane until the last step: adding lanes up at every tile costs more.
+        sum_RL = sum(p_RC[:, c : c + LANES] for c in range(0, p_RC.shape[1], LANES))
         pv_RH = dot(p_RC.astype(v_ref.dtype), load(v_ref, columns), 1, 0)
         if starts:
             sum_ref[rows], acc_ref[rows] = sum_RL, pv_RH
@@ -123,14 +125,25 @@ def _forward_kernel(
 
     if kernel.aligned:
 
-        @pl.when(kind == schedule.DIAGONAL)
+        @pl.when((kind == schedule.DIAGONAL) & on_diagonal)
         def _():
             for c in range(0, blocks.k, sub):
                 columns = slice(c, c + sub)
                 for rows in spans(c, c + sub, blocks.rows):
-                    tile(rows, columns, partial(below, rows.start - c), c == 0)
+                    tile(rows, columns, partial(cut, operator.ge, rows.start - c), c == 0)
                 for rows in spans(c + sub, blocks.q, blocks.rows):
                     tile(rows, columns, starts=c == 0)
+
+    if kernel.edge:
+
+        @pl.when((kind == schedule.DIAGONAL) & ~on_diagonal)
+        def _():
+            for c in range(0, blocks.k, sub):
+                columns = slice(c, c + sub)
+                for rows in spans(0, c, blocks.rows):
+                    tile(rows, columns)
+                for rows in spans(c, c + sub, blocks.rows):
+                    tile(rows, columns, partial(cut, operator.lt, rows.start - c))
 
     @pl.when(kind == schedule.FULL)
     def _():
@@ -144,9 +157,14 @@ def _forward_kernel(
         q_start = schedule.query_tile(step) * blocks.q
         k_start = schedule.key_tile(step) * blocks.k
 
-        def load_real(ref, at: slice):
-            start, row = (q_start, 6) if ref is q_ref else (k_start, 7)
-            return without_padding(ref, ids_ref, start, at, row)
+        def load_apart(ref, at: slice):
+            """What is not finite in a value moves into its key's score, which `hide` can remove."""
+            if ref is v_ref:
+                return finite(load(v_ref, at))
+            if ref is k_ref:
+                flaw_C1 = (0.0 * v_ref[0, at].astype(F32)).sum(1, keepdims=True)
+                return (k_ref[0, at].astype(F32) + flaw_C1).astype(k_ref.dtype)
+            return load(ref, at)
 
         for i, rows in enumerate(spans(0, blocks.q, sub)):
             for j, columns in enumerate(spans(0, blocks.k, sub)):
@@ -159,13 +177,11 @@ def _forward_kernel(
                             hide, ids_ref=ids_ref, q_start=q_start + part.start,
                             k_start=k_start + columns.start, kernel=kernel,
                         )  # fmt: skip
-                        tile(part, columns, hidden, load=load_real)
+                        tile(part, columns, hidden, load=load_apart)
 
     @pl.when(schedule.is_last(step))
     def _():
-        sum_RL = sum_ref[...]
-        if kernel.bounded:
-            sum_RL = jnp.broadcast_to(sum_RL.sum(1, keepdims=True), sum_RL.shape)
+        sum_RL = jnp.broadcast_to(sum_ref[...].sum(1, keepdims=True), sum_ref.shape)
         # A row that saw nothing has sum 0 and accumulator 0: any finite divisor gives 0.
         divisor_RL = jnp.maximum(sum_RL, 1e-30)
         inverse_RL = _reciprocal(divisor_RL, approx=True)
@@ -178,12 +194,6 @@ def _forward_kernel(
         sum_1R, max_1R = both_LR[:1], both_LR[LANES // 2 : LANES // 2 + 1]
         lse_1R = jnp.log(jnp.maximum(sum_1R, 1e-30)) + (0.0 if kernel.bounded else max_1R * LN2)
         lse_ref[0] = jnp.where(sum_1R == 0, EMPTY_LSE, lse_1R)
-
-
-def below(offset: int, s_RC: jax.Array) -> jax.Array:
-    """Puts -inf above the diagonal of a tile whose first row is row `offset` of its matrix."""
-    row_RC, column_RC = (lax.broadcasted_iota(jnp.int32, s_RC.shape, axis) for axis in (0, 1))
-    return jnp.where(row_RC + offset >= column_RC, s_RC, -jnp.inf)
 
 
 def widen(x_RL: jax.Array, width: int) -> jax.Array:

@@ -1,135 +1,83 @@
 """Attention kernels for TPUs that are not there: estimates from bundle counts, and memory.
 
-    python -m tests.benchmarks.attention_tpu compare [CHIP ...] [--shape=TEXT]
-    python -m tests.benchmarks.attention_tpu tune [CHIP ...]
+    python -m tests.benchmarks.attention_tpu compare [CHIP ...] [--shape=TEXT] [--results=FILE]
+    python -m tests.benchmarks.attention_tpu tune [CHIP ...] [--head=SIZE] [--results=FILE]
     python -m tests.benchmarks.attention_tpu memory
 
-compare: Torus and splash at five shapes, or those whose name has TEXT. tune: the candidates for
-models/attention/blocks.py. memory: temporaries of both passes at 131,072 tokens.
+compare: Torus beside splash (its backward fused and split), flash and, where it is installed,
+tokamax (Python 3.12), each at the best of several block sizes per direction, at five shapes or
+those whose name has TEXT. tune: the candidates for models/attention/blocks.py. memory: temporaries
+of both passes at 131,072 tokens. FILE keeps what was compiled, so that a run can be continued.
 
 Every figure is made on a CPU by libtpu's compiler: cycles = sum over the parts of the grid loop of
 bundles times how often the part runs, a body counting at least what its products keep the matrix
 units busy. Memory waits and stalls are not counted; nothing here was timed on a TPU.
 """
 
-import os
+# ruff: noqa: I001 (the first import sets the environment that JAX reads)
+
+from tests.benchmarks import absent_tpu
 import sys
-import tempfile
+from functools import partial
 
-from tests.benchmarks import bundles
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-_DUMP = tempfile.mkdtemp(prefix="bundles")
-os.environ.update(bundles.environment(_DUMP))
-
-import dataclasses  # noqa: E402
-import functools  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.experimental.layout import Format, Layout  # noqa: E402
-
-from models.attention import blocks as table  # noqa: E402
-from models.attention import schedule, tpu  # noqa: E402
-from models.attention.dispatch import attention  # noqa: E402
-from models.attention.mask import Mask, reach  # noqa: E402
-from sharding.hardware import CHIPS  # noqa: E402
-from sharding.topology import parse_slice, slice_devices  # noqa: E402
-
-SLICES = {"v4": "v4-8", "v5e": "v5e-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}
-CORES = {"v4": 2, "v5p": 2}  # that one JAX device has
-WIDE = ("v6e", "tpu7x")  # matrix units of 256 x 256, which a head of 128 half fills
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    heads: int
-    kv_heads: int
-    length: int
-    head_dim: int = 128
-    window: int | None = None
-    documents: int = 1  # of equal length
-
-    def __str__(self) -> str:
-        extra = f" window {self.window}" if self.window else ""
-        extra += f" {self.documents} documents" if self.documents > 1 else ""
-        return f"H{self.heads}/{self.kv_heads} S{self.length} D{self.head_dim}{extra}"
-
-
-SHAPES = (
-    Shape(8, 8, 4096),
-    Shape(16, 16, 8192),
-    Shape(32, 8, 8192),
-    Shape(8, 8, 8192, window=1024),
-    Shape(8, 8, 8192, documents=8),
-)
-
-
-@functools.cache
-def device(chip: str):
-    return slice_devices(parse_slice(SLICES[chip]))[0]
-
-
-def compile_for(chip: str, function, *shapes, auto_layout: bool = False):
-    """Compiles for one device of the chip; arguments are (shape, dtype).
-
-    auto_layout: the compiler lays arguments and results out as it likes, as inside a model.
-    """
-    mesh = jax.sharding.Mesh([device(chip)], ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    arguments = [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in shapes]
-    free = Format(Layout.AUTO)
-    options = dict(in_shardings=free, out_shardings=free) if auto_layout else {}
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function, **options).lower(*arguments).compile()
-
-
-def flops_per_cycle(chip: str, head_dim: int) -> float:
-    """Peak of one core; a head narrower than the matrix unit uses its share."""
-    info = CHIPS[chip]
-    peak = info.flops_bf16 / info.clock / CORES.get(chip, 1)
-    return peak * min(1.0, head_dim / 256) if chip in WIDE else peak
-
+from models.attention import blocks as table
+from models.attention import schedule, tpu
+from models.attention.dispatch import attention
+from models.attention.mask import Mask, reach
+from sharding.hardware import CHIPS
+from tests.benchmarks import attention_peers, bundles
+from tests.benchmarks.absent_tpu import SHAPES, SLICES, Results, Shape, compile_for, flops_per_cycle
 
 # ------------------------------------------------------------------------------ Torus
 
 
-def torus(chip: str, shape: Shape) -> dict[str, float]:
+def torus(
+    chip: str, shape: Shape, directions: tuple[str, ...] = ("forward", "backward")
+) -> dict[str, float]:
     """Returns seconds of the forward and of the backward kernel."""
-    kernels = bundles.compile_and_read(_DUMP, lambda: compile_torus(chip, shape))
-    by_name = {("backward" if "backward" in k.name else "forward"): k for k in kernels}
-    return {name: torus_seconds(chip, shape, name, kernel) for name, kernel in by_name.items()}
+    seconds = {}
+    for direction in directions:
+        (kernel,) = absent_tpu.read_kernels(lambda: compile_torus(chip, shape, direction))  # noqa: B023
+        seconds[direction] = torus_seconds(chip, shape, direction, kernel)
+    return seconds
 
 
-def compile_torus(chip: str, shape: Shape, auto_layout: bool = False):
-    """Compiles forward and backward, through the door, gradient of lse included."""
+def compile_torus(chip: str, shape: Shape, direction: str, auto_layout: bool = False):
+    """Compiles the forward, the backward, or `both`, through the door, with the gradient of lse."""
 
-    def both(q, k, v, dout, dlse, positions, segments):
-        def call(q, k, v):
+    def run(q, k, v, out, dout, lse, dlse, positions, segments):
+        def call(q, k, v, given=None):
             return attention(
                 q, k, v, Mask(window=shape.window), q_positions_BT=positions,
                 k_positions_BS=positions, q_segments_BT=segments, k_segments_BS=segments,
-                scale=shape.head_dim**-0.5, rows_aligned=True, backend="pallas",
+                scale=shape.head_dim**-0.5, rows_aligned=True, backend="pallas", given=given,
             )  # fmt: skip
 
-        results, pull = jax.vjp(call, q, k, v)
+        if direction == "forward":
+            return call(q, k, v)
+        given = (out, lse) if direction == "backward" else None
+        results, pull = jax.vjp(partial(call, given=given), q, k, v)
         return *results, *pull((dout, dlse))
 
     T, N, K, H = shape.length, shape.heads, shape.kv_heads, shape.head_dim
-    bf16, ids = jnp.bfloat16, ((1, T), jnp.int32)
+    bf16, row, ids = jnp.bfloat16, ((1, T, N), jnp.float32), ((1, T), jnp.int32)
     q, kv = ((1, T, N, H), bf16), ((1, T, K, H), bf16)
-    dlse = ((1, T, N), jnp.float32)
-    return compile_for(chip, both, q, kv, kv, q, dlse, ids, ids, auto_layout=auto_layout)
+    arguments = q, kv, kv, q, q, row, row, ids, ids
+    return compile_for(chip, run, *arguments, auto_layout=auto_layout)
 
 
 def torus_seconds(chip: str, shape: Shape, direction: str, kernel: bundles.Kernel) -> float:
     """Weighs the parts of the kernel by what the tables of this very call make of every step."""
     T, group = shape.length, shape.heads // shape.kv_heads
-    sizes = table.blocks_for(chip, direction, shape.head_dim, T, T)
+    sizes = table.blocks_for(chip, direction, shape.head_dim, T, T, shape.window)
     mask = Mask(window=shape.window)
-    documents = np.arange(T) * shape.documents // T
-    positions = jnp.asarray((np.arange(T) - documents * (T // shape.documents))[None], jnp.int32)
+    documents = shape.document_of()
+    starts = np.searchsorted(documents, np.arange(shape.documents))
+    positions = jnp.asarray((np.arange(T) - starts[documents])[None], jnp.int32)
     segments = jnp.asarray(documents[None] + 1, jnp.int32)
     seen = reach(mask, positions, positions, segments, segments)
     block, sub = (sizes.q, sizes.k), (sizes.sub, sizes.sub)
@@ -138,9 +86,10 @@ def torus_seconds(chip: str, shape: Shape, direction: str, kernel: bundles.Kerne
     backward = direction == "backward"
     repeat = group if backward else 1
     counts = {kind: repeat * int(((kinds == kind) & needed).sum()) for kind in range(4)}
+    edges = repeat * int(((kinds == schedule.DIAGONAL) & ~np.eye(len(kinds), dtype=bool)).sum())
     subtiles = repeat * sum(int(b).bit_count() for b in bits[(kinds == schedule.PART) & needed])
     steps = repeat * int(needed.sum())
-    runs = sizes_of_runs = T // sizes.k if backward else T // sizes.q
+    runs = T // sizes.k if backward else T // sizes.q
     heads = shape.kv_heads if backward else shape.heads
 
     rate = flops_per_cycle(chip, shape.head_dim)
@@ -152,19 +101,19 @@ def torus_seconds(chip: str, shape: Shape, direction: str, kernel: bundles.Kerne
     bodies = [r for r in kernel.regions if r.products]
     before = [r for r in kernel.regions if r.stop <= bodies[0].start]
     after = [r for r in kernel.regions if r.start >= bodies[-1].stop]
-    diagonal, full, part = bodies
+    diagonal, *edge, full, part = bodies
     pairs = sizes.q * sizes.k
     n = sizes.q // sizes.sub
     cycles = steps * kernel.overhead
     cycles += runs * (before[-1].bundles if backward else 0) + runs * after[0].bundles
     if not backward:  # the start of rows that begin with another block than a diagonal one
-        cycles += (sizes_of_runs - min(sizes_of_runs, counts[schedule.DIAGONAL])) * before[
-            0
-        ].bundles
+        cycles += (runs - min(runs, counts[schedule.DIAGONAL] - edges)) * before[0].bundles
     else:
         cycles += repeat * (T // sizes.q) * after[1].bundles
         cycles += repeat * T / 128 * before[0].bundles
-    cycles += counts[schedule.DIAGONAL] * max(diagonal.bundles, floor(pairs * (n + 1) / (2 * n)))
+    triangles = [(diagonal, counts[schedule.DIAGONAL] - edges), *((body, edges) for body in edge)]
+    for body, count in triangles:
+        cycles += count * max(body.bundles, floor(pairs * (n + 1) / (2 * n)))
     cycles += counts[schedule.FULL] * max(full.bundles, floor(pairs))
     tile = max(r.bundles for r in part.inner)
     cycles += subtiles * max(tile, floor(sizes.sub**2))
@@ -173,114 +122,32 @@ def torus_seconds(chip: str, shape: Shape, direction: str, kernel: bundles.Kerne
     return cycles * heads / max(cores, 1) / CHIPS[chip].clock
 
 
-# ------------------------------------------------------------------------------ JAX's kernels
-
-
-def splash(chip: str, shape: Shape, fused: bool, sizes: tuple[int, int, int]) -> dict[str, float]:
-    """Returns seconds of splash attention's kernels at one set of block sizes."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    T, (bq, bkv, compute) = shape.length, sizes
-    if shape.window:
-        one = masks.LocalMask((T, T), (shape.window - 1, 0), 0)
-    else:
-        one = masks.CausalMask((T, T))
-    options = dict(
-        block_q=bq, block_kv=bkv, block_kv_compute=compute, block_q_dkv=bq, block_kv_dkv=bkv,
-        block_kv_dkv_compute=compute, use_fused_bwd_kernel=fused,
-    )  # fmt: skip
-    if not fused:
-        options |= dict(block_q_dq=bq, block_kv_dq=bkv)
-    grouped = shape.heads != shape.kv_heads
-    group = shape.heads // shape.kv_heads
-    make = kernels.make_splash_mqa if grouped else kernels.make_splash_mha
-    mask = masks.MultiHeadMask([one] * (group if grouped else shape.heads))
-    kernel = make(mask, block_sizes=kernels.BlockSizes(**options), head_shards=1, q_seq_shards=1)
-
-    def both(q, k, v, dout, segments):
-        ids = kernels.SegmentIds(segments, segments) if shape.documents > 1 else None
-        call = functools.partial(kernel, segment_ids=ids)
-        if grouped:
-            call = jax.vmap(call, in_axes=(0, 0, 0))
-        out, pull = jax.vjp(call, q, k, v)
-        return out, *pull(dout)
-
-    H, bf16 = shape.head_dim, jnp.bfloat16
-    q = ((shape.heads, T, H), bf16)
-    kv = q
-    if grouped:
-        q, kv = ((shape.kv_heads, group, T, H), bf16), ((shape.kv_heads, T, H), bf16)
-    found = bundles.compile_and_read(
-        _DUMP, lambda: compile_for(chip, both, q, kv, kv, q, ((T,), jnp.int32))
-    )
-    return dict(dense_seconds(chip, shape, found, (bq, bkv), fused))
-
-
-def dense_seconds(
-    chip: str, shape: Shape, kernels: list[bundles.Kernel], block: tuple[int, int], fused: bool
-) -> Iterator[tuple[str, float]]:
-    """Weighs kernels that step over the whole grid: hot parts run where a block has a visible pair.
-
-    Documents do not change which blocks these kernels compute.
-    """
-    T, (bq, bkv) = shape.length, block
-    i, j = np.meshgrid(np.arange(T // bq), np.arange(T // bkv), indexing="ij")
-    active = j * bkv <= (i + 1) * bq - 1
-    if shape.window:
-        active &= i * bq - (j + 1) * bkv + 1 < shape.window
-    rate = flops_per_cycle(chip, shape.head_dim)
-    for kernel in kernels:
-        name = "dq" if "dq" in kernel.name else "dkv" if "dkv" in kernel.name else "forward"
-        products = {"forward": 2, "dq": 3, "dkv": 5 if fused else 4}[name]
-        leaves = list(_leaves(kernel.regions))
-        hot = sum(r.bundles for r in leaves if r.products)
-        once = sum(r.bundles for r in leaves if not r.products)
-        step = sum(r.bundles for r in kernel.regions) + kernel.overhead - hot - once
-        hot = max(hot, products * 2 * bq * bkv * shape.head_dim / rate)
-        runs = T // (bkv if name == "dkv" else bq)
-        # Splash's grid of a local mask holds as many columns as its widest row needs.
-        grid = active.sum(1).max() * (T // bq) if shape.window else active.size
-        if name == "dkv" and shape.window:
-            grid = active.sum(0).max() * (T // bkv)
-        cycles = shape.heads * (active.sum() * hot + grid * step + runs * once)
-        cores = round(shape.heads * grid / (kernel.trips - 2)) if kernel.trips else 1
-        yield name, cycles / max(1, cores) / CHIPS[chip].clock
-
-
-def _leaves(regions: tuple[bundles.Region, ...]) -> Iterator[bundles.Region]:
-    """The parts that run or are skipped as a whole; a loop guard around all others is none."""
-    for region in regions:
-        hot = [r for r in region.inner if r.products]
-        if hot and sum(r.bundles for r in region.inner) > 0.8 * region.bundles:
-            yield from _leaves(region.inner)
-        else:
-            yield region
-
-
 # ------------------------------------------------------------------------------ commands
 
-SPLASH_BLOCKS = ((1024, 1024, 512), (512, 512, 512))  # the best of nine at these lengths, windows
 
-
-def compare(chips: list[str], only: str) -> None:
+def compare(chips: list[str], only: str, results: Results) -> None:
     for chip in chips:
         for shape in (shape for shape in SHAPES if only in str(shape)):
-            ours = torus(chip, shape)
-            best: dict[str, float] = {}
-            for fused in (True, False):
-                for sizes in SPLASH_BLOCKS if shape.window else SPLASH_BLOCKS[:1]:
-                    parts = splash(chip, shape, fused, sizes)
-                    total = {"forward": parts["forward"], f"fused={fused}": sum(parts.values())}
-                    best |= {k: min(v, best.get(k, v)) for k, v in total.items()}
+            ours = results.get(f"{chip} {shape} torus", partial(torus, chip, shape))
             both = sum(ours.values())
-            print(
-                f"{chip} {shape}: forward {1e6 * ours['forward']:.0f} us, "
-                f"{best['forward'] / ours['forward']:.2f} x splash; both {1e6 * both:.0f} us, "
-                f"{best['fused=True'] / both:.2f} x fused, "
-                f"{best['fused=False'] / both:.2f} x split",
-                flush=True,
-            )
+            print(f"{chip} {shape}: {1e6 * ours['forward']:.0f} us, both {1e6 * both:.0f} us")
+            for name, measure, candidates in attention_peers.peers(shape):
+                found = [
+                    results.get(
+                        f"{chip} {shape} {name} {sizes}", partial(measure, chip, shape, sizes)
+                    )
+                    for sizes in candidates
+                ]
+                parts = [part for part in found if part]
+                if not parts:
+                    print(f"    {name}: compiles at none of its block sizes")
+                    continue
+                forward, backward = (min(p[d] for p in parts) for d in ("forward", "backward"))
+                print(
+                    f"    {name}: {forward / ours['forward']:.2f} x Torus, "
+                    f"both {(forward + backward) / both:.2f} x",
+                    flush=True,
+                )
 
 
 CANDIDATES = {
@@ -291,26 +158,29 @@ CANDIDATES = {
 }  # fmt: skip
 
 
-def tune(chips: list[str], head_dim: int = 128) -> None:
-    limit = 128 if head_dim <= 128 else 256
+def tune(chips: list[str], head_dim: int, results: Results) -> None:
+    """Prints every candidate, best first, beside the table's entry."""
     for chip in chips:
         for direction, candidates in CANDIDATES.items():
-            results = {}
-            for sizes in candidates:
-                table.TABLE[chip, direction, limit] = sizes
-                try:
-                    results[sizes] = torus(chip, Shape(8, 8, 4096, head_dim))[direction]
-                except jax.errors.JaxRuntimeError as error:
-                    print(chip, direction, sizes, str(error).splitlines()[0][:120])
-            best = min(results, key=results.get)
-            table.TABLE[chip, direction, limit] = best
-            print(chip, direction, limit, best, f"{1e6 * results[best]:.0f} us", flush=True)
+            key = chip, direction, table.limit_of(head_dim)
+            entry, found = table.TABLE[key], {}
+            for sizes in dict.fromkeys((entry, *candidates)):
+                table.TABLE[key] = sizes
+                shape = Shape(8, 8, 4096, head_dim)
+                name = f"{chip} {shape} {direction} {sizes}"
+                if parts := results.get(name, partial(torus, chip, shape, (direction,))):
+                    found[sizes] = parts[direction]
+            table.TABLE[key] = entry
+            for sizes in sorted(found, key=found.get):
+                ratio = found[sizes] / found[entry] if entry in found else float("nan")
+                mark = " in the table" if sizes == entry else ""
+                print(f"{key} {sizes}: {1e6 * found[sizes]:.0f} us, {ratio:.3f}{mark}", flush=True)
 
 
 def memory() -> None:
     for auto_layout in (True, False):
         shape = Shape(16, 16, 131_072)
-        analysis = compile_torus("v5e", shape, auto_layout).memory_analysis()
+        analysis = compile_torus("v5e", shape, "both", auto_layout).memory_analysis()
         layout = "chosen by the compiler" if auto_layout else "(batch, token, head, size)"
         print(
             f"v5e {shape}, arguments laid out {layout}: "
@@ -319,13 +189,14 @@ def memory() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    command, *chips = arguments or ["help"]
-    only = next((c.removeprefix("--shape=") for c in chips if c.startswith("--shape=")), "")
-    chips = [c for c in chips if not c.startswith("--")]
+    command, *rest = arguments or ["help"]
+    options = dict(option.removeprefix("--").split("=") for option in rest if "=" in option)
+    chips = [word for word in rest if not word.startswith("--")] or list(SLICES)
+    results = Results(options.get("results", ""))
     if command == "compare":
-        compare(chips or ["v5e", "v5p", "v6e"], only)
+        compare(chips, options.get("shape", ""), results)
     elif command == "tune":
-        tune(chips or list(SLICES))
+        tune(chips, int(options.get("head", "128")), results)
     elif command == "memory":
         memory()
     else:

@@ -1,6 +1,7 @@
 """Every backend against the float64 oracle: random shapes, masks, dtypes; values and gradients."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from models.attention import blocks, blockwise, gpu
-from models.attention.dispatch import attention
+from models.attention import blocks, blockwise, gpu, schedule
+from models.attention.dispatch import attention, merge
 from models.attention.mask import EMPTY_LSE, Mask
 from tests.models.attention import oracle
 
@@ -197,6 +198,14 @@ def test_full_size_tiles(backend):
     check(backend, SIZES)
 
 
+@pytest.mark.parametrize("window", [256, 512])
+def test_windows_that_end_at_the_corners_of_blocks(window, monkeypatch):
+    """Three blocks of 256, four sub-tiles each; this seed makes the row one document."""
+    small_tiles(monkeypatch)
+    assert schedule.window_edge(Mask(window=window), (256, 256)) == window // 256
+    check("pallas", SIZES | dict(length=768, window=window, head_dim=64, seed=2))
+
+
 @pytest.mark.parametrize("bound", [40.0, 400.0])
 def test_scores_at_the_bound(bound):
     """Scores reach the bound that is promised; one too large for exp is ignored, not trusted."""
@@ -255,3 +264,39 @@ def test_two_runs_are_bit_equal(backend, monkeypatch):
 
     for a, b in zip(both(q, k, v), both(q, k, v), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@partial(jax.jit, static_argnames="backend")
+def merged_both_ways(backend, q, k, v, cotangents, tokens, keys_PBS):
+    """Three parts of the keys merged from the left and from the right, and the two's gradients."""
+
+    def call(q, k, v):
+        def part(keys_BS):  # the other keys are taken for padding
+            segments_BS = jnp.where(keys_BS, tokens.k_segments_BS, 0)
+            ids = tokens._replace(k_segments_BS=segments_BS)._asdict()
+            return attention(q, k, v, Mask(window=9), **ids, scale=0.25, backend=backend)
+
+        a, b, c = zip(*jax.lax.map(part, keys_PBS), strict=True)
+        return merge(merge(a, b), c), merge(a, merge(b, c))
+
+    results, pull = jax.vjp(call, q, k, v)
+    return results, pull((cotangents, cotangents))
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "reference", "pallas"])
+@settings(BUDGET, max_examples=6)
+@given(seed=st.integers(0, 2**16), parts=st.sampled_from([1, 2, 3]))
+def test_merging_is_associative_and_gives_the_whole(backend, seed, parts):
+    """For any three parts of the keys, interleaved and perhaps empty; values and gradients."""
+    rng = np.random.default_rng(seed)
+    B, T, N, K, H = 1, 40, 2, 1, 16
+    shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H), (B, T, N))
+    q, k, v, *cotangents = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    tokens = packed_tokens(rng, B, T)
+    keys_PBS = rng.integers(0, parts, size=(B, T)) == np.arange(3)[:, None, None]
+    results, gradients = merged_both_ways(backend, q, k, v, tuple(cotangents), tokens, keys_PBS)
+    rule = oracle.Rule(window=9)
+    want = oracle.attend(q, k, v, *cotangents, tokens, rule, 0.25)
+    for out, lse in results:
+        found = [out, lse, *(x / 2 for x in gradients)]
+        assert_matches([np.asarray(x, np.float64) for x in found], want, rule, "float32")
