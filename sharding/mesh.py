@@ -19,6 +19,8 @@ from sharding.config import AXES, MeshConfig, cache_folder
 from sharding.errors import UsageError
 from sharding.hardware import has_tpu
 
+ORDERED_COLLECTIVES = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
 
 def start_runtime() -> None:
     """Prepares JAX before the first device is asked for; safe to call twice.
@@ -33,6 +35,7 @@ def start_runtime() -> None:
         # With libtpu installed for ahead-of-time work, JAX would try a TPU first and log errors.
         if not glob.glob("/dev/nvidia[0-9]*") and not jax.config.jax_platforms:
             jax.config.update("jax_platforms", "cpu")
+    _order_collectives()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -48,6 +51,18 @@ def start_runtime() -> None:
         )
     elif os.environ.get("TORUS_DISTRIBUTED") == "1" and not jax.distributed.is_initialized():
         jax.distributed.initialize()
+
+
+def _order_collectives() -> None:
+    """Keeps several CPU devices, in one process or many, from waiting for each other for ever.
+
+    XLA:CPU runs what does not depend on one another concurrently, also a collective beside a loop
+    that holds others, and each device picks an order of its own. Its other scheduler does not.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    several = "xla_force_host_platform_device_count" in flags or "JAX_NUM_PROCESSES" in os.environ
+    if several and ORDERED_COLLECTIVES.split("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {ORDERED_COLLECTIVES}".strip()
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -8,6 +8,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # an installed libtpu must not
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",  # compiles in two thirds of the time; tests run few steps
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # sharding/mesh.py says why
     # Eight devices meet in every collective. On a starved machine that takes longer than the 40 s
     # after which XLA:CPU takes the process down.
     "--xla_cpu_collective_call_terminate_timeout_seconds=400",

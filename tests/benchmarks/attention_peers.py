@@ -27,7 +27,7 @@ def peers(shape: Shape) -> Iterator[tuple[str, Callable, tuple[Blocks, ...]]]:
     """Yields (name, function of chip, shape and blocks giving seconds, candidates) of a shape.
 
     The best of each direction counts. Longer rows take what won at 4,096 tokens on v5e, v5p and
-    v6e: it is within 2% of the best there in both directions.
+    v6e: it is within 3% of the best there in both directions.
     """
     few = BLOCKS[2:3] if shape.window else BLOCKS[:1]
     candidates = BLOCKS if shape.length <= 4096 else few

@@ -1,10 +1,14 @@
-"""Saves a state on one mesh and restores it on another, and trains on from both.
+"""One job of the matrix of meshes: saves on its meshes, or restores there what all of them saved.
 
-Each mesh trains two steps, saves, and trains five more; each restore is verified against the
-fingerprints taken from memory before the save, then trains the same five.
+Arguments: `save` or `restore`, a folder, JSON of the meshes that this job has devices for, JSON of
+the names of all saved ones. Each mesh trains two steps, saves, and trains five more; each restore
+is verified against the fingerprints taken from memory before the save, then trains the same five.
+Process 0 prints one line of JSON: name, or name of saved and of restoring mesh → losses.
 """
 
+import json
 import math
+import sys
 from pathlib import Path
 
 import jax
@@ -13,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from checkpoint.config import CheckpointConfig
 from checkpoint.manager import CheckpointManager, load_step
 from sharding.config import MeshConfig
-from sharding.mesh import make_mesh
+from sharding.mesh import make_mesh, start_runtime
 from sharding.rules import BATCH, SEQ
 from tests.trainer.test_step import batches, experiment
 from trainer.state import abstract_state, from_stored, init_state, make_layout, to_stored
@@ -57,3 +61,21 @@ def restore(place: Place, folder: Path) -> list[float]:
         stored, _ = load_step(folder, BEFORE, abstract, verify=True)
         state = from_stored(stored, place.experiment, place.layout)
         return place.train(state, slice(BEFORE, None))[1]
+
+
+def main(what: str, folder: str, meshes: str, saved: str) -> None:
+    start_runtime()
+    found = {}
+    for name, axes in json.loads(meshes).items():
+        place = Place(axes)
+        if what == "save":
+            found[name] = save(place, Path(folder) / name)
+        else:
+            for other in json.loads(saved):
+                found[f"{other} > {name}"] = restore(place, Path(folder) / other)
+    if jax.process_index() == 0:
+        print("RESULT " + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
