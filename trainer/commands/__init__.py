@@ -30,7 +30,7 @@ COMMANDS: dict[str, Command] = {
         "trainer.commands.plan", "say whether a config fits a TPU slice, without any TPU", "Train"
     ),
     "convert": Command(
-        "trainer.commands.convert", "bring weights in from Hugging Face, and take them back",
+        "trainer.commands.convert", "bring weights in from other stacks, and take them back",
         "Use",
     ),
     "eval": Command("trainer.commands.eval", "measure the loss of a trained model", "Use"),
