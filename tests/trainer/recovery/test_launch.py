@@ -1,102 +1,21 @@
-"""`torus launch` and real processes: faults are injected, and the run ends on the same bits."""
+"""`torus launch` on one host: faults are injected, and the run ends on the same bits."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.trainer.recovery.runs import STEPS, at_step, incidents, launch, trainers
 from tests.trainer.test_resume import stored_state
-from trainer.metrics import read_metrics
 
-TINY, STEPS = ROOT / "tests/tiny.py", 24
 pytestmark = pytest.mark.multiprocess
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_cache(tmp_path_factory):
-    """One compilation cache for this module's processes; the dataset is written once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORUS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen:
-    command = [
-        sys.executable, "-m", "trainer.commands.main", "launch", f"--config={TINY}",
-        f"--workdir={workdir}", f"--config.train.steps={STEPS}", "--config.checkpoint.every=4",
-        *arguments,
-    ]  # fmt: skip
-    flags = "--xla_force_host_platform_device_count=1"
-    environment = {
-        **os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-        **variables,
-    }  # fmt: skip
-    return subprocess.Popen(
-        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def trainers(supervisor: subprocess.Popen) -> list[int]:
-    """Returns the process ids of the trainers, in order of rank."""
-    return [
-        int(pid)
-        for pid in Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
-        .read_text()
-        .split()
-    ]
-
-
-def at_step(workdir: Path, supervisor: subprocess.Popen, step: int) -> None:
-    while supervisor.poll() is None:
-        if any(record["step"] >= step for record in read_metrics(workdir, "train")):
-            return
-        time.sleep(0.01)
-    pytest.fail(supervisor.communicate()[1])
-
-
-def incidents(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "incidents.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory) -> dict[int, dict]:
-    """The last state of undisturbed runs in one process and in two."""
-    found = {}
-    for processes in (1, 2):
-        folder = tmp_path_factory.mktemp("calm") / "run"
-        job = launch(folder, "--processes", str(processes))
-        _, error = job.communicate(timeout=240)
-        assert job.returncode == 0, error
-        assert not (folder / "incidents.jsonl").exists()
-        found[processes] = stored_state(folder, STEPS)
-    return found
-
-
-@pytest.fixture
-def supervised(tmp_path) -> Iterator[Callable[..., tuple[Path, subprocess.Popen]]]:
-    """Starts a run; whatever is left of it at the end is killed."""
-    jobs = []
-
-    def start(*arguments: str, **variables: str) -> tuple[Path, subprocess.Popen]:
-        jobs.append(launch(tmp_path / "run", *arguments, **variables))
-        return tmp_path / "run", jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.kill()
-        job.communicate()
-
-
 @pytest.mark.parametrize(
-    ("processes", "victim"), [(1, 0), (2, 1), pytest.param(2, 0, marks=pytest.mark.soak)]
+    ("processes", "victim"),
+    [(1, 0), *(pytest.param(2, rank, marks=pytest.mark.soak) for rank in (0, 1))],
 )
 def test_a_killed_trainer_is_followed_by_another(supervised, calm, processes, victim):
     run, job = supervised("--processes", str(processes))
@@ -110,19 +29,7 @@ def test_a_killed_trainer_is_followed_by_another(supervised, calm, processes, vi
         recovered["kind"] == "recovered" and recovered["lost_steps"] <= STEPS - crash["checkpoint"]
     )
     assert recovered["generation"] == 1 and "lost_steps" in error
-    assert stored_state(run, STEPS) == calm[processes]
-
-
-def test_a_frozen_trainer_is_found_and_replaced(supervised, calm):
-    run, job = supervised("--processes", "2", "--limit", "step=6", "--limit", "data=6")
-    at_step(run, job, 5)
-    os.kill(trainers(job)[1], signal.SIGSTOP)
-    _, error = job.communicate(timeout=240)
-    assert job.returncode == 0, error
-    hang = incidents(run)[0]
-    assert (hang["kind"], hang["cause"]) == ("hang", "hung")
-    assert "most recent call first" in error  # the stacks of the one that was waiting
-    assert stored_state(run, STEPS) == calm[2]
+    assert stored_state(run, STEPS) == calm(processes)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(supervised, calm):
@@ -135,7 +42,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(supervised, calm):
     again = launch(run)
     _, error = again.communicate(timeout=240)
     assert again.returncode == 0, error
-    assert stored_state(run, STEPS) == calm[1]
+    assert stored_state(run, STEPS) == calm(1)
 
 
 def test_a_crash_loop_ends(supervised):
@@ -173,45 +80,3 @@ def test_mistakes_are_told_before_anything_starts(supervised, arguments, message
     _, error = job.communicate(timeout=120)
     assert job.returncode == 2 and message in error and len(error.splitlines()) == 1
     assert not run.exists()
-
-
-def host(number: int) -> dict[str, str]:
-    return {
-        "JAX_PROCESS_ID": str(number), "JAX_NUM_PROCESSES": "2",
-        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
-    }  # fmt: skip
-
-
-def test_two_hosts_go_on_together(supervised, calm):
-    """A trainer of the second is killed, then its supervisor: the end is that of one host's two."""
-    (run, first), (_, second) = supervised(**host(0)), supervised(**host(1))
-    at_step(run, first, 5)
-    os.kill(trainers(second)[0], signal.SIGKILL)
-    at_step(run, first, 10)
-    second.kill()
-    _, again = supervised(**host(1))
-    _, error = first.communicate(timeout=240)
-    assert first.returncode == 0, error
-    assert again.wait(120) == 0
-    crash, recovered, lost = incidents(run)[:3]
-    assert (crash["rank"], crash["cause"], recovered["kind"]) == (
-        1,
-        "killed by SIGKILL",
-        "recovered",
-    )
-    assert lost["kind"] in ("crash", "host lost")
-    assert stored_state(run, STEPS) == calm[2]
-
-
-def test_a_signal_to_one_host_stops_all_saved(supervised):
-    (run, first), (_, second) = supervised(**host(0)), supervised(**host(1))
-    at_step(run, first, 3)
-    second.send_signal(signal.SIGTERM)
-    assert [first.wait(120), second.wait(120)] == [76, 76]
-    assert "stopped" in {incident["kind"] for incident in incidents(run)}
-
-
-def test_without_the_other_host_it_gives_up(supervised):
-    run, job = supervised("--patience", "1", **host(0))
-    assert job.wait(60) == 69
-    assert not (run / "experiment.json").exists()
