@@ -15,16 +15,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from checkpoint.convert.families import find_family
 from checkpoint.convert.mapping import build, to_theirs
 from configs.from_run import get_config
 from models.decoder import forward, logits
 from sharding.mesh import make_mesh
-from sharding.rules import BATCH, SEQ
 from tests.checkpoint.convert.deepspeed_runs import ARCHIVE, LR, RUNS
+from tests.checkpoint.convert.test_deepspeed import rows_of
 from trainer.commands.main import main
 from trainer.restore import first_state
 from trainer.state import init_state, make_layout
@@ -69,16 +67,9 @@ def measure(folder: Path, name: str, first: str) -> str:
     exp, mesh, layout, step, run_logits = compiled(first)
     exp.train.init_from = f"{folder}/{name}_torus"
     expected = np.load(folder / name / "expected.npz")
-    tokens_BT = expected["batch"].astype(np.int32)
-    B, T = tokens_BT.shape
-    targets_BT = np.concatenate([tokens_BT[:, 1:], np.full((B, 1), -1, np.int32)], 1)
-    positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
     with jax.set_mesh(mesh):
         state = first_state(init_state(exp, layout), exp, layout)
-        rows = jax.device_put(
-            {"tokens": tokens_BT, "targets": targets_BT, "positions": positions_BT,
-             "segment_ids": np.ones_like(tokens_BT)}, NamedSharding(mesh, P(BATCH, SEQ))
-        )  # fmt: skip
+        rows = rows_of(expected["batch"], mesh)
         found_BTV = np.asarray(run_logits(state.params, rows))
         after, _ = step(state, rows)
     family, arrays = find_family("llama"), Arrays(after.params)

@@ -24,7 +24,6 @@ goes on from its newest intact checkpoint and ends on the same bits as one that 
   --limit PHASE=SECONDS  of start, data, restore, compile, step, eval, save or end, instead of one
                          that is learned: 20 times the slowest of 100, at least 10 s
   --tries N              give up after N starts in a row without a new checkpoint (3)
-
   --patience S           seconds to wait for the other hosts (600)
 
 On several hosts run the same command on each, with the host's number in JAX_PROCESS_ID, how many

@@ -66,7 +66,7 @@ class Hosts:
                 return None
             self.beat()
             plan = self._read(_PLAN)
-            mine = plan.get("tokens", [])[self.index : self.index + 1] == [self._token]
+            mine = _names(plan, self.index, self._token)
             if mine and "status" in plan:
                 return plan["status"]
             if self.index == 0 and all(self._ready(n, plan) for n in range(self.count)):
@@ -145,7 +145,7 @@ class Hosts:
         seen = self._seen[number]
         if seen.changes < 2 or self._silent(number):  # a file of the past does not change
             return False
-        known = plan.get("tokens", [None] * self.count)[number] == seen.facts["token"]
+        known = _names(plan, number, seen.facts["token"])
         return not known or seen.facts["through"] >= plan["generation"]
 
     def _ended(self, number: int) -> bool:
@@ -174,6 +174,11 @@ class Hosts:
         part = path.with_name(f"{name}.{self._token}")
         part.write_text(json.dumps(facts))
         part.replace(path)
+
+
+def _names(plan: dict[str, Any], number: int, token: str) -> bool:
+    """Whether a plan, perhaps of an attempt on fewer hosts, is for this supervisor."""
+    return plan.get("tokens", [])[number : number + 1] == [token]
 
 
 def _free_port() -> int:

@@ -115,6 +115,18 @@ def test_what_is_left_behind_is_told(runs, tmp_path, capsys):
     assert "holds no moments and count of Adam" in capsys.readouterr().err
 
 
+def rows_of(batch: np.ndarray, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """The batch that DeepSpeed's next step took, as ours: the last token predicts nothing."""
+    tokens_BT = batch.astype(np.int32)
+    B, T = tokens_BT.shape
+    targets_BT = np.concatenate([tokens_BT[:, 1:], np.full((B, 1), -1, np.int32)], 1)
+    positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    return jax.device_put(
+        {"tokens": tokens_BT, "targets": targets_BT, "positions": positions_BT,
+         "segment_ids": np.ones_like(tokens_BT)}, NamedSharding(mesh, P(BATCH, SEQ))
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["zero2_world2", "zero3_world3"])
 def test_the_next_step_is_theirs(name, runs, tmp_path):
     command = ["convert", str(runs / name), f"torus:{tmp_path}/start", "--with-optimizer"]
@@ -126,19 +138,12 @@ def test_the_next_step_is_theirs(name, runs, tmp_path):
     exp.optimizer.schedule, exp.optimizer.clip_norm = "constant", 0.0
     mesh = make_mesh(exp.mesh, jax.devices()[:1])
     expected = np.load(runs / name / "expected.npz")
-    tokens_BT = expected["batch"].astype(np.int32)
-    B, T = tokens_BT.shape
-    targets_BT = np.concatenate([tokens_BT[:, 1:], np.full((B, 1), -1, np.int32)], 1)
-    positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
     with jax.set_mesh(mesh):
         layout = make_layout(exp, mesh)
         state = first_state(init_state(exp, layout), exp, layout)
         counts = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 0]
         assert [int(count) for count in counts] == [STEPS] and int(state.step) == 0
-        rows = jax.device_put(
-            {"tokens": tokens_BT, "targets": targets_BT, "positions": positions_BT,
-             "segment_ids": np.ones_like(tokens_BT)}, NamedSharding(mesh, P(BATCH, SEQ))
-        )  # fmt: skip
+        rows = rows_of(expected["batch"], mesh)
 
         # Compiling takes longer than running, so it is not to try hard.
         quickly = {"xla_backend_optimization_level": "0"}
