@@ -269,6 +269,9 @@ def _parts(
         while waiting:
             yield first()
     except BrokenProcessPool:
+        # The pool ends the workers it has; one just being started is left waiting, and awaited.
+        for process in multiprocessing.active_children():
+            process.kill()
         raise UsageError(
             "a worker was killed, for want of memory perhaps: try fewer --workers or a smaller "
             "--unit-bytes"
