@@ -18,15 +18,14 @@ from trainer.config import Experiment, check_sizes, validate
 from trainer.data.corpus import HELD_OUT
 from trainer.data.dataset import open_dataset, open_training
 from trainer.data.loader import Loader
-from trainer.data.rows import resume_row
 from trainer.evaluate import baselines, evaluate
 from trainer.journal import Journal
 from trainer.profiler import Profiler
 from trainer.recovery.progress import ProgressPage
-from trainer.restore import first_state
+from trainer.restore import begin
 from trainer.run import CHECKPOINTS, check_start, check_workdir, write_experiment
 from trainer.signals import StopSignals
-from trainer.state import abstract_state, from_stored, init_state, make_layout, to_stored
+from trainer.state import make_layout, to_stored
 from trainer.step import make_eval_step, make_train_step
 
 
@@ -75,24 +74,15 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         Profiler(f"{workdir}/profile", experiment.log) as profiler,
     ):
         progress.enter("restore")
-        start, start_row = 0, 0
-        restored = checkpoints.restore_newest(to_stored(abstract_state(experiment, layout)))
-        if restored:
-            start, state = restored.step, from_stored(restored.state, experiment, layout)
-            start_row = resume_row(
-                restored.meta["data"], dataset, allow_change=experiment.data.allow_change
-            )
-        else:
-            state = init_state(experiment, layout)
-            if experiment.train.init_from:
-                state = first_state(state, experiment, layout)
+        start = begin(experiment, layout, dataset, checkpoints)
+        state = start.state
 
         train_step = jax.jit(make_train_step(experiment, layout), donate_argnums=0)
         eval_step = jax.jit(make_eval_step(experiment))
 
         with (
-            Journal(experiment, workdir, mesh, dataset, start, int(state.skipped)) as journal,
-            Loader(dataset, batch_size, rows, start_row=start_row, prefetch=ahead) as loader,
+            Journal(experiment, workdir, mesh, dataset, start.step, int(state.skipped)) as journal,
+            Loader(dataset, batch_size, rows, start_row=start.row, prefetch=ahead) as loader,
         ):
 
             def evaluated(step: int) -> dict[str, float]:
@@ -109,19 +99,19 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
                     if checkpoints.save(step, to_stored(state), meta, force=True):
                         journal.event(step, "checkpoint")
 
-            if not start and held_out is not None and (found := baselines(held_out)):
+            if not start.step and held_out is not None and (found := baselines(held_out)):
                 journal.event(0, "baseline", **found)
-            for reason in restored.damaged if restored else ():
-                journal.event(start, "damaged checkpoint passed over", reason=reason)
+            for reason in start.damaged:
+                journal.event(start.step, "damaged checkpoint passed over", reason=reason)
 
             # -------------------------------------------------------- the loop
-            step, last = start, config.stop_at or config.steps
+            step, last = start.step, config.stop_at or config.steps
             running, last_eval = None, None  # the newest step and its metrics, still on the device
             while step < last and not signals.stop_at_step(step):
                 progress.enter("data", step)
                 with journal.waiting_for_data():
                     batch = next(loader)
-                progress.enter("step" if step > start + 1 else "compile")
+                progress.enter("step" if step > start.step + 1 else "compile")
                 profiler.before(step)
                 with jax.transfer_guard("disallow"):
                     state, metrics = train_step(state, batch)

@@ -1,10 +1,12 @@
 """Brings parameters, or what a run starts with, back for use on the devices that are here now."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from checkpoint.manager import load_step
+from checkpoint.manager import CheckpointManager, load_step
 from checkpoint.manifest import read_manifest, read_meta
 from checkpoint.steps import pick_step
 from checkpoint.tree import name_optimizer, unname_optimizer
@@ -13,8 +15,55 @@ from sharding.config import MeshConfig
 from sharding.errors import UsageError
 from sharding.mesh import make_mesh, start_runtime
 from trainer.config import Experiment
+from trainer.data.rows import Steps, resume_row
 from trainer.run import CHECKPOINTS
-from trainer.state import Layout, TrainState, abstract_state, make_layout
+from trainer.state import (
+    Layout,
+    TrainState,
+    abstract_state,
+    from_stored,
+    init_state,
+    make_layout,
+    to_stored,
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run goes on from.
+
+    Attributes:
+      step: updates done.
+      row: the first row of the data that has not been trained on.
+      state: the state after `step` updates.
+      damaged: why newer checkpoints were passed over.
+    """
+
+    step: int
+    row: int
+    state: TrainState
+    damaged: tuple[str, ...] = ()
+
+
+def begin(
+    experiment: Experiment, layout: Layout, dataset: Steps, checkpoints: CheckpointManager
+) -> Start:
+    """Returns the newest intact checkpoint of the run, or what the experiment starts with.
+
+    Raises:
+      UsageError: the data is not what the run was trained on, or `init_from` cannot be used.
+      CheckpointError: no checkpoint there is intact.
+    """
+    restored = checkpoints.restore_newest(to_stored(abstract_state(experiment, layout)))
+    if restored:
+        allowed = experiment.data.allow_change
+        row = resume_row(restored.meta["data"], dataset, allow_change=allowed)
+        state = from_stored(restored.state, experiment, layout)
+        return Start(restored.step, row, state, restored.damaged)
+    state = init_state(experiment, layout)
+    if experiment.train.init_from:
+        state = first_state(state, experiment, layout)
+    return Start(0, 0, state)
 
 
 def restore_params(run: str, experiment: Experiment, step: int) -> tuple[Tree, Mesh]:
