@@ -86,7 +86,9 @@ class ModelConfig:
 
     # Computation: changes speed and memory, never the function (beyond rounding).
     dtype: str = "bfloat16"  # of matmuls; parameters, norms, softmax and loss stay float32
-    remat: str = "full"  # none | full | names from SAVEABLE joined by ",", "@host" offloads one
+    # none | full | auto (what fits: trainer/plan/recipe.py) | names from SAVEABLE joined by ",",
+    # "@host" offloads one
+    remat: str = "auto"
     scan_layers: bool = True
     attention: str = "auto"  # backend; models/attention/dispatch.py lists them
     seq_strategy: str = "auto"  # over seq: gather | ulysses | ring | bidirectional | hybrid
@@ -114,14 +116,15 @@ class ModelConfig:
         if self.remat == "none":
             return None
         kept, offloaded = [], []
-        names = [] if self.remat == "full" else [n.strip() for n in self.remat.split(",")]
+        # "auto" is full until a train step is made for a chip; no other pass goes backward.
+        names = [] if self.remat in ("full", "auto") else [n.strip() for n in self.remat.split(",")]
         for name in names:
             base, _, where = name.partition("@")
             if base not in SAVEABLE or where not in ("", "host"):
                 raise UsageError(
-                    f"config.model.remat = {self.remat!r}: {name!r} is not none, full or a name "
-                    f"of {', '.join(SAVEABLE)} (each may end in @host)"
-                    f"{nearest(base, (*SAVEABLE, 'none', 'full'))}"
+                    f"config.model.remat = {self.remat!r}: {name!r} is not auto, none, full or a "
+                    f"name of {', '.join(SAVEABLE)} (each may end in @host)"
+                    f"{nearest(base, (*SAVEABLE, 'auto', 'none', 'full'))}"
                 )
             (offloaded if where else kept).append(base)
         return kept, offloaded

@@ -25,6 +25,7 @@ from sharding.config import AXES, MeshConfig
 from sharding.errors import UsageError, nearest
 from trainer.data.config import DataConfig
 from trainer.metrics import LogConfig
+from trainer.plan.recipe import check_perf
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,6 +80,7 @@ class Experiment:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    perf: str = "auto"  # auto | off, then ",xla_NAME=VALUE" or ",-xla_NAME": trainer/plan/recipe.py
 
 
 # Fields that a resumed run may change: they alter speed, place or reporting, not the experiment.
@@ -88,6 +90,7 @@ FREE = (
     "checkpoint",
     "log",
     "name",
+    "perf",
     "train.stop_at",
     "data.prefetch",
     "data.allow_change",
@@ -113,6 +116,7 @@ def validate(experiment: Experiment) -> None:
     experiment.mesh.validate()
     data.validate()
     experiment.log.validate()
+    check_perf(experiment.perf)
     validate_checkpoint(experiment.checkpoint)
     for path, choices in {
         "optimizer.schedule": ("cosine", "constant"),

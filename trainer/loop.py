@@ -26,7 +26,7 @@ from trainer.restore import begin
 from trainer.run import CHECKPOINTS, check_start, check_workdir, write_experiment
 from trainer.signals import StopSignals
 from trainer.state import make_layout, to_stored
-from trainer.step import make_eval_step, make_train_step
+from trainer.step import jit_train_step, make_eval_step
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         start = begin(experiment, layout, dataset, checkpoints)
         state = start.state
 
-        train_step = jax.jit(make_train_step(experiment, layout), donate_argnums=0)
+        train_step, choice = jit_train_step(experiment, layout)
         eval_step = jax.jit(make_eval_step(experiment))
 
         with (
@@ -99,6 +99,8 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
                     if checkpoints.save(step, to_stored(state), meta, force=True):
                         journal.event(step, "checkpoint")
 
+            if choice.options:
+                journal.event(start.step, "recipe", chosen=str(choice))
             if not start.step and held_out is not None and (found := baselines(held_out)):
                 journal.event(0, "baseline", **found)
             for reason in start.damaged:

@@ -20,6 +20,7 @@ from models.spec import Tree
 from sharding.rules import BATCH, SEQ
 from trainer.config import Experiment
 from trainer.optimizers import clip_scale, make_optimizer
+from trainer.plan.recipe import Choice, choose
 from trainer.schedules import learning_rate
 from trainer.state import Layout, TrainState
 
@@ -111,6 +112,17 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def jit_train_step(experiment: Experiment, layout: Layout) -> tuple[Callable, Choice]:
+    """Returns the step as it runs on the layout's mesh, jitted, and what was chosen for its chips.
+
+    The planner compiles the very same.
+    """
+    mesh = layout.mesh
+    choice = choose(experiment, mesh.devices.flat[0], dict(mesh.shape))
+    step = make_train_step(choice.experiment, layout)
+    return jax.jit(step, donate_argnums=0, compiler_options=choice.options or None), choice
 
 
 def make_eval_step(experiment: Experiment) -> Callable[[Tree, Batch], dict[str, jax.Array]]:

@@ -30,10 +30,10 @@ MODELS = ("roofline", "estimate", "cycles")
 LINK_SHARE = 0.9  # of a link's datasheet bandwidth that collectives are taken to reach
 
 # Ops that name or regroup what is there, or cost nothing worth counting.
-_FREE = frozenset(
-    "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id "
-    "opt-barrier domain iota add-dependency".split()
-)
+_FREE = frozenset((
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id",
+    "replica-id", "opt-barrier", "domain", "iota", "add-dependency",
+))  # fmt: skip
 _VIEWS = frozenset(("bitcast", "copy", "reshape", "convert", "transpose"))
 
 
@@ -128,7 +128,9 @@ class _Walker:
                 now += (trips or 1) * self.run(body, times * (trips or 1), model)
             elif op.opcode == "conditional":
                 names = re.findall(r"%([\w.\-]+)", op.text.partition("metadata=")[0])
-                called = [self.module.computations[n] for n in names if n in self.module.computations]
+                called = [
+                    self.module.computations[n] for n in names if n in self.module.computations
+                ]
                 now += max((self.run(c, times, model) for c in called), default=0.0)
             elif op.opcode == "call":
                 now += self.run(self.module.called(op, "to_apply"), times, model)
@@ -224,7 +226,9 @@ class _Walker:
         shapes = {o.name: o.shapes[0] for o in computation.ops.values() if o.shapes}
         if op.attribute("custom_call_target") == "tpu_custom_call":
             operands = [(s.dtype, s.dims) for n in op.operands for s in computation.ops[n].shapes]
-            bytes_ = float(sum(s.padded for n in op.operands for s in self._hbm(computation.ops[n])))
+            bytes_ = float(
+                sum(s.padded for n in op.operands for s in self._hbm(computation.ops[n]))
+            )
             bytes_ += sum(s.padded for s in self._hbm(op))
             stream = bytes_ / chip.hbm_bandwidth
             try:

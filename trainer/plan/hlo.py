@@ -273,7 +273,7 @@ def _parts(kind: str) -> tuple[tuple[Shape, ...], ...]:
 
 
 def _frames(text: str) -> dict[int, tuple[str, str, int, int]]:
-    """Reads the tables of files, functions, places and stack frames before the first computation."""
+    """Reads the tables of files, functions, places and frames before the first computation."""
     tables: dict[str, dict[int, str]] = {}
     current: dict[int, str] = {}
     for line in text.splitlines()[1:]:
@@ -317,7 +317,9 @@ def group_of(op: Op, devices: int) -> tuple[int, ...]:
         names = re.findall(r"'([^']+)'=(\d+)", match[1])
         dims = [int(size) for _, size in names]
         ids = _order(match[2] or str(math.prod(dims)), match[3]).reshape(dims)
-        taken = [(name, ids.ndim) for name in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[4])]
+        taken = [
+            (name, ids.ndim) for name in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[4])
+        ]
         axes, sizes = [n for n, _ in names], dims
         keep: list[slice | int | np.ndarray] = [0] * len(dims)
         for (name, before, size), _ in taken:
@@ -329,9 +331,7 @@ def group_of(op: Op, devices: int) -> tuple[int, ...]:
             keep[at] = whole
         picked = ids[np.ix_(*[np.atleast_1d(k) for k in keep])]
         return tuple(int(i) for i in picked.reshape(-1))
-    if match := re.search(
-        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
-    ):
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         ids = _order(match[3], match[4]).reshape(int(match[1]), int(match[2]))
         return tuple(int(i) for i in ids[0])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from trainer.plan.hlo import HBM, Computation, Module, Op
 
-_RENAMES = frozenset("bitcast get-tuple-element tuple opt-barrier copy-done".split())
 _SAME = ("bitcast", "copy", "convert", "reshape", "transpose")
 
 

@@ -14,7 +14,8 @@ from sharding.errors import UsageError
 from sharding.mesh import make_mesh
 from sharding.topology import parse_slice
 from trainer.commands import plan as command
-from trainer.plan import abstract_batch, bytes_per_device, parse_refusal
+from trainer.plan.compile import abstract_batch, bytes_per_device, parse_refusal
+from trainer.plan.screen import format_plan
 from trainer.state import abstract_state, make_layout
 from trainer.step import make_train_step
 
@@ -125,6 +126,7 @@ def _plan(**changes):
     return {
         "config": "quickstart", "slice": "v5e-4", "chips": 4, "devices": 4,
         "mesh": {"data": 1, "fsdp": 4, "seq": 1, "tensor": 1}, "parameters": 3_214_336,
+        "remat": "none", "options": {}, "forecast": None,
         "tokens_per_step": 2048, "parameter_bytes": GIB, "optimizer_bytes": 2 * GIB,
         "capacity": 16 * GIB, "needed": 12 * GIB, "argument_bytes": 3 * GIB,
         "temporary_bytes": 9 * GIB, "host_bytes": 0, "trace_seconds": 1.0,
@@ -149,13 +151,13 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_to_try():
     plan = _plan(needed=int(20.5 * GIB), fits=False, argument_bytes=None, temporary_bytes=None)
     experiment = get_config()
     experiment.mesh.zero = 1
-    text = command.format_plan(plan, experiment, parse_slice("v5e-4"))
+    text = format_plan(plan, experiment, parse_slice("v5e-4"))
     assert "does not fit: needs 4.50 GiB more than the 16.00 GiB per chip" in text
     assert text.endswith("refused in 1m11s by jax 0.10.2, libtpu 0.0.42")
     for option in ("mesh.zero=3", "model.remat=full", "train.accumulation=2"):
         assert f"  try --config.{option}" in text
-    experiment.mesh.zero, experiment.model.remat, experiment.train.batch_size = 3, "full", 4
-    assert "try a larger slice" in command.format_plan(plan, experiment, parse_slice("v5e-4"))
+    experiment.mesh.zero, experiment.train.batch_size, plan["remat"] = 3, 4, "full"
+    assert "try a larger slice" in format_plan(plan, experiment, parse_slice("v5e-4"))
 
 
 def test_a_compiler_that_crashes(monkeypatch, capsys):
