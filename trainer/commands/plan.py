@@ -18,11 +18,14 @@ from typing import Any
 from sharding.errors import UsageError
 from sharding.topology import Slice, compiler_environment, parse_slice, require_libtpu
 from trainer.config import ROOT, Experiment, check_sizes, parse_flags
+from trainer.plan.calibration import add_run, factor, measured_step
 from trainer.plan.screen import format_plan
+from trainer.run import read_experiment
 
 HELP = "say whether a config fits a TPU slice and how fast it goes, without any TPU"
 USAGE = """\
 usage: torus plan --config=CONFIG --on=SLICE [--config.PATH=VALUE ...] [--price=X] [--json]
+       torus plan --calibrate=RUN --on=SLICE
 
 Compiles the train step of CONFIG ahead of time for a TPU slice that need not be there, on this
 machine's CPU. Prints the memory that the compiler gives each chip and what holds it, an estimate of
@@ -40,6 +43,8 @@ count cores, two a chip. Other shapes are written v5p:4x4x12, several slices 2xv
 
   --price X      what one chip costs an hour; prints the cost of the whole run
   --program F    keep the compiled program's text in F, gzipped
+  --calibrate R  plan what run R ran, compare with the step time that it measured, and keep both:
+                 plans for that chip then also show the estimate times measured/estimated
   --json         one JSON object; sizes in bytes per device, times in seconds per step
 Exit status: 0 it fits, 1 it does not, 2 a mistake in the command, 3 the compiler failed.
 """
@@ -54,12 +59,24 @@ _FAILURES = {
 def main(argv: list[str]) -> int:
     """Returns 0 when the config fits, 1 when it does not, 3 when the compiler failed."""
     as_json = "--json" in argv
-    experiment, flags = parse_flags(
-        [a for a in argv if a != "--json"],
-        on="TPU slice to plan for, as v5e-256",
-        price="of one chip for an hour",
-        program="file for the program's text",
-    )
+    argv = [a for a in argv if a != "--json"]
+    run = next((a.partition("=")[2] for a in argv if a.startswith("--calibrate=")), "")
+    if run:
+        experiment, measured = read_experiment(run), measured_step(run)
+        flags = {"on": "", "price": "", "program": ""}
+        for argument in argv:
+            name, _, value = argument.removeprefix("--").partition("=")
+            if name not in (*flags, "calibrate"):
+                raise UsageError(f"--calibrate takes the run's own settings: not {argument}")
+            flags[name] = value
+    else:
+        experiment, flags = parse_flags(
+            argv,
+            on="TPU slice to plan for, as v5e-256",
+            price="of one chip for an hour",
+            program="file for the program's text",
+            calibrate="run to compare with",
+        )
     if not flags["on"]:
         raise UsageError("--on=SLICE is missing; try --on=v5e-256")
     price = _price(flags["price"])
@@ -76,8 +93,13 @@ def main(argv: list[str]) -> int:
         return 3
     if "refused" in plan:
         raise UsageError(plan["refused"])
-    shown = json.dumps(plan, indent=2) if as_json else format_plan(plan, experiment, target, price)
-    print(shown)
+    if run and plan["forecast"]:
+        add_run(run, target.chip, plan, measured)
+    own = factor(target.chip)
+    if as_json:
+        print(json.dumps({**plan, "calibration": own}, indent=2))
+    else:
+        print(format_plan(plan, experiment, target, price, own))
     return 0 if plan["fits"] else 1
 
 

@@ -12,9 +12,16 @@ _OPTIMAL = 20  # tokens a parameter: compute-optimal by Hoffmann et al. 2022, ar
 
 
 def format_plan(
-    plan: dict[str, Any], experiment: Experiment, target: Slice, price: float | None = None
+    plan: dict[str, Any],
+    experiment: Experiment,
+    target: Slice,
+    price: float | None = None,
+    calibration: tuple[float, int] | None = None,
 ) -> str:
-    """Returns the screen of a plan (`Plan.to_json`), without a line end."""
+    """Returns the screen of a plan (`Plan.to_json`), without a line end.
+
+    price: of one chip for an hour. calibration: measured over estimated time of so many own runs.
+    """
     unit = "chip" if CHIPS[target.chip].devices_per_chip == 1 else "core"
     train = experiment.train
     axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
@@ -32,7 +39,8 @@ def format_plan(
         *_memory(plan, unit),
     ]
     if plan["forecast"] is not None:
-        lines += [*_time(plan["forecast"], plan), *_run(plan, experiment, price)]
+        lines += _time(plan["forecast"], plan, calibration)
+        lines += _run(plan, experiment, price)
         lines += _findings(plan["forecast"])
     free = plan["capacity"] - plan["needed"]
     if plan["fits"]:
@@ -87,7 +95,9 @@ def _memory(plan: dict[str, Any], unit: str) -> list[str]:
     return lines
 
 
-def _time(forecast: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+def _time(
+    forecast: dict[str, Any], plan: dict[str, Any], calibration: tuple[float, int] | None
+) -> list[str]:
     seconds, mfu = forecast["seconds"], forecast["mfu"]
     low, high = min(seconds.values()), max(seconds.values())
     lines = [
@@ -97,8 +107,14 @@ def _time(forecast: dict[str, Any], plan: dict[str, Any]) -> list[str]:
         f"    MFU {mfu['estimate']:.1%}, between {max(mfu.values()):.1%} and "
         f"{min(mfu.values()):.1%}; {forecast['tokens_per_second']:,.0f} tokens/s per chip, "
         f"{forecast['tokens_per_second'] * plan['chips']:,.0f} in all",
-        "    ms waited, ms hidden",
     ]
+    if calibration is not None:
+        ratio, runs = calibration
+        lines.append(
+            f"    {_short(ratio * seconds['estimate'])} by {runs} of your runs on this chip, which "
+            f"took {ratio:.2f} times their estimate"
+        )
+    lines.append("    ms waited, ms hidden")
     for what, (waited, hidden) in forecast["shares"].items():
         if waited + hidden >= 0.002 * seconds["estimate"]:
             lines.append(f"    {1e3 * waited:9,.1f} {1e3 * hidden:9,.1f}  {what}")
