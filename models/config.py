@@ -14,8 +14,8 @@ SAVEABLE = ("rotated_qk", "v", "attention", "residual", "gate", "up")
 
 # Fields that may differ between two runs of the same experiment.
 COMPUTATION = (
-    "attention", "dtype", "loss_chunks", "remat", "scan_layers", "seq_head_devices", "seq_order",
-    "seq_strategy",
+    "attention", "barriers", "dtype", "loss_chunks", "remat", "scan_layers", "seq_head_devices",
+    "seq_order", "seq_strategy",
 )  # fmt: skip
 
 # How attention is spread over the `seq` mesh axis: models/attention/sequence_plan.py.
@@ -90,6 +90,7 @@ class ModelConfig:
     # "@host" offloads one
     remat: str = "auto"
     scan_layers: bool = True
+    barriers: bool = False  # no fusion of norms and activations into matmuls; train steps choose
     attention: str = "auto"  # backend; models/attention/dispatch.py lists them
     seq_strategy: str = "auto"  # over seq: gather | ulysses | ring | bidirectional | hybrid
     seq_order: str = "auto"  # of columns over seq: contiguous | zigzag | striped

@@ -206,7 +206,8 @@ class _Auditor:
     def full_logits(self):
         """Logits of the whole batch at once, where chunks would do."""
         vocab = self.experiment.model.padded_vocab // self.setting.mesh["tensor"]
-        limit = 2 * vocab * self.experiment.model.width * 4  # twice the head's own float32 gradient
+        # Twice what models/loss.py takes at once: the head's float32 gradient, or 32 MiB.
+        limit = 2 * max(vocab * self.experiment.model.width * 4, 32 * _SMALL)
         seen = set()
         for computation in self.module.computations.values():
             for op in computation.ops.values():

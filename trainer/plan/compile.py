@@ -51,6 +51,7 @@ class Plan:
     devices: int
     mesh: dict[str, int]
     remat: str  # what is kept for the backward pass, "auto" resolved
+    barriers: bool  # config.model.barriers, as chosen
     options: dict[str, str]  # of the compiler
     parameters: int  # of the model, without padding
     tokens_per_step: int
@@ -128,6 +129,7 @@ def make_plan(experiment: Experiment, target: Slice, save: str = "") -> Plan:
         devices=mesh.size,
         mesh=dict(mesh.shape),
         remat=choice.experiment.model.remat,
+        barriers=choice.experiment.model.barriers,
         options=choice.options,
         parameters=spec.count(param_specs(experiment.model)),
         tokens_per_step=experiment.train.batch_size * experiment.data.seq_len,

@@ -244,7 +244,7 @@ class _Names:
             name = ".".join(re.findall(r"'([^']+)'", path)) or path
             if "opt_state" in path:
                 return "optimizer", "moments"
-            return ("parameters", name) if "params" in path else ("batch", name)
+            return ("parameters" if "params" in path else "batch"), name
         source = self.module.source(op)
         inner = self.module.inside(op)
         if not source and inner:

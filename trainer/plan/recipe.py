@@ -1,7 +1,8 @@
 """How a step is made fast on a chip, as data: compile options, and what the backward pass finds.
 
 `config.perf` says what to take: "auto" is the options of the table that pay for the mesh, "off" is
-none; after a comma `name=value` adds or replaces one and `-name` leaves one out. With
+none; after a comma `name=value` adds or replaces one and `-name` leaves one out, `-barriers` too.
+With
 `model.remat = "auto"` activations are kept, those first that cost fewest bytes per matmul saved,
 until the memory target.
 Train loop and planner ask the same two functions. Imports no JAX.
@@ -22,6 +23,7 @@ from sharding.topology import FAMILIES
 if TYPE_CHECKING:
     from trainer.config import Experiment
 
+BARRIER_WIDTH = 4096  # of a model from which `config.model.barriers` pays; at 2,048 it loses
 MEMORY_TARGET = 0.85  # of what the compiler may use: fragmentation and the runtime need the rest
 
 
@@ -82,7 +84,8 @@ class Choice:
 
     def __str__(self) -> str:
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"remat {self.experiment.model.remat}; {options or 'no compile options'}"
+        barriers = "; barriers" if self.experiment.model.barriers else ""
+        return f"remat {self.experiment.model.remat}{barriers}; {options or 'no compile options'}"
 
 
 def choose(experiment: Experiment, device: Any, sizes: dict[str, int]) -> Choice:
@@ -94,7 +97,12 @@ def choose(experiment: Experiment, device: Any, sizes: dict[str, int]) -> Choice
     chip = chip_for(device)
     family = FAMILIES.get(chip.name) if chip is not None else None
     resolved = resolve_remat(experiment, family and family.compiler_bytes, sizes)
-    return Choice(resolved, compile_options(experiment, chip.name, sizes) if family else {})
+    if family is None:
+        return Choice(resolved, {})
+    first, *changes = [part.strip() for part in experiment.perf.split(",")]
+    if first == "auto" and "-barriers" not in changes and experiment.model.width >= BARRIER_WIDTH:
+        resolved = replace(resolved, model=replace(resolved.model, barriers=True))
+    return Choice(resolved, compile_options(experiment, chip.name, sizes))
 
 
 def compile_options(experiment: Experiment, chip: str, sizes: dict[str, int]) -> dict[str, str]:
@@ -130,7 +138,7 @@ def check_perf(perf: str) -> None:
     if first not in ("auto", "off"):
         raise UsageError(f"config.perf = {perf!r}: starts with {first!r}; choose auto or off")
     for change in changes:
-        if not re.fullmatch(r"-xla_\w+|xla_\w+=\S+", change):
+        if not re.fullmatch(r"-xla_\w+|xla_\w+=\S+|-barriers", change):
             raise UsageError(
                 f"config.perf = {perf!r}: {change!r} is neither xla_NAME=VALUE nor -xla_NAME"
             )

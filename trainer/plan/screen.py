@@ -31,7 +31,7 @@ def format_plan(
         f"{plan['config']} on {plan['slice']} ({plan['chips']:,} chips, "
         f"{'x'.join(map(str, target.shape))})",
         f"  mesh        {axes or 'one device'}; zero {experiment.mesh.zero}, "
-        f"remat {plan['remat']}{chosen}",
+        f"remat {plan['remat']}{chosen}{', barriers' if plan['barriers'] else ''}",
         f"  parameters  {plan['parameters']:,}",
         f"  batch       {train.batch_size:,} rows{micro} x {experiment.data.seq_len:,} tokens = "
         f"{plan['tokens_per_step']:,} per step",

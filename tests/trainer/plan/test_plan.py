@@ -126,7 +126,7 @@ def _plan(**changes):
     return {
         "config": "quickstart", "slice": "v5e-4", "chips": 4, "devices": 4,
         "mesh": {"data": 1, "fsdp": 4, "seq": 1, "tensor": 1}, "parameters": 3_214_336,
-        "remat": "none", "options": {}, "forecast": None,
+        "remat": "none", "barriers": False, "options": {}, "forecast": None,
         "tokens_per_step": 2048, "parameter_bytes": GIB, "optimizer_bytes": 2 * GIB,
         "capacity": 16 * GIB, "needed": 12 * GIB, "argument_bytes": 3 * GIB,
         "temporary_bytes": 9 * GIB, "host_bytes": 0, "trace_seconds": 1.0,

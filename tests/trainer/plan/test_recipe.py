@@ -4,12 +4,15 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs.quickstart import get_config
 from models.presets import PRESETS
 from sharding.errors import UsageError
 from sharding.mesh import make_mesh
+from sharding.rules import BATCH, SEQ
 from sharding.topology import FAMILIES
 from trainer.config import Experiment, validate
 from trainer.plan.recipe import (
@@ -21,7 +24,7 @@ from trainer.plan.recipe import (
     kept_bytes,
     resolve_remat,
 )
-from trainer.state import make_layout
+from trainer.state import init_state, make_layout
 from trainer.step import jit_train_step
 
 POD = {"data": 1, "fsdp": 256, "seq": 1, "tensor": 1}
@@ -98,4 +101,41 @@ def test_the_loop_and_the_planner_get_one_program_on_cpu():
         _, choice = jit_train_step(exp, make_layout(exp, mesh))
     assert choice.options == {} and choice.experiment.model.remat == "full"
     tpu = SimpleNamespace(device_kind="TPU v5e")
-    assert choose(llama(), tpu, POD).experiment.model.remat.startswith("rotated_qk")
+    chosen = choose(llama(), tpu, POD)
+    assert chosen.experiment.model.remat.startswith("rotated_qk")
+    assert chosen.experiment.model.barriers and "; barriers; xla_" in str(chosen)
+    assert not choose(llama(perf="auto,-barriers"), tpu, POD).experiment.model.barriers
+    assert not choose(llama(perf="off"), tpu, POD).experiment.model.barriers
+
+
+def test_what_is_chosen_changes_no_result():
+    """On 8 devices: losses and parameters of two steps, kept names and barriers against none.
+
+    The mathematics is the same and on CPU so is the order of sums; float32 rounding is allowed
+    where XLA fuses otherwise.
+    """
+    exp = get_config()
+    exp.model.dtype, exp.data.seq_len = "float32", 128
+    exp.model.width = exp.model.heads * exp.model.head_dim
+    mesh = make_mesh(exp.mesh)
+    results = []
+    with jax.set_mesh(mesh):
+        layout = make_layout(exp, mesh)
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH, SEQ))
+        shape = (exp.train.batch_size, exp.data.seq_len)
+        tokens = jax.random.randint(jax.random.key(0), shape, 0, exp.model.vocab)
+        batch = {
+            "tokens": tokens, "targets": jnp.roll(tokens, -1, 1),
+            "positions": jnp.broadcast_to(jnp.arange(shape[1]), shape),
+            "segment_ids": jnp.ones(shape, jnp.int32),
+        }  # fmt: skip
+        batch = jax.device_put(batch, rows)
+        for remat, barriers in (("full", False), ("rotated_qk,v,attention,residual,gate,up", True)):
+            exp.model.remat, exp.model.barriers = remat, barriers
+            step, _ = jit_train_step(exp, layout)
+            state = init_state(exp, layout)
+            for _ in range(2):
+                state, metrics = step(state, batch)
+            results.append((metrics["loss"], metrics["grad_norm"], state.params))
+    for one, other in zip(*(jax.tree.leaves(jax.device_get(r)) for r in results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)
