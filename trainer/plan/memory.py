@@ -79,9 +79,10 @@ class _Lifetimes:
         last: dict[Buffer, int] = {}
         inside: dict[int, tuple[int, list[Buffer]]] = {}
         for index, op in enumerate(ops):
-            for name in op.operands:
-                for buffer in _all(values.get(name, [])):
-                    last[buffer] = index
+            if op.opcode != "get-tuple-element":  # which reads one part, not all of them
+                for name in op.operands:
+                    for buffer in _all(values.get(name, [])):
+                        last[buffer] = index
             if op.opcode == "parameter" and carried is not None:
                 values[op.name] = carried
                 continue
