@@ -113,10 +113,10 @@ def make_plan(experiment: Experiment, target: Slice, save: str = "") -> Plan:
             with gzip.open(save, "wt") as file:
                 file.write(text)
     except jax.errors.JaxRuntimeError as error:
-        if option := re.search(r"No such compile option: '?(\w+)", str(error)):
+        if (option := missing_option(str(error))) is not None:
             raise UsageError(
-                f"libtpu {importlib.metadata.version('libtpu')} has no option {option[1]}: "
-                f"leave it out with --config.perf={experiment.perf},-{option[1]}"
+                f"libtpu {importlib.metadata.version('libtpu')} has no option {option}: "
+                f"leave it out with --config.perf={experiment.perf},-{option}"
             ) from error
         if (refusal := parse_refusal(str(error))) is None:
             raise
@@ -171,6 +171,12 @@ def parse_refusal(message: str) -> tuple[float, float] | None:
         if match := re.search(pattern, message):
             return _bytes(match["need"]), _bytes(match["have"])
     return None
+
+
+def missing_option(message: str) -> str | None:
+    """Returns the compile option that a version of libtpu does not know; None: another error."""
+    match = re.search(r"No such compile option: '?(\w+)", message)
+    return match[1] if match else None
 
 
 def _bytes(text: str) -> float:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trainer.config import Experiment
 
 BARRIER_WIDTH = 4096  # of a model from which `config.model.barriers` pays; at 2,048 it loses
+LEAST_DEVICES = {"v5p": 64}  # smaller slices of it have no rings: the options were not tried there
 MEMORY_TARGET = 0.85  # of what the compiler may use: fragmentation and the runtime need the rest
 
 
@@ -121,7 +122,7 @@ def compile_options(experiment: Experiment, chip: str, sizes: dict[str, int]) ->
         chosen = {o.name: o.value for o in OPTIONS if chip in o.chips}
         if sizes["tensor"] * sizes["seq"] > 1:
             chosen.pop("xla_jf_spmd_threshold_for_windowed_einsum_mib", None)
-        if math.prod(sizes.values()) == 1:
+        if math.prod(sizes.values()) < LEAST_DEVICES.get(chip, 2):
             chosen = {}
     for change in changes:
         name, _, value = change.partition("=")
