@@ -156,17 +156,8 @@ class Module:
         if match := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
             return int(match[1])
         condition, body = (self.called(loop, name) for name in ("condition", "body"))
-        bounds = [
-            (op, condition.ops.get(name))
-            for op in condition.ops.values()
-            if op.opcode == "compare"
-            for name in op.operands
-        ] or [(op, op) for op in condition.ops.values()]
-        limit = max(
-            (int(c.value) for _, c in bounds if c is not None and _is_integer(c)), default=None
-        )
-        if limit is None:
-            limit = max((int(c.value) for c in self._constants(condition)), default=None)
+        inside = [i for op in condition.ops.values() for i in (op, *self.inside(op))]
+        limit = max((int(op.value) for op in inside if _is_integer(op)), default=None)
         if limit is None:
             return None
         counters = {
@@ -176,10 +167,6 @@ class Module:
         }
         steps = [self._step(body, body.ops.get(body.root.operands[i])) for i in counters]
         return -(-limit // max([s for s in steps if s] or [1]))
-
-    def _constants(self, computation: Computation) -> list[Op]:
-        ops = [i for op in computation.ops.values() for i in (op, *self.inside(op))]
-        return [op for op in ops if _is_integer(op)]
 
     def _step(self, body: Computation, update: Op | None) -> int:
         """What an `add` of a constant adds, seen through copies; 0 for anything else."""
