@@ -5,7 +5,6 @@ on absent TPUs"): heads of 128, causal, 4,096 tokens; v4 is taken to be as v5p a
 Memory waits and stalls are not in them. Imports no JAX.
 """
 
-import re
 from collections.abc import Sequence
 
 from models.attention.blocks import blocks_for
@@ -18,6 +17,10 @@ PEAK_SHARE: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 
 
+# Products of a pass by its kernel's name, the first that fits; ours and those of splash attention.
+PRODUCTS = {"backward": 5, "dkv": 4, "dq": 3, "": 2}
+
+
 def kernel_seconds(
     name: str,
     operands: Sequence[tuple[str, tuple[int, ...]]],
@@ -27,7 +30,7 @@ def kernel_seconds(
     """Returns (FLOPs, seconds) of one call of an attention kernel.
 
     Args:
-      name: of the kernel; what holds "backward", "bwd", "dkv" or "dq" is a backward pass.
+      name: of the kernel; says which pass it is (`PRODUCTS`).
       operands: dtype and shape of each; queries are the first of three dimensions (heads of all
         rows, tokens, head size), the tables before them are flat.
       visible: mean keys that a query sees, for each kind of layer that the model has; how many
@@ -38,13 +41,13 @@ def kernel_seconds(
     heads, queries, size = arrays[0][-3], arrays[0][-2], arrays[0][-1]
     for outer in arrays[0][:-3]:
         heads *= outer
-    backward = re.search(r"backward|bwd|dkv|dq", name) is not None
+    products = next(count for part, count in PRODUCTS.items() if part in name)
     kinds = sorted(visible) or [queries / 2]
     keys = kinds[-1]
     if tables and len(kinds) > 1:  # a window leaves most blocks out
         blocks = blocks_for(chip.name, "forward", size, queries, queries)
         listed = max(tables) * blocks.q * blocks.k / queries
         keys = min(kinds, key=lambda seen: abs(seen - listed))
-    flops = (10.0 if backward else 4.0) * heads * queries * keys * size
-    share = PEAK_SHARE.get(chip.name, PEAK_SHARE["v5e"])[backward]
+    flops = 2.0 * products * heads * queries * keys * size
+    share = PEAK_SHARE.get(chip.name, PEAK_SHARE["v5e"])[products > 2]
     return flops, flops / (chip.flops_bf16 * share)
