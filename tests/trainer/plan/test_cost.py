@@ -46,21 +46,25 @@ def program(request):
     return parse(stored(request.param))
 
 
-def test_every_matmul_is_counted(program):
+@pytest.fixture(scope="module")
+def timing(program):
+    return time_step(program, TINY)
+
+
+def test_every_matmul_is_counted(timing):
     """By hand: forward and backward of 3 layers, the head, and q, k, v, output and up again."""
     tokens, width, heads, mlp, vocab = 16 * 256 // 2, 256, 256 // 2, 512 // 2, 1024 // 2
     layer = 2 * tokens * width * (4 * heads + 3 * mlp)
     again = 2 * tokens * width * (4 * heads + mlp)
     expected = 3 * (3 * layer + again) + 3 * 2 * tokens * width * vocab
-    rows = time_step(program, TINY).rows
+    rows = timing.rows
     assert sum(row.flops for row in rows if row.kind == "matmul") == expected
     # Attention forward and backward of 8 rows x 1 head, 128 of 256 keys: 4 and 10 a pair.
     attention = 3 * (4 + 10) * 8 * 256 * 128 * 128
     assert sum(row.flops for row in rows if row.kind == "attention") == attention
 
 
-def test_the_models_of_time_are_in_order(program):
-    timing = time_step(program, TINY)
+def test_the_models_of_time_are_in_order(timing):
     assert 0 < timing.seconds["roofline"] < timing.seconds["estimate"] < timing.seconds["cycles"]
     assert not timing.notes
     # What is waited for adds up to the step: nothing is lost and nothing is counted twice.

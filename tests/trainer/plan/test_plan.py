@@ -221,8 +221,9 @@ def test_own_runs_are_kept_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TORUS_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     run.mkdir()
+    times = [5000.0] + 9 * [990.0]  # the first step compiled
     records = [
-        {"kind": "train", "step": s, "step_ms": 5000.0 if s < 2 else 990.0} for s in range(9)
+        {"kind": "train", "step": step, "time": 0.0, "step_ms": ms} for step, ms in enumerate(times)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     measured = calibration.measured_step(str(run))

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.quickstart import get_config
+from models.config import SAVEABLE
 from models.presets import PRESETS
 from sharding.errors import UsageError
 from sharding.mesh import make_mesh
@@ -25,7 +27,7 @@ from trainer.plan.recipe import (
     resolve_remat,
 )
 from trainer.state import init_state, make_layout
-from trainer.step import jit_train_step
+from trainer.step import jit_train_step, loss_sums
 
 POD = {"data": 1, "fsdp": 256, "seq": 1, "tensor": 1}
 WINDOWED = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
@@ -109,19 +111,17 @@ def test_the_loop_and_the_planner_get_one_program_on_cpu():
 
 
 def test_what_is_chosen_changes_no_result():
-    """On 8 devices: losses and parameters of two steps, kept names and barriers against none.
+    """On 8 devices: loss and gradients, six names kept and barriers against neither.
 
-    The mathematics is the same and on CPU so is the order of sums; float32 rounding is allowed
-    where XLA fuses otherwise.
+    The mathematics is the same; XLA fuses otherwise, so float32 rounding is allowed.
     """
     exp = get_config()
-    exp.model.dtype, exp.data.seq_len = "float32", 128
-    exp.model.width = exp.model.heads * exp.model.head_dim
+    exp.model = dataclasses.replace(exp.model, dtype="float32", layers=2)
+    exp.data.seq_len = 64
     mesh = make_mesh(exp.mesh)
     results = []
     with jax.set_mesh(mesh):
-        layout = make_layout(exp, mesh)
-        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH, SEQ))
+        params = init_state(exp, make_layout(exp, mesh)).params
         shape = (exp.train.batch_size, exp.data.seq_len)
         tokens = jax.random.randint(jax.random.key(0), shape, 0, exp.model.vocab)
         batch = {
@@ -129,13 +129,11 @@ def test_what_is_chosen_changes_no_result():
             "positions": jnp.broadcast_to(jnp.arange(shape[1]), shape),
             "segment_ids": jnp.ones(shape, jnp.int32),
         }  # fmt: skip
-        batch = jax.device_put(batch, rows)
-        for remat, barriers in (("full", False), ("rotated_qk,v,attention,residual,gate,up", True)):
-            exp.model.remat, exp.model.barriers = remat, barriers
-            step, _ = jit_train_step(exp, layout)
-            state = init_state(exp, layout)
-            for _ in range(2):
-                state, metrics = step(state, batch)
-            results.append((metrics["loss"], metrics["grad_norm"], state.params))
-    for one, other in zip(*(jax.tree.leaves(jax.device_get(r)) for r in results), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)
+        batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH, SEQ)))
+        for remat, barriers in (("full", False), (",".join(SAVEABLE), True)):
+            model = dataclasses.replace(exp.model, remat=remat, barriers=barriers)
+            one = dataclasses.replace(exp, model=model)
+            both = jax.value_and_grad(lambda p, b, one=one: loss_sums(p, b, one)[0])
+            results.append(jax.device_get(jax.jit(both)(params, batch)))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(one).max())
