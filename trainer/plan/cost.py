@@ -169,7 +169,8 @@ class _Walker:
             return row.seconds[model]
         targets = {i.attribute("custom_call_target") for i in inner if i.opcode == "custom-call"}
         waited = 0.0
-        bare = carried and targets & {"AsyncCollectiveStart", "AsyncCollectiveDone"}
+        ends = targets & {"AsyncCollectiveStart", "AsyncCollectiveDone"}
+        bare = carried and ends and not any(i.opcode == "convolution" for i in inner)
         own = None if bare else self._cost(computation, op)
         for collective in carried:
             chain = (collective.attribute("channel_id"), collective.attribute("chain_id"))
