@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs.quickstart import get_config
 from sharding.errors import UsageError
 from sharding.mesh import make_mesh
-from sharding.topology import parse_slice
+from sharding.topology import compiler_environment, parse_slice
 from trainer.commands import plan as command
+from trainer.config import ROOT
 from trainer.plan import calibration
 from trainer.plan.compile import (
     abstract_batch,
@@ -270,3 +274,38 @@ def test_a_real_refusal(capsys):
     plan = json.loads(capsys.readouterr().out)
     assert not plan["fits"] and plan["capacity"] == int(15.75 * GIB)
     assert plan["needed"] > plan["capacity"] and plan["temporary_bytes"] is None
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+def test_an_option_reaches_the_compiler_and_an_unknown_one_is_one_line():
+    with pytest.raises(UsageError, match=r"libtpu .* has no option xla_tpu_no_such_thing: leave"):
+        command.main([*TINY, "--config.perf=off,xla_tpu_no_such_thing=true"])
+
+
+OPTIONS_ARE_KNOWN = """
+import jax, jax.numpy as jnp, json, sys
+from sharding.mesh import make_mesh
+from sharding.config import MeshConfig
+from sharding.topology import parse_slice, slice_devices
+from trainer.plan.recipe import OPTIONS
+for chip, name in (("v5e", "v5e-4"), ("v5p", "v5p-8")):
+    mesh = make_mesh(MeshConfig(), slice_devices(parse_slice(name)))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    options = {o.name: o.value for o in OPTIONS if chip in o.chips}
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=whole)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        jax.jit(lambda x: x + 1, compiler_options=options).lower(x).compile()
+    print(chip, len(options))
+"""
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+def test_every_option_of_the_recipe_is_known_to_this_libtpu():
+    """Options go out of use with new versions: then the table has to follow."""
+    environment = {**os.environ, **compiler_environment(), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OPTIONS_ARE_KNOWN]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["v5e", "4", "v5p", "6"]
