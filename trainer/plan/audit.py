@@ -209,7 +209,13 @@ class _Auditor:
         # Twice what models/loss.py takes at once: the head's float32 gradient, or 32 MiB.
         limit = 2 * max(vocab * self.experiment.model.width * 4, 32 * _SMALL)
         seen = set()
-        for computation in self.module.computations.values():
+        loops = [
+            self.module.called(op, "body")
+            for computation in self.module.computations.values()
+            for op in computation.ops.values()
+            if op.opcode == "while"
+        ]
+        for computation in (self.module.entry, *loops):  # inside a fusion nothing is stored
             for op in computation.ops.values():
                 for shape in op.shapes:
                     if vocab not in shape.dims or shape.padded <= limit or shape.dims in seen:
