@@ -13,6 +13,7 @@ import pytest
 from tests.processes import ROOT
 
 SCRIPT = ROOT / "tpu_scripts/tpu.sh"
+FAKE = ROOT / "tests/tpu_scripts/gcloud.py"
 SECRET = "hunter2-and-more"
 # What a worker has: a Python that makes environments, a metadata server, and a torus that does
 # what the next line of $CLOUD/torus says: a status to end with, or `wait` for SIGTERM.
@@ -50,7 +51,7 @@ class Cloud:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for name, text in {
-            "bin/gcloud": f"#!/bin/sh\nexec {sys.executable} {ROOT}/tests/tpu_scripts/gcloud.py \"$@\"",
+            "bin/gcloud": f'#!/bin/sh\nexec {sys.executable} -S {FAKE} "$@"',
             "vm/python3": PYTHON, "vm/curl": CURL,
         }.items():  # fmt: skip
             path = folder / name
@@ -118,7 +119,7 @@ def cloud(tmp_path):
         subprocess.run(["kill", "-KILL", pid.read_text().strip()], check=False)
 
 
-@pytest.mark.parametrize("queued", ["yes", "no"])
+@pytest.mark.parametrize("queued", ["yes", pytest.param("no", marks=pytest.mark.soak)])
 def test_a_run_is_set_up_followed_and_cleaned_up(cloud, queued):
     cloud.settings(QUEUED=queued, SPOT="yes")
     status, output, error = cloud.run("train", run=("--config=x", "--workdir=gs://a b/c"))
@@ -145,6 +146,7 @@ def test_what_can_be_tried_again_is_and_what_cannot_ends(cloud):
     assert cloud.count("create") == 1 and not cloud.there
 
 
+@pytest.mark.soak
 def test_a_worker_that_ended_alone_is_started_again(cloud):
     cloud.plan("wait", "76 wait")
     job = cloud.start("train")
@@ -163,7 +165,9 @@ def test_quota_is_told_and_nothing_remains(cloud):
     assert status == 69 and "V5LitePodPerProject" in error and not cloud.there
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)]
+)
 def test_a_signal_saves_and_deletes(cloud, number):
     cloud.plan("wait")
     job = cloud.start("train")
@@ -200,6 +204,7 @@ def test_what_cannot_be_deleted_is_named_with_its_command(cloud):
     assert not cloud.there
 
 
+@pytest.mark.soak
 def test_steps_one_by_one(cloud):
     cloud.plan("wait")
     for step in ("create", "setup", "run"):
@@ -215,7 +220,12 @@ def test_dry_run_names_every_command_and_runs_none(cloud):
     status, output, error = cloud.run("--dry-run", "train")
     assert status == 0 and not error and not cloud.calls
     verbs = [word for line in output.splitlines() for word in line.split()[3:6]]
-    assert [v for v in verbs if v in ("create", "scp", "delete")] == ["create", "scp", "scp", "delete"]
+    assert [v for v in verbs if v in ("create", "scp", "delete")] == [
+        "create",
+        "scp",
+        "scp",
+        "delete",
+    ]
 
 
 @pytest.mark.parametrize(
