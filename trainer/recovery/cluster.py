@@ -66,6 +66,6 @@ def _first_node(nodes: str) -> str:
 
 
 def _without_port(address: str) -> str:
-    """Returns the host of `host:port`, `host` and `[v6]:port`."""
-    host, colon, port = address.rpartition(":")
-    return host.strip("[]") if colon and port.isdigit() and ":" not in host else address
+    """Returns the host of `host:port`, `[v6]:port` and `host`."""
+    match = re.fullmatch(r"(?:\[(.+)\]|([^:]+)):\d+", address)
+    return (match[1] or match[2]) if match else address

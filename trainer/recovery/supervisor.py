@@ -338,10 +338,11 @@ class Supervisor:
         path.write_text("\n".join(dict.fromkeys([*names, socket.gethostname()])) + "\n")
 
     def _tell_members(self, place: Place) -> None:
-        members, before = self._hosts.members, self._members
-        self._members = members
-        if before and members != before and self._hosts.leads:
-            lost, new = (sorted(set(a) - set(b)) for a, b in ((before, members), (members, before)))
+        """Records a change of hosts, on the lowest that was there before and is there now."""
+        now, before = self._hosts.members, self._members or self._hosts.members
+        self._members = now
+        if now != before and self._options.host == min(set(now) & set(before)):
+            lost, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
             self._record("resized", hosts=place.hosts, lost=lost or None, new=new or None)
 
     def _recovered(self, step: int) -> None:
