@@ -1,4 +1,7 @@
-"""The tiny config, in trainers whose phases last longer: SLOW is like "data=0.1 eval=5"."""
+"""The tiny config, in trainers whose phases last longer.
+
+SLOW is like "data=0.1 compile=5*1": seconds to wait in a phase, and how often (always).
+"""
 
 import os
 import time
@@ -9,13 +12,21 @@ from trainer.recovery.progress import VARIABLE, ProgressPage
 
 
 def get_config() -> Experiment:
-    slow = dict(pair.split("=") for pair in os.environ.get("SLOW", "").split())
+    slow = {}
+    for pair in os.environ.get("SLOW", "").split():
+        phase, _, given = pair.partition("=")
+        seconds, _, times = given.partition("*")
+        slow[phase] = [float(seconds), int(times or 10**9)]
     if VARIABLE in os.environ and slow:
         enter = ProgressPage.enter
 
         def enter_slowly(page: ProgressPage, phase: str, step: int | None = None) -> None:
             enter(page, phase, step)
-            time.sleep(float(slow.get(phase, 0)))
+            wait = slow.get(phase, [0.0, 0])
+            wait[1] -= 1
+            if wait[1] >= 0:
+                time.sleep(wait[0])
 
         ProgressPage.enter = enter_slowly
+        time.sleep(slow.get("start", [0.0])[0])  # the supervisor enters it
     return tiny.get_config()

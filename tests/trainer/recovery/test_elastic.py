@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.recovery.runs import STEPS, at_step, incidents, launch, trainers
+from tests.trainer.recovery.runs import SLOW, STEPS, at_step, incidents, launch, trainers
 from trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.multiprocess
 
-SLOW = f"--config={Path(__file__).with_name('slow.py')}"
+
 ELASTIC = ("--mesh", "2", "--mesh", "1", "--lease", "5", SLOW)
 
 
