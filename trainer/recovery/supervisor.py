@@ -104,6 +104,7 @@ class Supervisor:
         self._signal: signal.Signals | None = None  # that asked this supervisor to stop
         self._resizes = False  # all save, to meet again with more hosts
         self._step = 0  # reached by any trainer here
+        self._noticed = 0.0  # when this generation was last looked at: when its end was seen
         self._members: list[int] = []  # of the last generation
         self._fault: tuple[float, int] | None = None  # when, and the step reached then
 
@@ -222,8 +223,9 @@ class Supervisor:
             if any(end.status == STOPPED for end in ends):  # all of the job are saving
                 self._wait(trainers)
                 return []
+            self._noticed = time.monotonic()
             if any(end.status for end in ends):
-                time.sleep(_SETTLE)
+                self._wait(trainers, _SETTLE)
                 return [end for end in (t.end() for t in trainers) if end.status]
             if all(end.status == 0 for end in ends):
                 return []
@@ -267,10 +269,11 @@ class Supervisor:
                 trainer.process.send_signal(signal.SIGTERM)
         self._wait(trainers)
 
-    def _wait(self, trainers: list[_Trainer]) -> None:
+    def _wait(self, trainers: list[_Trainer], seconds: float | None = None) -> None:
+        """Waits for all to end, so long or for the grace, which a second signal makes nothing."""
         began = time.monotonic()
         while any(t.process.poll() is None for t in trainers):
-            if time.monotonic() - began > self._options.grace:
+            if time.monotonic() - began > (self._options.grace if seconds is None else seconds):
                 return
             time.sleep(_POLL)
 
@@ -306,8 +309,9 @@ class Supervisor:
             status = UNWRITABLE
         step = cause.progress.step if cause else self._step
         if self._fault is None:  # a fault before the last one was got over counts from the first
-            self._fault = time.monotonic(), step
-        self._record(**facts, step=step, checkpoint=newest, exit=status)
+            self._fault = self._noticed, step
+        ending = round(time.monotonic() - self._noticed, 2)  # seconds, up to this decision
+        self._record(**facts, step=step, checkpoint=newest, ending=ending, exit=status)
         if status == NO_PROGRESS:
             self._say(f"{self._options.tries} tries in a row brought no new checkpoint; giving up")
         return status
