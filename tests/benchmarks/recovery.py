@@ -119,8 +119,7 @@ def plain(tries: int, folder: Path) -> None:
         for _ in range(tries):
             time.sleep(rng.uniform(0.5, 1.5))
             began, best, count = time.time(), reached(), len(log.read_text().split("\n"))
-            (child,) = trainers(job)
-            os.kill(child, signal.SIGKILL)
+            os.kill(trainers(job)[0], signal.SIGKILL)
             until(lambda best=best: reached() > best)
             first = int(log.read_text().split("\n")[count].split()[1])
             back.append(time.time() - began)

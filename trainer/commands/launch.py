@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -99,11 +98,10 @@ def main(argv: list[str]) -> int:
     experiment, flags = parse_flags(rest, workdir="folder of the run, local or gs://")
     validate(experiment)
     check_workdir(flags["workdir"], experiment)
-    command = [sys.executable, "-m", "trainer.commands.main", "train", *rest]
     limits = dict(_limit(text, PHASES) for text in own.limit)
     lease = own.lease if own.lease is not None else 75.0 if is_remote(flags["workdir"]) else 15.0
     options = Options(
-        command, flags["workdir"], own.processes, own.grace, limits, own.tries,
+        ["train", *rest], flags["workdir"], own.processes, own.grace, limits, own.tries,
         cluster.host, cluster.hosts, cluster.address, own.patience, lease,
         _sizes(own.mesh, experiment, cluster.hosts),
     )  # fmt: skip

@@ -73,9 +73,18 @@ class Hosts:
         self._next = 0.0
 
     @property
+    def current(self) -> bool:
+        """Whether the plan is still the one that this host joined; else it was given up."""
+        plan = self._plan
+        return (
+            plan.get("coordinator") == self._coordinator
+            or plan.get("generation", -1) < self.generation  # an old view through a cache
+        )
+
+    @property
     def leads(self) -> bool:
         """Whether this host is the lowest of its generation that lives."""
-        return not any(self._alive(n) for n in self.members if n < self.index)
+        return self.current and not any(self._alive(n) for n in self.members if n < self.index)
 
     @property
     def elastic(self) -> bool:
@@ -124,8 +133,7 @@ class Hosts:
 
         Also when another plan stands: this host was given up, as one that was frozen may be.
         """
-        other = self._plan.get("coordinator") != self._coordinator
-        return (other and self._plan.get("generation", -1) >= self.generation) or any(
+        return not self.current or any(
             not self._alive(n) or self._through(n) for n in self._peers()
         )
 
@@ -192,6 +200,7 @@ class Hosts:
         """
         self._own |= {"gone": True, "through": self.generation, "how": how}
         if self._folder.is_dir():
+            self._look()
             if all_end and self.leads and self._coordinator:
                 self._put({**self._plan, "tokens": self._tokens(range(self._count)),
                            "status": status})  # fmt: skip

@@ -42,6 +42,7 @@ from trainer.recovery.policy import (
     permanent,
 )
 from trainer.recovery.progress import VARIABLE, ProgressPage
+from trainer.recovery.standby import hand_over
 
 INCIDENTS = "incidents.jsonl"
 SUSPECTS = "launch/suspects"  # names of hosts to leave out, in the run's folder
@@ -56,7 +57,7 @@ class Options:
     """How a run is supervised.
 
     Attributes:
-      command: arguments of one trainer.
+      command: arguments of `torus` for one trainer.
       workdir: the run's folder.
       processes: trainers on this host; each gets JAX's variables for a job of so many.
       grace: seconds that trainers get to save and end after a signal.
@@ -106,6 +107,7 @@ class Supervisor:
         self._step = 0  # reached by any trainer here
         self._noticed = 0.0  # when this generation was last looked at: when its end was seen
         self._members: list[int] = []  # of the last generation
+        self._loaded: dict[int, tuple[subprocess.Popen, TextIO | None]] = {}  # to be trainers
         self._fault: tuple[float, int] | None = None  # when, and the step reached then
 
     def run(self) -> int:
@@ -128,6 +130,7 @@ class Supervisor:
                     self._hosts.leave(status, how, all_end=not (own and self._hosts.elastic))
                 return status
         finally:
+            self._unload()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -192,22 +195,45 @@ class Supervisor:
             path = folder / f"{self._hosts.generation}.{rank}.progress"
             page = ProgressPage(path)
             page.enter("start", 0)
-            environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
-            environment[VARIABLE] = str(path)
+            environment = {VARIABLE: str(path)}
             if count > 1:
                 environment |= {
                     "JAX_COORDINATOR_ADDRESS": place.coordinator,
                     "JAX_NUM_PROCESSES": str(count),
                     "JAX_PROCESS_ID": str(rank),
                 }
-            # What the others say is kept for the stacks of a hang; the first speaks for all.
-            output = None if rank == first else self._log(rank)
-            process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=output, start_new_session=True, preexec_fn=_die_with_parent,
-            )  # fmt: skip
+            process, output = self._loaded.pop(rank, None) or self._load(rank, first)
+            try:
+                hand_over(process.stdin, command, environment)
+            except BrokenPipeError:  # it was killed while it waited
+                process.wait()
+                process, output = self._load(rank, first)
+                hand_over(process.stdin, command, environment)
             trainers.append(_Trainer(rank, process, page, output))
+        self._unload()
         return trainers
+
+    def _load(self, rank: int, first: int) -> tuple[subprocess.Popen, TextIO | None]:
+        """Starts a process that can become the trainer of `rank`."""
+        # What the others say is kept for the stacks of a hang; the first speaks for all.
+        output = None if rank == first else self._log(rank)
+        environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainer.recovery.standby"], env=environment,
+            stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )  # fmt: skip
+        return process, output
+
+    def _unload(self) -> None:
+        """Ends the processes that wait to become trainers."""
+        for process, output in self._loaded.values():
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            if output is not None:
+                output.close()
+        self._loaded = {}
 
     def _log(self, rank: int) -> TextIO:
         workdir = self._options.workdir
@@ -234,7 +260,11 @@ class Supervisor:
                     self._wait(trainers)
                 return []
             self._step = max(end.progress.step for end in ends)
-            if self._hosts.drains(settled=self._step > max(0, self._budget.best)):
+            settled = self._step > max(0, self._budget.best)
+            if settled and not self._loaded:  # the machine is busy with the start until then
+                first = trainers[0].rank
+                self._loaded = {t.rank: self._load(t.rank, first) for t in trainers}
+            if self._hosts.drains(settled=settled):
                 self._resizes = True
                 return []
             now = time.monotonic()

@@ -35,7 +35,7 @@ def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen
 
 
 def trainers(supervisor: subprocess.Popen) -> list[int]:
-    """Returns the process ids of the trainers, in order of rank."""
+    """Returns the process ids of the trainers, in order of rank, and then of their successors."""
     return [
         int(pid)
         for pid in Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")

@@ -176,3 +176,16 @@ def test_an_earlier_attempt_binds_nobody(meeting):
 def test_too_few_hosts_give_up(meeting):
     hosts = meeting(0, 1, count=3, sizes=(3,), patience=0.5)
     until(lambda: [host.met for host in hosts] == [[LOST], [LOST]])
+
+
+def test_one_that_was_given_up_ends_nothing(meeting):
+    """A stale supervisor's verdict does not reach the generation that goes on without it."""
+    hosts = meeting(0, 1, count=2, sizes=(2, 1))
+    until(lambda: agreed(hosts, [0, 1]))
+    hosts[0].frozen.set()
+    until(lambda: agreed(hosts[1:], [1]))
+    stale = hosts[0].hosts
+    assert not stale.leads or stale.current  # it has not looked yet
+    stale.leave(NO_PROGRESS, None, all_end=True)
+    assert "status" not in hosts[1].hosts._read("plan.json")
+    assert stale.over() and not stale.leads
