@@ -96,7 +96,13 @@ def slurm(tmp_path):
     return start
 
 
-@pytest.mark.parametrize("status", sorted(STATUSES))
+@pytest.mark.parametrize(
+    "status",
+    [
+        pytest.param(status, marks=() if status in (0, 70, 77) else pytest.mark.soak)
+        for status in sorted(STATUSES)
+    ],
+)
 def test_slurm_queues_again_what_should_be_tried_again(slurm, status):
     job, folder = slurm(str(status))
     assert job.wait(60) == status

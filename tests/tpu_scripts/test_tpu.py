@@ -139,6 +139,7 @@ def test_a_preempted_run_goes_on_elsewhere(cloud):
     assert "was taken away" in error and cloud.count("create") == 2 and not cloud.there
 
 
+@pytest.mark.soak
 def test_what_can_be_tried_again_is_and_what_cannot_ends(cloud):
     cloud.plan("76 69 64")
     status, _, error = cloud.run("train")
@@ -190,6 +191,7 @@ def test_a_signal_during_the_request_leaves_nothing(cloud):
     assert job.returncode == 130 and not cloud.there, error
 
 
+@pytest.mark.soak
 def test_what_cannot_be_deleted_is_named_with_its_command(cloud):
     cloud.knob("delete_fails")
     status, _, error = cloud.run("train")

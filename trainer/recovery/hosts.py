@@ -216,7 +216,9 @@ class Hosts:
         if hosts is None:
             return
         coming = any(self._alive(n) and n not in ready for n in self._others())
-        hoped = self.generation < 0 and waited <= self._patience
+        told = (self._own if n == self.index else self._seen[n].facts for n in ready)
+        begun = any(facts["through"] >= 0 for facts in told)  # with some of these hosts
+        hoped = not begun and waited <= self._patience  # that all come for the first generation
         if hosts == self._sizes[0] or not (coming or hoped):
             members = ready[:hosts]
             self._put({
