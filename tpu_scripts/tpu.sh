@@ -38,7 +38,10 @@ settings() { # reads the file; nothing in it is executed
     number=$((number + 1)) key=${line%%=*} value=${line#*=}
     case $line in '' | '#'*) continue ;; esac
     case $key in
-      NAME | ZONE | TYPE | VERSION | PROJECT | ENVIRONMENT | PYTHON) ;;
+      NAME | ZONE | TYPE | VERSION | PROJECT)
+        [[ $value =~ ^[A-Za-z0-9.:_-]*$ ]] || fail 2 "$1:$number: $key is letters, digits and -"
+        ;;
+      ENVIRONMENT | PYTHON) ;;
       QUEUED | SPOT) [[ $value =~ ^(yes|no)$ ]] || fail 2 "$1:$number: $key is yes or no" ;;
       WAIT | GRACE | POLL | TRIES)
         [[ $value =~ ^[0-9]+$ ]] || fail 2 "$1:$number: $key is a whole number"
@@ -63,12 +66,7 @@ pause() { # a sleep that a signal ends at once
 # ---------------------------------------------------------------- gcloud
 
 do_it() { # a command, or its text with --dry-run
-  if [ -z "$dry" ]; then
-    "$@"
-  else
-    printf '%q ' "$@" >&3
-    echo >&3
-  fi
+  if [ -z "$dry" ]; then "$@"; else printf '%q ' "$@" >&3 && echo >&3; fi
 }
 
 cloud() { do_it gcloud compute tpus "$@" "--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"} --quiet; }
@@ -82,10 +80,8 @@ on() { # worker number or all; arguments of worker.sh
 
 kind() { if [ "$QUEUED" = yes ]; then echo queued-resources; else echo tpu-vm; fi; }
 
-delete_arguments() {
-  printf '%s\n' "$(kind)" delete "$NAME"
-  if [ "$QUEUED" = yes ]; then echo --force; fi # its node with it
-}
+# A queued resource is deleted with its node.
+deletion() { echo "$(kind) delete $NAME$(if [ "$QUEUED" = yes ]; then echo ' --force'; fi)"; }
 
 state() { # absent, waiting, ready, lost (it was there), failed, or unknown (no answer)
   local text field=state
@@ -111,11 +107,8 @@ state() { # absent, waiting, ready, lost (it was there), failed, or unknown (no 
 
 ask() { # one request; a full zone is asked again until WAIT is over
   local text arguments
-  if [ "$QUEUED" = yes ]; then
-    arguments=("--node-id=$NAME" "--runtime-version=$VERSION")
-  else
-    arguments=("--version=$VERSION")
-  fi
+  arguments=("--version=$VERSION")
+  if [ "$QUEUED" = yes ]; then arguments=("--node-id=$NAME" "--runtime-version=$VERSION"); fi
   if [ "$SPOT" = yes ]; then arguments+=(--spot); fi
   until text=$(cloud "$(kind)" create "$NAME" "--accelerator-type=$TYPE" "${arguments[@]}" 2>&1); do
     say "$(tail -n 1 <<<"$text")"
@@ -181,11 +174,7 @@ verdict() { # of what the workers said: running, again (on some), or the status 
       *) ended=yes && worst=$((word > worst ? word : worst)) ;;
     esac
   done
-  if [ -n "$running" ]; then
-    if [ -n "$ended" ]; then echo again; else echo running; fi
-  else
-    echo "$worst"
-  fi
+  if [ -z "$running" ]; then echo "$worst"; elif [ -n "$ended" ]; then echo again; else echo running; fi
 }
 
 follow() {
@@ -210,9 +199,8 @@ follow() {
 }
 
 delete() {
-  local arguments
-  mapfile -t arguments < <(delete_arguments)
-  cloud "${arguments[@]}" || true # judged by what is there afterwards
+  # shellcheck disable=SC2046 # words of their own
+  cloud $(deletion) || true # judged by what is there afterwards
   pretend=absent
   [ "$(state)" = absent ]
 }
@@ -221,7 +209,7 @@ delete() {
 
 remains() {
   say "$NAME may still be there and cost money; delete it with:"
-  say "  gcloud compute tpus $(delete_arguments | tr '\n' ' ')--zone=$ZONE${PROJECT:+ --project=$PROJECT} --quiet"
+  say "  gcloud compute tpus $(deletion) --zone=$ZONE${PROJECT:+ --project=$PROJECT} --quiet"
 }
 
 finish() { # whatever ends `train`: the run saves, the TPU is deleted, or it is said that it is not
@@ -231,11 +219,7 @@ finish() { # whatever ends `train`: the run saves, the TPU is deleted, or it is 
   if [ "$status" -ne 0 ] && [ -n "$started" ]; then
     on all stop "$GRACE" || say "the run could not be asked to save"
   fi
-  if ! delete; then
-    remains
-  elif [ -z "$dry" ]; then
-    say "$NAME is deleted"
-  fi
+  if ! delete; then remains; elif [ -z "$dry" ]; then say "$NAME is deleted"; fi
   exit "$status"
 }
 
@@ -273,10 +257,7 @@ if [ "${1:-}" = --dry-run ]; then dry=yes && shift; fi
 command=${1:-}
 case $command in
   train | create | setup | run | follow | status | stop | delete) ;;
-  *)
-    sed -n '2,20p' "$0" >&2
-    exit 2
-    ;;
+  *) sed -n '2,20p' "$0" >&2 && exit 2 ;;
 esac
 settings "${2:-settings.env}"
 shift $(($# < 2 ? $# : 2))

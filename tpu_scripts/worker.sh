@@ -21,7 +21,7 @@ fail() {
 }
 
 about() { # one fact about this VM, from its metadata server
-  curl -fsS -m 5 -H 'Metadata-Flavor: Google' \
+  curl -fsS -m 5 --retry 3 -H 'Metadata-Flavor: Google' \
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1" 2>/dev/null
 }
 
@@ -51,7 +51,10 @@ start() {
     . .torus/env
     set +a
   fi
-  if endpoints=$(about worker-network-endpoints); then
+  if [ -z "${JAX_NUM_PROCESSES:-}" ]; then
+    # Guessing would start as many runs of one host, in one folder, as there are workers.
+    endpoints=$(about worker-network-endpoints) ||
+      fail "no metadata server answers; without Cloud TPU set JAX_NUM_PROCESSES, 1 for one host"
     IFS=, read -ra workers <<<"$endpoints"
     JAX_NUM_PROCESSES=${#workers[@]}
     JAX_PROCESS_ID=$(about agent-worker-number)
