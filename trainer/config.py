@@ -89,6 +89,7 @@ FREE = (
     "log",
     "name",
     "train.stop_at",
+    "train.accumulation",
     "data.prefetch",
     "data.allow_change",
     "data.path",

@@ -11,8 +11,10 @@ import pytest
 
 from tests.processes import ROOT
 from trainer.metrics import read_metrics
+from trainer.recovery.progress import Progress, ProgressPage
 
 TINY, STEPS = ROOT / "tests/tiny.py", 24
+SLOW = f"--config={ROOT}/tests/trainer/recovery/slow.py"
 
 
 def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen:
@@ -33,7 +35,7 @@ def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen
 
 
 def trainers(supervisor: subprocess.Popen) -> list[int]:
-    """Returns the process ids of the trainers, in order of rank."""
+    """Returns the process ids of the trainers, in order of rank, and then of their successors."""
     return [
         int(pid)
         for pid in Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
@@ -52,3 +54,14 @@ def at_step(workdir: Path, supervisor: subprocess.Popen, step: int) -> None:
 
 def incidents(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "incidents.jsonl").read_text().splitlines()]
+
+
+def in_phase(temporary: Path, supervisor: subprocess.Popen, phase: str) -> Progress:
+    """Waits for the first trainer to be in `phase`; `temporary` is the supervisor's TMPDIR."""
+    while supervisor.poll() is None:
+        for page in temporary.glob("torus-launch-*/0.0.progress"):
+            found = ProgressPage(page).read()
+            if found.phase == phase and found.since:
+                return found
+        time.sleep(0.01)
+    pytest.fail(supervisor.communicate()[1])

@@ -55,7 +55,7 @@ def test_a_crash_loop_ends(supervised):
 def test_trainers_do_not_outlive_their_supervisor(supervised):
     run, job = supervised()
     at_step(run, job, 2)
-    (trainer,) = trainers(job)
+    trainer = trainers(job)[0]
     job.kill()
     job.wait()
     deadline = time.monotonic() + 10
