@@ -97,7 +97,11 @@ class Journal:
         self._writer.train(step, record | self._timer.report(step))
 
     def eval(self, step: int, result: dict[str, float]) -> None:
-        self._writer.eval(step, result)
+        seconds = round(self._timer.last_pause, 4)
+        self._writer.eval(step, result | {"seconds": seconds})
+
+    def fingerprints(self, step: int, arrays: dict[str, str]) -> None:
+        self._writer.fingerprints(step, arrays)
 
     def event(self, step: int, name: str, **details: Any) -> None:
         self._writer.event(step, name, **details)

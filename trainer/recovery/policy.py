@@ -9,6 +9,7 @@ import math
 import signal
 from dataclasses import dataclass
 
+from trainer.recovery.health import DIVERGED, SUSPECT
 from trainer.recovery.progress import PHASES, Progress
 
 FINISHED, MISTAKE, BAD_DATA, LOST, NO_PROGRESS, PREEMPTED = 0, 64, 65, 69, 70, 76
@@ -18,7 +19,13 @@ without a new checkpoint; stopped by a signal, saved, and to be started again.""
 
 STOPPED = 130  # of `torus train`: asked to stop, saved and ended
 
-_PERMANENT = {2: MISTAKE, 3: BAD_DATA, 4: BAD_DATA}  # statuses of `torus train` that no retry cures
+_PERMANENT = {
+    2: MISTAKE,
+    3: BAD_DATA,
+    4: BAD_DATA,
+    DIVERGED: DIVERGED,
+    SUSPECT: SUSPECT,
+}  # statuses of `torus train` that no retry cures
 _COLLATERAL = (1, -signal.SIGABRT)  # what JAX makes of another process's death
 
 # How long a phase may take: until enough of its own past is known, and never less than.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from checkpoint.steps import complete_steps, folder_path, is_remote
+from trainer.goodput import INCIDENTS
 from trainer.recovery.hosts import Hosts
 from trainer.recovery.policy import (
     FINISHED,
@@ -36,7 +37,6 @@ from trainer.recovery.policy import (
 )
 from trainer.recovery.progress import VARIABLE, ProgressPage
 
-INCIDENTS = "incidents.jsonl"
 _POLL = 0.02  # seconds
 _SETTLE = 0.3  # after a first failure, for the others to fail of it
 _DUMP = 0.3  # for a hung process to write its stacks
