@@ -11,6 +11,7 @@ that were in memory when they were saved: Orbax itself returns flipped bits with
 """
 
 import asyncio
+import contextlib
 import json
 import logging as python_logging
 import os
@@ -235,17 +236,12 @@ class CheckpointManager:
         if damaged and jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"set aside {damaged}")
 
-    def discard_after(self, step: int) -> None:
-        """Deletes the steps newer than `step`: a run that goes back must not find them again."""
-        self.wait()
-        if jax.process_index() == 0:
-            for newer in reversed([found for found in self.steps() if found > step]):
-                steps.delete_step(self.folder, newer)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"discard_after {step}")
-
     def discard_where(self, given_up: Callable[[int, dict[str, Any]], bool]) -> None:
-        """Deletes the steps for which `given_up`, told number and meta, is true."""
+        """Deletes the steps for which `given_up`, told number and meta, is true.
+
+        A run that goes back must not find them again.
+        """
+        self.wait()
         for step in reversed(self.steps() if jax.process_index() == 0 else []):
             try:
                 meta = read_meta(self.folder, step)
@@ -265,7 +261,8 @@ class CheckpointManager:
         written = [step for step in proven if step in complete or step != self._current]
         if jax.process_index() == 0:
             for step in complete.intersection(written):
-                (self.folder / str(step) / steps.GOOD).touch()
+                with contextlib.suppress(FileNotFoundError):  # retired meanwhile
+                    (self.folder / str(step) / steps.GOOD).touch()
         return written
 
     def _finish(self, step: int, response: ocp.AsyncResponse) -> None:

@@ -160,7 +160,8 @@ class Guard:
         if _due(number, config.replay_every):
             again, _ = train_step(_copy(state), *arguments)
             again = device_sums(list(flatten(to_stored(again)).values()))
-        state, self._newest = train_step(state, *arguments)
+        batch_number = self._row(number) // self._experiment.train.batch_size
+        state, self._newest = self._chaos.step(batch_number, train_step, state, *arguments)
         self._step = number
         if again is not None:
             once = device_sums(list(flatten(to_stored(state)).values()))
@@ -197,9 +198,14 @@ class Guard:
 
     def _limits(self, step: int) -> jax.Array:
         limits = np.asarray(self._watch.limits(step), np.float32)
-        return jax.make_array_from_callback(
-            limits.shape, self._layout.replicated, lambda index: limits[index]
-        )
+        with jax.transfer_guard("allow"):
+            return jax.make_array_from_callback(
+                limits.shape, self._layout.replicated, lambda index: limits[index]
+            )
+
+    def _row(self, step: int) -> int:
+        """The first row of data after `step`."""
+        return self._start.row + (step - self._start.step) * self._experiment.train.batch_size
 
     def _judge(self, step: int, loss: float, norm: float, left_out: bool) -> None:
         if not self._config.window:
@@ -228,8 +234,7 @@ class Guard:
             )
         self._checkpoints.wait()
         to = _first_ones(max(self._checkpoints.good_steps(), default=0))
-        row = self._start.row + (step - self._start.step) * self._experiment.train.batch_size
-        self._go_back(step, to, row, self._past.spent + 1)
+        self._go_back(step, to, self._row(step), self._past.spent + 1)
         raise Rewind
 
     def _compare(self, step: int) -> None:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, reshard
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from checkpoint.fingerprint import array_sums
 from checkpoint.steps import folder_path
@@ -109,12 +109,13 @@ def self_check(mesh: Mesh, workdir: str | os.PathLike) -> None:
     Raises:
       Unhealthy: naming the device or host that computes, sends, stores or remembers wrongly.
     """
-    found = _file_problem(workdir) or _memory_problem(mesh) or _device_problem(mesh)
+    found = _file_problem(workdir) or _memory_problem(mesh) or device_problem(mesh)
     if found:
         raise Unhealthy(SUSPECT, f"self-check: {found}")
 
 
-def _device_problem(mesh: Mesh) -> str:
+def device_problem(mesh: Mesh) -> str:
+    """Returns which device computes otherwise than the others or gets wrong bytes, "" if none."""
     with jax.set_mesh(mesh):
         numbers = np.arange(mesh.size, dtype=np.int32).reshape(mesh.devices.shape)
         placed = jax.make_array_from_callback(
@@ -131,6 +132,12 @@ def _device_problem(mesh: Mesh) -> str:
         device = mesh.devices[tuple(place)]
         return str(Odd((device,), False, f"wrong bytes arrive along mesh axis {AXES[axis]}"))
     return ""
+
+
+def in_a_row(devices: list[Any]) -> Mesh:
+    """Returns a mesh of `devices` along fsdp."""
+    grid = np.asarray(devices).reshape(1, -1, 1, 1)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 @jax.jit

@@ -4,17 +4,19 @@ A schedule is faults separated by commas, each KIND@STEP, then `xCOUNT` for seve
 one process and `/PHASE` for a phase of trainer/recovery/progress.py instead of `step`. STEP is a
 number, or `?SEED`: one of the run's steps, drawn from the seed.
 
-  nan, spike, error   the data of COUNT steps from STEP on: not finite, scrambled, or so many reads
-                      that fail (`xinf`: all of them); they stay with the data if the run skips it
+  nan, spike, error   the data of COUNT steps from STEP on: makes a gradient that is not finite, is
+                      scrambled, or so many reads fail (`xinf`: all); skipped data takes them along
   flip                one bit of the state on one device, before STEP
   kill, stop, stuck   the process at STEP: SIGKILL, SIGSTOP, or asleep for ever; once in a run
 """
 
+import math
 import os
 import random
 import re
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ from sharding.errors import UsageError, nearest
 from trainer.data.rows import Rows, Steps
 from trainer.recovery.progress import PHASES, ProgressPage
 
-DATA, PROCESS = ("nan", "spike", "error"), ("kill", "stop", "stuck")
-KINDS = (*DATA, "flip", *PROCESS)
+DATA, PROCESS = ("spike", "error"), ("kill", "stop", "stuck")
+KINDS = ("nan", *DATA, "flip", *PROCESS)
 _FORM = re.compile(r"(\w+)@(\?)?(\d+)(?:x(\d+|inf))?(?:/rank(\d+))?(?:/(\w+))?")
 
 
@@ -52,7 +54,7 @@ def parse(schedule: str, steps: int) -> list[Fault]:
     for entry in filter(None, schedule.split(",")):
         match = _FORM.fullmatch(entry.strip())
         kind, drawn, number, count, rank, phase = match.groups() if match else (entry, *[None] * 5)
-        if kind not in KINDS or (phase or "step") not in PHASES:
+        if not match or kind not in KINDS or (phase or "step") not in PHASES:
             raise UsageError(
                 f"config.health.chaos: {entry!r} is not KIND@STEP[xCOUNT][/rankN][/PHASE] with a "
                 f"kind of {', '.join(KINDS)}{nearest(kind, KINDS)}"
@@ -99,6 +101,23 @@ class Chaos:
             leaves[place].shape, leaves[place].sharding, shards
         )
         return jax.tree.unflatten(tree, leaves)
+
+    def step(
+        self, batch: int, train_step: Callable, state: Any, *arguments: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Takes a step with the run's `batch`-th batch.
+
+        No token makes a gradient that is not finite, so parameters do, and are then taken back.
+        """
+        if not any(f.step <= batch < f.step + f.count for f in self._of("nan")):
+            return train_step(state, *arguments)
+        import jax
+
+        poison = jax.jit(lambda params: jax.tree.map(lambda p: p * math.nan, params))
+        kept, poisoned = jax.jit(lambda s: jax.tree.map(jax.numpy.copy, (s, s)))(state)
+        poisoned = poisoned.replace(params=poison(poisoned.params))
+        after, metrics = train_step(poisoned, *arguments)
+        return kept.replace(step=after.step, skipped=after.skipped), metrics
 
     def strike(self, phase: str, step: int) -> None:
         """Ends or stops this process if the schedule says so, and it has not happened before."""
@@ -150,22 +169,18 @@ class _FaultyData:
                 raise OSError(f"chaos: the read of step {number} fails")
         for fault in self._faults:
             if fault.kind != "error" and fault.step <= number < fault.step + fault.count:
-                return _FaultyRows(rows, fault.kind), at
+                return _Scrambled(rows), at
         return rows, at
 
 
-class _FaultyRows:
-    def __init__(self, rows: Rows, kind: str) -> None:
-        self._rows, self._kind = rows, kind
+class _Scrambled:
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rows, name)
 
     def rows(self, ids: np.ndarray, columns: slice = slice(None)) -> dict[str, np.ndarray]:
         out = self._rows.rows(ids, columns)
-        if self._kind == "nan":
-            out["tokens"] = np.full_like(out["tokens"], 2**30)  # beyond any embedding: reads as NaN
-        else:
-            ids = out["tokens"].max(initial=0) + 1
-            out["targets"] = (31 * out["targets"] + 17) % ids
+        out["targets"] = (31 * out["targets"] + 17) % (out["tokens"].max(initial=0) + 1)
         return out
