@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, reshard
 
 from checkpoint.fingerprint import as_text, fingerprints
 from checkpoint.manager import CheckpointManager
 from checkpoint.manifest import read_meta
 from checkpoint.steps import folder_path
 from checkpoint.tree import flatten
+from sharding.config import AXES
 from trainer.config import Experiment
 from trainer.data.rows import Steps
 from trainer.goodput import failures
@@ -37,6 +38,7 @@ from trainer.recovery.cadence import hours_between_failures, steps_between_saves
 from trainer.recovery.chaos import Chaos
 from trainer.recovery.health import DIVERGED, SUSPECT, Rewinds, Unhealthy, Watch
 from trainer.recovery.progress import VARIABLE, ProgressPage
+from trainer.recovery.stragglers import Scores
 from trainer.restore import Start
 from trainer.state import Layout, TrainState, to_stored
 
@@ -112,6 +114,8 @@ class Guard:
         self._prints: deque[tuple[int, list[str], jax.Array]] = deque()
         self._unproven = sorted(set(checkpoints.steps()) - set(checkpoints.good_steps()))
         self._seconds, self._looked = deque(maxlen=_TIMED), math.nan
+        self._scores, self._times, self._dispatched = Scores(), None, 0.0
+        self._told = start.step, 0.0, 0.0  # when times were last exchanged: step and totals
         self._past = Rewinds.read(folder_path(self._workdir))
         kept = start.meta.get("health", {})
         self._watch = Watch(self._config, kept)
@@ -161,7 +165,9 @@ class Guard:
             again, _ = train_step(_copy(state), *arguments)
             again = device_sums(list(flatten(to_stored(again)).values()))
         batch_number = self._row(number) // self._experiment.train.batch_size
+        began = time.monotonic()
         state, self._newest = self._chaos.step(batch_number, train_step, state, *arguments)
+        self._dispatched += time.monotonic() - began
         self._step = number
         if again is not None:
             once = device_sums(list(flatten(to_stored(state)).values()))
@@ -182,7 +188,7 @@ class Guard:
         Raises:
           Rewind: it will not get better by itself. Unhealthy: nor by going back; or a device lies.
         """
-        self._journal.step(step, metrics, last=last)
+        self._journal.step(step, metrics, last=last, **self._slowest(step))
         now = time.monotonic()
         self._seconds.extend([now - self._looked] if self._looked == self._looked else [])
         self._looked = now
@@ -195,6 +201,29 @@ class Guard:
         loss, norm, skipped = _numbers(metrics)
         left_out, self._skipped = skipped > self._skipped, skipped
         self._judge(step, loss, norm, left_out)
+
+    def _slowest(self, step: int) -> dict[str, Any]:
+        """Who was the slowest at the last exchange of times; begins another at log steps."""
+        if jax.process_count() == 1 or not self._journal.due(step) or step <= self._told[0]:
+            return {}
+        mesh, found = self._layout.mesh, {}
+        if self._times is not None:
+            rows = dict(zip(mesh.devices.flat, np.asarray(self._times), strict=True))
+            of_process = {device.process_index: row for device, row in rows.items()}
+            found = {
+                "slowest": self._scores.update(v.tolist() for _, v in sorted(of_process.items()))
+            }
+        now = step, self._journal.waited, self._dispatched
+        mine = [
+            1e3 * (b - a) / (step - self._told[0]) for a, b in zip(self._told, now, strict=True)
+        ]
+        self._told, times = now, np.asarray([mine[1:]], np.float32)
+        with jax.transfer_guard("allow"):
+            own = jax.make_array_from_callback(
+                (mesh.size, 2), NamedSharding(mesh, PartitionSpec(AXES)), lambda _: times
+            )
+        self._times = _everywhere(own)
+        return found
 
     def _limits(self, step: int) -> jax.Array:
         limits = np.asarray(self._watch.limits(step), np.float32)
@@ -270,6 +299,11 @@ class Guard:
         self._journal.event(step, "rewind", to=to, lost_steps=step - to, row=row)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"rewind {past.count}")
+
+
+@jax.jit
+def _everywhere(array: jax.Array) -> jax.Array:
+    return reshard(array, PartitionSpec())
 
 
 @jax.jit

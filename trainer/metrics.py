@@ -40,6 +40,7 @@ TRAIN_FIELDS = (
     "memory_gib",  # highest device memory in use; of the process on CPU
     "tokens_seen",
     "eta_seconds",
+    "slowest",  # by phase: which process, times the others' median, times its own; several only
 )
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -287,13 +288,16 @@ class StepTimer:
         self._paused = 0.0
         self._waited = 0.0
         self.last_pause = 0.0  # seconds
+        self.waited = 0.0  # seconds in all that the loop waited for data
 
     @contextlib.contextmanager
     def data_wait(self) -> Iterator[None]:
         """Counts the time inside as waiting for data: wrap the `next(batches)` of the loop."""
         start = self._clock()
         yield
-        self._waited += self._clock() - start
+        seconds = self._clock() - start
+        self._waited += seconds
+        self.waited += seconds
 
     @contextlib.contextmanager
     def pause(self, pending: Any = None) -> Iterator[None]:

@@ -92,7 +92,7 @@ def redo(run: str, base: int, last: int, tick: Callable[[int], None] = lambda _:
     row = resume_row(meta["data"], dataset) if base else 0
     if base == past.to:
         row = past.row_after(meta, row)
-    dataset = Chaos(health.chaos, config.steps, run).data(dataset)
+    chaos = Chaos(health.chaos, config.steps, run)
     watch, found = Watch(health, meta.get("health")), {}
     if pending := meta.get("health", {}).get("pending"):
         watch.judge(pending[0], *(math.nan if v is None else v for v in pending[1:3]), pending[3])
@@ -106,10 +106,11 @@ def redo(run: str, base: int, last: int, tick: Callable[[int], None] = lambda _:
                 state = first_state(state, experiment, layout)
         train_step = jax.jit(make_train_step(experiment, layout), donate_argnums=0)
         rows, skipped = NamedSharding(mesh, PartitionSpec(BATCH, SEQ)), int(state.skipped)
-        with Loader(dataset, config.batch_size, rows, start_row=row) as loader:
+        with Loader(chaos.data(dataset), config.batch_size, rows, start_row=row) as loader:
             for step in range(base + 1, last + 1):
                 limits = (jax.numpy.asarray(watch.limits(step)),) if health.skip_spikes else ()
-                state, metrics = train_step(state, next(loader), *limits)
+                number = row // config.batch_size + step - base
+                state, metrics = chaos.step(number, train_step, state, next(loader), *limits)
                 numbers = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
                 before, skipped = skipped, int(metrics["skipped"])
                 watch.judge(step, *numbers.values(), skipped > before)

@@ -23,6 +23,7 @@ from sharding.errors import UsageError
 from trainer.console import format_duration
 from trainer.goodput import Goodput, accounts, measure, read_incidents, timeline
 from trainer.metrics import read_metrics
+from trainer.recovery.stragglers import worst
 
 _TURNS = ("start", "resumed", "stopped", "finished")
 _ROUTINE = (*_TURNS, "checkpoint", "baseline", "cadence")  # any other event is an incident
@@ -171,6 +172,7 @@ def facts(run: Run, now: float) -> list[tuple[str, str]]:
         ("Updates skipped", _number(skipped) if skipped else None),
         ("Wall time", _wall_time(run)),
         *accounts(run.goodput),
+        ("Slowest process", worst(run.train)),
         ("Checkpoints", ", ".join(map(str, run.checkpoints[-12:])) or None),
         ("Versions", _pairs(run.fact("versions"))),
         ("Folder", str(run.folder)),
