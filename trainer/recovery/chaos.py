@@ -18,7 +18,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,7 +132,7 @@ class Chaos:
         return [fault for fault in self._faults if fault.kind in kinds]
 
     def _first(self, fault: Fault) -> bool:
-        marker = Path(self._fired) / f"{fault.kind}-{fault.step}-{fault.phase}-rank{self._rank}"
+        marker = self._fired / f"{fault.kind}-{fault.step}-{fault.phase}-rank{self._rank}"
         marker.parent.mkdir(parents=True, exist_ok=True)
         try:
             marker.touch(exist_ok=False)
