@@ -244,11 +244,12 @@ class Guard:
             self._journal.event(step, verdict, loss=loss, grad_norm=norm, update=update)
             if self._watch.sustained:
                 self._rewind(step)
-        good = self._watch.good_until(step)
-        if self._unproven and self._unproven[0] <= good:
-            proven = [found for found in self._unproven if found <= good]
+        self._mark_good()
+
+    def _mark_good(self) -> None:
+        if proven := [step for step in self._unproven if step <= self._watch.good]:
             marked = self._checkpoints.mark_good(proven)
-            self._unproven = [found for found in self._unproven if found not in marked]
+            self._unproven = [step for step in self._unproven if step not in marked]
 
     # ------------------------------------------------------------ consequences
 
@@ -262,6 +263,7 @@ class Guard:
                 "rate, or look at the data (torus report)",
             )
         self._checkpoints.wait()
+        self._mark_good()  # those too that were still being written when they had proved good
         to = _first_ones(max(self._checkpoints.good_steps(), default=0))
         self._go_back(step, to, self._row(step), self._past.spent + 1)
         raise Rewind

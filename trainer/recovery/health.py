@@ -80,11 +80,12 @@ class Watch:
         self._recent = collections.deque(state.get("recent", []), config.window + 1)
         self._verdicts = collections.deque(state.get("verdicts", []), 2 * config.sustained)
         self._since = state.get("since", 0)
+        self.good = state.get("good", -1)  # the newest step that enough healthy ones followed
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps: JSON values."""
         recent, verdicts = list(self._recent), list(self._verdicts)
-        return {"recent": recent, "verdicts": verdicts, "since": self._since}
+        return {"recent": recent, "verdicts": verdicts, "since": self._since, "good": self.good}
 
     def limits(self, step: int) -> tuple[float, float]:
         """Returns the largest healthy loss and gradient norm of `step`, float32 numbers.
@@ -113,17 +114,14 @@ class Watch:
         self._verdicts.append(int(bool(verdict)))
         if verdict:
             self._since = step
+        elif step - self._since >= self._config.good_after:
+            self.good = step - self._config.good_after
         return verdict
 
     @property
     def sustained(self) -> bool:
         """Whether the last steps say that it will not get better by itself."""
         return sum(self._verdicts) >= self._config.sustained
-
-    def good_until(self, step: int) -> int:
-        """Returns the newest step that enough healthy ones followed, as seen at `step`, or -1."""
-        after = self._config.good_after
-        return step - after if step - self._since >= after else -1
 
     def _limit(self, values: tuple[float, ...], least: float) -> float:
         middle = statistics.median(values)

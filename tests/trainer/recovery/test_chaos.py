@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.trainer.recovery.runs import STEPS, incidents
+from tests.trainer.recovery.runs import STEPS, incidents, launch
 from tests.trainer.test_resume import stored_state
 from trainer.goodput import measure
 from trainer.metrics import read_metrics
@@ -67,3 +67,19 @@ def test_times_of_all_processes_are_exchanged(supervised):
     scores = [r["slowest"] for r in read_metrics(run, "train") if r.get("slowest")]
     assert len(scores) > STEPS // 2
     assert {score["data"][0] for score in scores} <= {0, 1}
+
+
+@pytest.mark.soak
+def test_two_processes_rewind_alike_killed_or_not(tmp_path):
+    states = []
+    for name, more in (("calm", ""), ("killed", ",kill@12/rank1,kill@20/rank0")):
+        job = launch(
+            tmp_path / name, "--processes", "2", f"--config.health.chaos=nan@14x6{more}",
+            "--config.health.sustained=3", "--config.health.good_after=3",
+        )  # fmt: skip
+        _, error = job.communicate(timeout=250)
+        assert job.returncode == 0, error
+        rewinds = [e for e in read_metrics(tmp_path / name, "event") if e["event"] == "rewind"]
+        assert {(e["step"], e["to"]) for e in rewinds} == {(16, 8), (11, 8)}
+        states.append(stored_state(tmp_path / name, STEPS))
+    assert states[0] == states[1]

@@ -72,14 +72,14 @@ def test_limits_of_a_step_do_not_know_the_step_before():
 def test_a_step_is_good_after_healthy_ones():
     watch = Watch(HealthConfig(good_after=10))
     healthy(watch, 1, 9)
-    assert watch.good_until(9) == -1
+    assert watch.good == -1
     healthy(watch, 10, 5)
-    assert watch.good_until(14) == 4
+    assert watch.good == 4
     watch.judge(15, math.inf, 1.0, True)
     healthy(watch, 16, 9)
-    assert watch.good_until(24) == -1
+    assert watch.good == 4
     healthy(watch, 25, 1)
-    assert watch.good_until(25) == 15
+    assert watch.good == 15
 
 
 def test_a_rewind_says_where_the_data_goes_on(tmp_path):
