@@ -270,7 +270,7 @@ def test_describe(saved):
 
 def test_interval_force_and_repetition(tmp_path):
     state = {"w": jnp.ones(4)}
-    with CheckpointManager(tmp_path, CheckpointConfig(every=10)) as manager:
+    with CheckpointManager(tmp_path, CheckpointConfig(every=10, keep_ladder=0)) as manager:
         assert manager.latest() is None and manager.steps() == []
         assert [step for step in range(1, 31) if manager.save(step, state, {})] == [10, 20, 30]
         assert not manager.save(30, state, {}, force=True)  # the end of the run was just saved
