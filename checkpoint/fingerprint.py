@@ -75,7 +75,7 @@ def sums_text(sums: np.ndarray) -> str:
 
 @jax.jit
 def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_fingerprint(leaf) for leaf in leaves])
+    return jnp.stack([array_sums(leaf) for leaf in leaves])
 
 
 @jax.jit
@@ -98,8 +98,8 @@ def _host_words(part: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(part).reshape(-1).view(f"u{word}")
 
 
-def _fingerprint(x: jax.Array) -> jax.Array:
-    """The two sums of an array."""
+def array_sums(x: jax.Array) -> jax.Array:
+    """Returns uint32 (2,), the fingerprint of one array; to be traced, also of one shard."""
     bits = _bits(x)
     # Rows of the first dimension are told apart by a term of their own, so that positions stay
     # distinct in arrays of more than 2**32 elements too.

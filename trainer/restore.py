@@ -1,6 +1,7 @@
 """Brings parameters, or what a run starts with, back for use on the devices that are here now."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from sharding.errors import UsageError
 from sharding.mesh import make_mesh, start_runtime
 from trainer.config import Experiment
 from trainer.data.rows import Steps, resume_row
+from trainer.recovery.health import Rewinds
 from trainer.run import CHECKPOINTS
 from trainer.state import (
     Layout,
@@ -37,12 +39,14 @@ class Start:
       row: the first row of the data that has not been trained on.
       state: the state after `step` updates.
       damaged: why newer checkpoints were passed over.
+      meta: what the checkpoint keeps beside the state.
     """
 
     step: int
     row: int
     state: TrainState
     damaged: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 def begin(
@@ -54,16 +58,20 @@ def begin(
       UsageError: the data is not what the run was trained on, or `init_from` cannot be used.
       CheckpointError: no checkpoint there is intact.
     """
+    past = Rewinds.read(checkpoints.folder.parent)
+    if past.count:
+        checkpoints.discard_where(past.gave_up)
     restored = checkpoints.restore_newest(to_stored(abstract_state(experiment, layout)))
     if restored:
         allowed = experiment.data.allow_change
         row = resume_row(restored.meta["data"], dataset, allow_change=allowed)
+        row = past.row_after(restored.meta, row)
         state = from_stored(restored.state, experiment, layout)
-        return Start(restored.step, row, state, restored.damaged)
+        return Start(restored.step, row, state, restored.damaged, restored.meta)
     state = init_state(experiment, layout)
     if experiment.train.init_from:
         state = first_state(state, experiment, layout)
-    return Start(0, 0, state)
+    return Start(0, past.row_after({}, 0), state)
 
 
 def restore_params(run: str, experiment: Experiment, step: int) -> tuple[Tree, Mesh]:

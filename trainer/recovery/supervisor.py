@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from checkpoint.steps import complete_steps, folder_path, is_remote
+from trainer.goodput import INCIDENTS
 from trainer.recovery.cluster import VARIABLES
 from trainer.recovery.hosts import Hosts, Place
 from trainer.recovery.policy import (
@@ -44,7 +45,6 @@ from trainer.recovery.policy import (
 from trainer.recovery.progress import VARIABLE, ProgressPage
 from trainer.recovery.standby import hand_over
 
-INCIDENTS = "incidents.jsonl"
 SUSPECTS = "launch/suspects"  # names of hosts to leave out, in the run's folder
 _POLL = 0.02  # seconds
 _SETTLE = 0.3  # after a first failure, for the others to fail of it
