@@ -12,6 +12,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoint.manager import CheckpointManager
+from checkpoint.memory.snapshots import Snapshots
 from sharding.mesh import make_mesh, start_runtime
 from sharding.rules import BATCH, SEQ
 from trainer.config import Experiment, check_sizes, validate
@@ -71,11 +72,11 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         jax.set_mesh(mesh),
         StopSignals() as signals,
         CheckpointManager(f"{workdir}/{CHECKPOINTS}", experiment.checkpoint) as checkpoints,
+        Snapshots(experiment.checkpoint.snapshot_every) as snapshots,
         Profiler(f"{workdir}/profile", experiment.log) as profiler,
     ):
-        progress.enter("restore")
-        start = begin(experiment, layout, dataset, checkpoints)
-        state = start.state
+        start = begin(experiment, layout, dataset, checkpoints, snapshots, progress)
+        state, identity = start.state, {"experiment": dataclasses.asdict(experiment)}
 
         train_step = jax.jit(make_train_step(experiment, layout), donate_argnums=0)
         eval_step = jax.jit(make_eval_step(experiment))
@@ -94,7 +95,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
 
             def save(step: int) -> None:
                 progress.enter("save")
-                meta = {"data": loader.state(), "experiment": dataclasses.asdict(experiment)}
+                meta = {"data": loader.state(), **identity}
                 with journal.paused(state.step):
                     if checkpoints.save(step, to_stored(state), meta, force=True):
                         journal.event(step, "checkpoint")
@@ -116,6 +117,8 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
                 with jax.transfer_guard("disallow"):
                     state, metrics = train_step(state, batch)
                 step += 1
+                if snapshots.due(step):
+                    snapshots.take(step, to_stored(state), {"data": loader.state(), **identity})
                 if running is not None:
                     journal.step(*running)  # one step late: the device never waits for the host
                 running = step, metrics

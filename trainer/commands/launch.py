@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
     options = Options(
         command, flags["workdir"], own.processes, own.grace, limits, own.tries,
         host, hosts, address[0] or address[2], own.patience,
+        experiment.checkpoint.snapshot_every > 0 and hasattr(os, "memfd_create"),
     )  # fmt: skip
     return Supervisor(options).run()
 

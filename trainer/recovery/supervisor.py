@@ -20,8 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from checkpoint.memory.wire import Directory
 from checkpoint.steps import complete_steps, folder_path, is_remote
 from trainer.recovery.hosts import Hosts
+from trainer.recovery.keeper import KeeperProcess
 from trainer.recovery.policy import (
     FINISHED,
     LOST,
@@ -34,7 +36,7 @@ from trainer.recovery.policy import (
     first_cause,
     permanent,
 )
-from trainer.recovery.progress import VARIABLE, ProgressPage
+from trainer.recovery.progress import VARIABLE, Progress, ProgressPage
 
 INCIDENTS = "incidents.jsonl"
 _POLL = 0.02  # seconds
@@ -56,6 +58,7 @@ class Options:
       host, hosts: which this one is, of how many.
       address: of the first host.
       patience: seconds to wait for the other hosts.
+      snapshots: keep the trainers' snapshots in memory.
     """
 
     command: list[str]
@@ -68,6 +71,7 @@ class Options:
     hosts: int = 1
     address: str = "127.0.0.1"
     patience: float = 600.0
+    snapshots: bool = False
 
 
 @dataclass
@@ -90,6 +94,7 @@ class Supervisor:
         self._budget = Budget(options.tries)
         self._signal = ""  # that asked this supervisor to stop
         self._fault: tuple[float, int] | None = None  # when, and the step reached then
+        self._reached = 0
 
     def run(self) -> int:
         """Supervises the run to its end; returns one of the exit statuses of policy.py, or 130."""
@@ -98,8 +103,9 @@ class Supervisor:
         try:
             with tempfile.TemporaryDirectory(prefix="torus-launch-") as folder:
                 self._meet_in(Path(folder))
-                while (status := self._one_generation(Path(folder))) is None:
-                    pass
+                with self._keeper:
+                    while (status := self._one_generation(Path(folder))) is None:
+                        pass
                 self._hosts.conclude(status)
                 return status
         finally:
@@ -115,9 +121,11 @@ class Supervisor:
         """A host that is alone has nobody to tell, and its run's folder may not be made yet."""
         given = self._options
         remote = is_remote(given.workdir)
+        place = folder if given.hosts == 1 else folder_path(given.workdir) / "launch"
+        keepers = Directory(str(place), given.host, given.hosts, given.processes, given.address)
+        self._keeper = KeeperProcess(keepers if given.snapshots else None, _die_with_parent)
         self._hosts = Hosts(
-            folder if given.hosts == 1 else folder_path(given.workdir) / "launch",
-            given.host, given.hosts, given.address,
+            place, given.host, given.hosts, given.address,
             every=5.0 if remote else 1.0, patience=given.patience,
         )  # fmt: skip
 
@@ -154,11 +162,12 @@ class Supervisor:
         here = self._options.processes
         count, first = here * self._options.hosts, here * self._options.host
         trainers = []
+        self._keeper.ensure()
         for rank in range(first, first + here):
             path = folder / f"{self._hosts.generation}.{rank}.progress"
             page = ProgressPage(path)
             page.enter("start", 0)
-            environment = {**os.environ, VARIABLE: str(path)}
+            environment = {**os.environ, VARIABLE: str(path), **self._keeper.environment}
             if count > 1:
                 environment |= {
                     "JAX_COORDINATOR_ADDRESS": coordinator,
@@ -198,7 +207,9 @@ class Supervisor:
             for end in running:
                 self._limits.learn(seen[end.rank], end.progress)
                 seen[end.rank] = end.progress
-            self._recovered(max(end.progress.step for end in ends))
+            if self._keeper.ensure():
+                self._record("keeper lost")
+            self._recovered(max((end.progress for end in ends), key=lambda p: p.step))
             # The others wait for the one that did least, however long that may rightly take.
             slowest = first_cause(running)
             self._hosts.beat(slowest.progress)
@@ -246,10 +257,12 @@ class Supervisor:
         newest = self._newest()
         if not failed:  # a host was lost, or its supervisor started anew
             self._record("host lost", checkpoint=newest)
+            self._fault = self._fault or (time.monotonic(), self._reached)
             return None if self._budget.spend(newest) else NO_PROGRESS
         cause = first_cause(failed)
         status = permanent(cause)
-        goes_on = self._budget.spend(newest)
+        reached = max(end.progress.start for end in failed)  # perhaps in memory
+        goes_on = self._budget.spend(max(newest, reached) if reached else newest)
         if status is None and not goes_on:
             status = NO_PROGRESS
         if self._fault is None:  # a fault before the last one was got over counts from the first
@@ -263,13 +276,16 @@ class Supervisor:
             self._say(f"{self._options.tries} tries in a row brought no new checkpoint; giving up")
         return status
 
-    def _recovered(self, step: int) -> None:
-        """Records how long the last fault cost, once the run has passed a first step again."""
-        if self._fault is None or step <= max(0, self._budget.best):
+    def _recovered(self, now: Progress) -> None:
+        """Records what the last fault cost, once the run has passed a first step again."""
+        self._reached = now.step
+        if self._fault is None or not now.source or now.step <= now.start:
             return
         seconds, reached = time.monotonic() - self._fault[0], self._fault[1]
-        lost = max(0, reached - max(0, self._budget.best))
-        self._record("recovered", step=step, seconds=round(seconds, 2), lost_steps=lost)
+        self._record(
+            "recovered", step=now.step, seconds=round(seconds, 2), source=now.source,
+            restored=now.start, lost_steps=max(0, reached - now.start),
+        )  # fmt: skip
         self._fault = None
 
     def _stopped(self) -> int:
