@@ -13,7 +13,8 @@ usage: torus launch [--processes N] [--grace S] [--limit PHASE=SECONDS ...] [--t
 
 Runs `torus train` with the same arguments, and starts it again after a crash, or after a hang: a
 process that stays in one phase longer than its limit has its stacks printed and is killed. The run
-goes on from its newest intact checkpoint and ends on the same bits as one that nothing disturbed.
+goes on from its newest intact checkpoint, or from a snapshot in memory that is newer (one in 10
+steps; --config.checkpoint.snapshot_every), and ends on the same bits as one that nothing disturbed.
 
   torus launch --config=quickstart --workdir=runs/a
   torus launch --processes 2 --limit step=60 --config=quickstart --workdir=runs/b

@@ -202,7 +202,6 @@ class Keeper:
         ranks = self._ranks(owner)
         with self._lock:
             self._facts = {**message, "coded": True, "run": ""}
-            self._forget(set(ranks))
             found = {rank: Slots.create(sizes[rank]) for rank in ranks}
             parts = [found[rank].data(0) for rank in ranks]
             hosts = [host for host in range(self._directory.hosts) if host != owner]
@@ -216,6 +215,7 @@ class Keeper:
                         _, size = connection.ask(ask)
                         for at, block in _blocks(connection, size):
                             parity.add(parts, start + at, block)
+            self._forget(set(ranks))
             self._slots |= found
         return {}, []
 

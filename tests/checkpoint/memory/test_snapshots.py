@@ -28,10 +28,10 @@ def layout(data: int, fsdp: int) -> dict[str, NamedSharding]:
 
 def arrays(seed: int, where: dict[str, NamedSharding]) -> dict:
     draw = np.random.default_rng(seed)
-    values = {
-        n: draw.integers(-99, 99, shape).astype(jnp.dtype(d)) for n, (shape, d) in SHAPES.items()
-    }
-    flat = {name: jax.device_put(value, where[name]) for name, value in values.items()}
+    flat = {}
+    for name, (shape, dtype) in SHAPES.items():
+        values = np.asarray(draw.integers(-99, 99, shape)).astype(jnp.dtype(dtype))
+        flat[name] = jax.device_put(values, where[name])
     return {"x": {"a": flat["a"]}, "b": flat["b"], "c": flat["c"]}
 
 
@@ -120,7 +120,7 @@ def test_without_a_keeper_nothing_happens(monkeypatch):
 def test_a_state_that_does_not_fit_is_refused(snapshots, monkeypatch):
     state = arrays(0, layout(1, 1))
     monkeypatch.setattr("checkpoint.memory.snapshots._SPARE_TEXT", 2**42)
-    with pytest.raises(UsageError, match="do not fit into .* of free memory"):
+    with pytest.raises(UsageError, match=r"do not fit into .* of free memory"):
         snapshots.start(0, state, held=False)
 
 
