@@ -96,11 +96,13 @@ class Snapshots:
             logging.warning("snapshots: the keeper does not answer: %s", error)
 
     def due(self, step: int) -> bool:
-        """Whether to take a snapshot of the state after `step` updates."""
+        """Whether to take a snapshot of the state after `step` updates; for every step, cheap."""
         self._step = step
         if self._directory is None:
             return False
         idle = self._drain is None or self._drain.done()
+        if idle and self._drain is not None:
+            self._drain.result()  # what went wrong there is told here
         wanted = self._slots.next if self._slots is not None else -1
         if wanted <= self._tried:  # no news since the last one
             if idle and time.monotonic() - self._told > _ANEW:
@@ -134,14 +136,10 @@ class Snapshots:
         for piece, copy in zip(self._pieces, copies, strict=True):
             part = np.ascontiguousarray(copy)
             crc = slots.put(slot, piece.offset, memoryview(part.reshape(-1).view(np.uint8)))
-            facts = [piece.name, part.dtype.name, piece.start, piece.shape, piece.offset, crc]
-            described.append(facts)
-        slots.commit(
-            slot,
-            step,
-            _end(self._pieces),
-            {"meta": meta, "sizes": self._sizes, "pieces": described},
-        )
+            described.append([piece.name, part.dtype.name, piece.start, piece.shape])
+            described[-1] += [piece.offset, crc]
+        index = {"meta": meta, "sizes": self._sizes, "pieces": described}
+        slots.commit(slot, step, _end(self._pieces), index)
         self._tell("written", step)
 
     def _tell(self, event: str, step: int) -> None:

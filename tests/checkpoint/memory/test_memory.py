@@ -163,6 +163,7 @@ def test_alone_every_step_may_be_taken():
         assert agreement.done([0], step, step) and agreement.committed == step
         assert agreement.next == step + 1
     assert not agreement.done([0], 3, 20)
+    assert agreement.done([0], 25, 26) and (agreement.committed, agreement.next) == (25, 27)
 
 
 @settings(deadline=None, max_examples=30)
@@ -187,8 +188,8 @@ def test_processes_that_hear_late_still_agree(count, every, seed):
                 continue
             tried[rank] = named
             if at == named or count == 1:
-                written[rank].add(at if count > 1 else named)
-                changed = agreement.done([rank], named, at)
+                written[rank].add(at)
+                changed = agreement.done([rank], at, at)
             else:
                 changed = agreement.missed(named, at)
             if changed:
