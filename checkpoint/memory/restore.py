@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from checkpoint.fingerprint import as_text, box_sums, fingerprints, sums_text
 from checkpoint.memory.slots import Slots
@@ -206,9 +207,10 @@ def _verify(state: Tree, mine: dict, abstract: Tree) -> str:
     sums = np.zeros((len(names), 2), np.uint32)
     if mine:
         keys = list(mine)
-        parts = box_sums(
-            list(mine.values()), [start for _, start in keys], [shapes[name] for name, _ in keys]
-        )
+        firsts, wholes = [start for _, start in keys], [shapes[name] for name, _ in keys]
+        # Each process has pieces of its own, so this is no program of the whole mesh.
+        with jax.set_mesh(Mesh(np.asarray(jax.local_devices()[:1]), ("alone",))):
+            parts = box_sums(list(mine.values()), firsts, wholes)
         np.add.at(sums, [names.index(name) for name, _ in keys], parts)
     sums = np.asarray(multihost_utils.process_allgather(sums)).reshape(-1, len(names), 2)
     expected = np.add.reduce(sums, axis=0, dtype=np.uint32)
@@ -275,7 +277,8 @@ def _shared(value: Any) -> Any:
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.asarray(text.size, np.int32)))
     text = text if jax.process_index() == 0 else np.zeros(size, np.uint8)
-    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))))
+    told = multihost_utils.broadcast_one_to_all(text)
+    return json.loads(np.asarray(told).astype(np.uint8).tobytes())
 
 
 def _first_text(problem: str) -> str:

@@ -249,18 +249,21 @@ class Keeper:
 
     def do_index(self, _: Connection, message: Message) -> Answer:
         """Tells which pieces of arrays a rank's step is."""
-        rank, step = message["rank"], message["step"]
-        slots = self._slots.get(rank)
-        index = slots.index(slots.held()[step]) if slots and step in slots.held() else None
+        slots, slot = self._find(message["rank"], message["step"])
+        index = slots.index(slot)
         if index is None:
-            raise Refused(f"step {step} of process {rank} is not here")
+            raise Refused(f"the index of process {message['rank']} is damaged")
         return {"index": index}, []
 
-    def _view(self, rank: int, step: int) -> memoryview:
+    def _find(self, rank: int, step: int) -> tuple[Slots, int]:
+        """Returns where a step of a rank is. Raises Refused."""
         slots = self._slots.get(rank)
-        slot = slots.held().get(step) if slots else None
-        if slot is None:
+        if slots is None or step not in slots.held():
             raise Refused(f"step {step} of process {rank} is not here")
+        return slots, slots.held()[step]
+
+    def _view(self, rank: int, step: int) -> memoryview:
+        slots, slot = self._find(rank, step)
         return slots.data(slot)
 
     def _chunk(self, step: int, keeper: int) -> list[memoryview]:
