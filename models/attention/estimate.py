@@ -172,7 +172,7 @@ def _seconds(chip: str, shape: Shape, direction: str, kernel: Kernel) -> float:
     tile = max(r.bundles for r in part.inner)
     cycles += subtiles * max(tile, floor(sizes.sub**2))
     cycles += counts[schedule.PART] * (part.bundles - sum(r.bundles for r in part.inner))
-    # Trips are those of one core, and of one of the panels that a small VMEM cuts the backward into.
+    # Trips are those of one core, and of one of the panels that a small VMEM cuts a backward into.
     cores = round(steps * heads / (kernel.trips - 2)) if kernel.trips else 1
     return cycles * heads / min(max(cores, 1), CORES.get(chip, 1)) / CHIPS[chip].clock
 

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.recovery.health import DIVERGED, SUSPECT
+from trainer.recovery.health import DIVERGED
 from trainer.recovery.progress import PHASES, Progress
 
 FINISHED, MISTAKE, BAD_DATA, LOST, NO_PROGRESS = 0, 64, 65, 69, 70
