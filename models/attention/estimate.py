@@ -172,8 +172,9 @@ def _seconds(chip: str, shape: Shape, direction: str, kernel: Kernel) -> float:
     tile = max(r.bundles for r in part.inner)
     cycles += subtiles * max(tile, floor(sizes.sub**2))
     cycles += counts[schedule.PART] * (part.bundles - sum(r.bundles for r in part.inner))
+    # Trips are those of one core, and of one of the panels that a small VMEM cuts a backward into.
     cores = round(steps * heads / (kernel.trips - 2)) if kernel.trips else 1
-    return cycles * heads / max(cores, 1) / CHIPS[chip].clock
+    return cycles * heads / min(max(cores, 1), CORES.get(chip, 1)) / CHIPS[chip].clock
 
 
 def main() -> None:
