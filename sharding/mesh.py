@@ -44,6 +44,8 @@ def start_runtime() -> None:
     count = os.environ.get("JAX_NUM_PROCESSES")
     if count and int(count) > 1 and not jax.distributed.is_initialized():
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # JAX's own notifier would swallow a SIGTERM until the loop asks for signals itself.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
             num_processes=int(count),

@@ -93,6 +93,7 @@ FREE = (
     "health",
     "name",
     "train.stop_at",
+    "train.accumulation",
     "train.self_check",
     "data.prefetch",
     "data.allow_change",

@@ -123,17 +123,28 @@ class Guard:
             step, loss, norm, left_out = pending
             self._judge(step, *(math.nan if v is None else v for v in (loss, norm)), left_out)
 
-    def meta(self) -> dict[str, Any]:
-        """Returns what a checkpoint of the newest step keeps; waits until the step is done."""
+    def meta(self, data: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        """Returns what gives the meta of a state after the newest step, waiting until it is done.
+
+        data: where the data is, for the same step.
+        """
+        known = self._watch.state(), self._past.count, self._newest, self._step, self._skipped
+        return functools.partial(self._meta, data, *known)
+
+    def _meta(
+        self, data: dict[str, Any], watch: dict[str, Any], rewinds: int,
+        newest: dict[str, jax.Array] | None, step: int, before: int,
+    ) -> dict[str, Any]:  # fmt: skip
         pending = None
-        if self._newest is not None:
-            loss, norm, skipped = _numbers(self._newest)
+        if newest is not None:
+            loss, norm, skipped = _numbers(newest)
             known = (value if math.isfinite(value) else None for value in (loss, norm))
-            pending = [self._step, *known, skipped > self._skipped]
+            pending = [step, *known, skipped > before]
         return {
+            "data": data,
             "experiment": asdict(self._experiment),
-            "rewinds": self._past.count,
-            "health": self._watch.state() | {"pending": pending},
+            "rewinds": rewinds,
+            "health": watch | {"pending": pending},
         }
 
     def saved(self, step: int) -> None:

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoint.manager import CheckpointManager
+from checkpoint.memory.snapshots import Snapshots
 from sharding.mesh import make_mesh, start_runtime
 from sharding.rules import BATCH, SEQ
 from trainer.config import Experiment, check_sizes, validate
@@ -75,10 +76,10 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         jax.set_mesh(mesh),
         StopSignals() as signals,
         CheckpointManager(f"{workdir}/{CHECKPOINTS}", experiment.checkpoint) as checkpoints,
+        Snapshots(experiment.checkpoint.snapshot_every) as snapshots,
         Profiler(f"{workdir}/profile", experiment.log) as profiler,
     ):
-        progress.enter("restore")
-        start = begin(experiment, layout, dataset, checkpoints)
+        start = begin(experiment, layout, dataset, checkpoints, snapshots, progress)
         state = start.state
 
         train_step = jax.jit(make_train_step(experiment, layout), donate_argnums=0)
@@ -99,7 +100,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
 
             def save(step: int) -> None:
                 progress.enter("save")
-                meta = guard.meta() | {"data": loader.state()}
+                meta = guard.meta(loader.state())()
                 with journal.paused(state.step):
                     if checkpoints.save(step, to_stored(state), meta, force=True):
                         guard.saved(step)
@@ -124,6 +125,8 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
                 if running is not None:
                     guard.observe(*running)  # one step late: the device never waits for the host
                 running = step, metrics
+                if snapshots.due(step):
+                    snapshots.take(step, to_stored(state), guard.meta(loader.state()))
                 profiler.after(step, metrics)
                 checkpoints.poll()
                 if checkpoints.due(step):

@@ -1,25 +1,28 @@
 """How the supervisors of several hosts agree: through the folder that their run shares anyway.
 
 Each host writes one file, its own: a beat that says it lives, how far its slowest trainer is, the
-generation that it is through with, and how its trainers ended. The first host reads all of them and
-writes the plan: which generation starts and where its coordinator listens, or how the run ended. A
-plan names the supervisors that it is for by tokens of theirs, so that what an earlier attempt left
-behind binds nobody. Ages are measured by each host's own clock, between changes that it has seen.
+generation that it is through with, and how its trainers ended. The lowest of those that live reads
+all of them and writes the plan: which hosts the next generation has and where its coordinator
+listens, or how the run ended. So any host may go; the next one leads, and one that is not in the
+plan waits as a spare. A plan names the supervisors that it is for by tokens of theirs, so that what
+an earlier attempt left behind binds nobody, and whoever finds another plan than the one it started
+with ends its trainers. Ages are measured by each host's own monotonic clock, between changes that
+it has seen.
 """
 
 import json
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.recovery.policy import LOST, End
+from trainer.recovery.policy import FINISHED, LOST, STOPPED, End, choose_hosts
 from trainer.recovery.progress import Progress
 
-LEASE = 15.0  # beats that may be missing before a host counts as lost
+BEATS = 15  # within a lease: that many may be missing before a host counts as lost
 _PLAN = "plan.json"
 
 
@@ -28,140 +31,262 @@ class _Seen:
     """What one host's file said last, and when it last changed."""
 
     facts: dict[str, Any] = field(default_factory=dict)
-    at: float = 0.0
+    at: float = -float("inf")
     changes: int = 0
 
 
+@dataclass(frozen=True)
+class Place:
+    """One host's part in a generation: `rank` of `hosts`, joined at the address `coordinator`."""
+
+    coordinator: str
+    rank: int
+    hosts: int
+
+
 class Hosts:
-    """One host's view of all of them; `index` 0 leads."""
+    """One host's view of all of them."""
 
     def __init__(
-        self, folder: Path, index: int, count: int, address: str, *, every: float, patience: float
-    ) -> None:
+        self, folder: Path, index: int, count: int, address: str, *,
+        sizes: Sequence[int], lease: float, patience: float,
+    ) -> None:  # fmt: skip
         """Prepares files in `folder`.
 
         Args:
-          address: of the first host, where it gives the coordinator a port.
-          every: seconds between beats.
-          patience: seconds to wait for the others before a generation.
+          address: of the first host.
+          sizes: of how many hosts a generation may be.
+          lease: seconds without a beat after which a host counts as lost.
+          patience: seconds to wait for enough hosts.
         """
-        self.index, self.count, self.generation = index, count, -1
-        self._folder, self._address = folder, address
-        self._every, self._patience = every, patience
+        self.index, self.generation, self.members = index, -1, [index]
+        self._count, self._sizes = count, sorted(sizes, reverse=True)
+        self._folder, self._address = folder, _own_address(index, address)
+        self._lease, self._patience = lease, patience
         self._token = secrets.token_hex(8)
-        self._own: dict[str, Any] = {"token": self._token, "beat": 0, "through": -1, "ends": []}
+        self._own: dict[str, Any] = {
+            "index": index, "token": self._token, "beat": 0, "through": -1, "ends": [],
+        }  # fmt: skip
         self._seen = [_Seen() for _ in range(count)]
-        self._tokens: list[str] = []  # of the supervisors of this generation
+        self._plan: dict[str, Any] = {}
+        self._coordinator = ""
         self._next = 0.0
 
-    def meet(self, stop: Callable[[], bool]) -> str | int | None:
-        """Waits for all hosts and returns the coordinator's address, a status to end with, or None.
+    @property
+    def current(self) -> bool:
+        """Whether the plan is still the one that this host joined; else it was given up."""
+        plan = self._plan
+        return (
+            plan.get("coordinator") == self._coordinator
+            or plan.get("generation", -1) < self.generation  # an old view through a cache
+        )
 
-        None is for `stop`, asked all the time; LOST for hosts that did not come within patience.
+    @property
+    def leads(self) -> bool:
+        """Whether this host is the lowest of its generation that lives."""
+        return self.current and not any(self._alive(n) for n in self.members if n < self.index)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the run may go on with other hosts than these."""
+        return len(self._sizes) > 1 or self._count > self._sizes[0]
+
+    def meet(self, stop: Callable[[], bool]) -> Place | int | None:
+        """Waits for the next generation and returns this host's place, or a status to end with.
+
+        None is for `stop`, asked all the time; LOST when too few hosts came within patience.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        give_up = time.monotonic() + self._patience
-        while time.monotonic() < give_up:
-            if stop():
-                return None
+        self._own["through"] = self.generation
+        self._next, since = 0.0, time.monotonic()
+        while not stop():
             self.beat()
-            plan = self._read(_PLAN)
-            mine = _names(plan, self.index, self._token)
-            if mine and "status" in plan:
-                return plan["status"]
-            if self.index == 0 and all(self._ready(n, plan) for n in range(self.count)):
-                generation = plan.get("generation", -1) + 1
-                plan = {
-                    "generation": generation,
-                    "coordinator": f"{self._address}:{_free_port()}",
-                    "tokens": [self._token, *(s.facts["token"] for s in self._seen[1:])],
-                }
-                self._write(_PLAN, plan)
-                mine = True
-            if mine and plan["generation"] > self._own["through"]:
-                self.generation = plan["generation"]
-                self._tokens = plan["tokens"]
-                return plan["coordinator"]
-            time.sleep(min(0.05, self._every))
-        return LOST
+            plan, waited = self._plan, time.monotonic() - since
+            if self._named(self.index, plan):
+                if "status" in plan:
+                    return plan["status"]
+                if self.index in plan["members"] and plan["generation"] > self._own["through"]:
+                    return self._join(plan)
+            if any(self._busy(n, plan) for n in self._others()):
+                since = time.monotonic()  # the others are at work: this one is a spare
+            elif not any(self._alive(n) for n in range(self.index)):
+                self._lead(plan, waited)
+                if waited > self._patience and self._plan is plan:
+                    return LOST
+            elif waited > self._patience + 2 * self._lease:
+                return LOST
+            time.sleep(min(0.05, self._lease / BEATS))
+        return None
 
     def beat(self, slowest: Progress | None = None) -> None:
         """Says that this host lives and looks at the others: every so often, when called more."""
         if slowest is not None:
             self._own["slowest"] = [slowest.step, slowest.changes]
         if time.monotonic() >= self._next:
-            self._next = time.monotonic() + self._every
+            self._next = time.monotonic() + self._lease / BEATS
             self._own["beat"] += 1
             self._write(f"host{self.index}.json", self._own)
             self._look()
 
-    def others_ended(self) -> bool:
-        """Whether another host is through with this generation, was started anew, or is lost."""
-        return any(self._ended(n) or self._silent(n) for n in self._others())
+    def over(self) -> bool:
+        """Whether this generation has ended elsewhere: a host is through, anew, gone or lost.
+
+        Also when another plan stands: this host was given up, as one that was frozen may be.
+        """
+        return not self.current or any(
+            not self._alive(n) or self._through(n) for n in self._peers()
+        )
+
+    def over_well(self) -> bool:
+        """Whether the others' trainers ended by themselves, so that this host's soon will."""
+        hows = {self._seen[n].facts.get("how") for n in self._peers() if self._through(n)}
+        return bool(hows & {FINISHED, STOPPED})
+
+    def drains(self, *, settled: bool) -> bool:
+        """Whether all should save and meet again, because there are hosts for a larger mesh.
+
+        The host that leads finds it out, once the run is `settled`, and writes it for the others.
+        """
+        plan = self._plan
+        if settled and self.elastic and "drain" not in plan and self.leads and not self.over():
+            spare = [n for n in self._others() if n not in self.members and self._ready(n, plan)]
+            more = choose_hosts(self._sizes, len(self.members) + len(spare))
+            if more is not None and more > len(self.members):
+                self._put({**plan, "drain": True})
+        return "drain" in self._plan and self._plan["coordinator"] == self._coordinator
 
     def waits_for(self, slowest: Progress) -> bool:
         """Whether a trainer on another host has done less than `slowest`, so that it waits."""
-        told = [self._seen[n].facts.get("slowest") for n in self._others()]
+        told = [self._seen[n].facts.get("slowest") for n in self._peers()]
         return any(them is not None and them < [slowest.step, slowest.changes] for them in told)
 
-    def gather(self, ends: list[End]) -> list[End]:
-        """Tells how this host's trainers ended; the first host waits for all, and returns all."""
-        self._own["through"] = self.generation
+    def gather(self, ends: list[End], how: int | None = None) -> list[End]:
+        """Tells how this host's trainers ended; the one that leads waits for all, and returns all.
+
+        `how` is FINISHED or STOPPED if they ended by themselves.
+        """
         self._own["ends"] = [
             [e.rank, e.status, e.progress.phase, e.progress.step, e.progress.changes] for e in ends
         ]
+        self._own["how"] = how
+        until = time.monotonic() + self._lease
+        if not self.leads:
+            self._own["through"] = self.generation
         self._next = 0.0
-        self.beat()
-        until = time.monotonic() + LEASE * self._every
-        while self.index == 0 and time.monotonic() < until:
-            if all(self._ended(n) or self._silent(n) for n in self._others()):
+        while self.leads and time.monotonic() < until:
+            if all(self._through(n) or not self._alive(n) for n in self._peers()):
                 break
             self.beat()
-            time.sleep(min(0.05, self._every))
+            time.sleep(min(0.05, self._lease / BEATS))
+        self._next = 0.0
+        self.beat()
         found = list(ends)
-        for number in self._others():
-            told = self._seen[number].facts
-            if told.get("through") == self.generation and told["token"] == self._tokens[number]:
+        for facts in (self._seen[n].facts for n in self._peers() if self._through(n)):
+            if facts["token"] == self._plan.get("tokens", {}).get(str(facts["index"])):
                 found += [
                     End(rank, status, Progress(phase, step, 0.0, changes))
-                    for rank, status, phase, step, changes in told["ends"]
+                    for rank, status, phase, step, changes in facts["ends"]
                 ]
         return found
 
-    def conclude(self, status: int) -> None:
-        """Tells the others, if this host leads, how the run ended."""
-        if self.index == 0:
-            self._write(_PLAN, {**self._read(_PLAN), "status": status})
+    def lost(self) -> list[int]:
+        """Returns the members of this generation that no longer live."""
+        return [n for n in self._peers() if not self._alive(n)]
 
-    # ------------------------------------------------------------ files
+    def leave(self, status: int, how: int | None, *, all_end: bool) -> None:
+        """Takes leave; with `all_end` the others learn that the run ended with `status`.
+
+        `how` is as in `gather`.
+        """
+        self._own |= {"gone": True, "through": self.generation, "how": how}
+        if self._folder.is_dir():
+            self._look()
+            if all_end and self.leads and self._coordinator:
+                self._put({**self._plan, "tokens": self._tokens(range(self._count)),
+                           "status": status})  # fmt: skip
+            self._next = 0.0
+            self.beat()
+
+    # ------------------------------------------------------------ the plan
+
+    def _lead(self, plan: dict[str, Any], waited: float) -> None:
+        """Writes the next generation's plan once the hosts for it are there."""
+        ready = [n for n in range(self._count) if self._ready(n, plan)]
+        hosts = choose_hosts(self._sizes, len(ready))
+        if hosts is None:
+            return
+        coming = any(self._alive(n) and n not in ready for n in self._others())
+        told = (self._own if n == self.index else self._seen[n].facts for n in ready)
+        begun = any(facts["through"] >= 0 for facts in told)  # with some of these hosts
+        hoped = not begun and waited <= self._patience  # that all come for the first generation
+        if hosts == self._sizes[0] or not (coming or hoped):
+            members = ready[:hosts]
+            self._put({
+                "generation": max(plan.get("generation", -1), self.generation) + 1,
+                "coordinator": f"{self._address}:{_free_port()}",
+                "members": members,
+                "tokens": self._tokens(members),
+            })  # fmt: skip
+
+    def _join(self, plan: dict[str, Any]) -> Place:
+        self.generation, self.members = plan["generation"], plan["members"]
+        self._coordinator = plan["coordinator"]
+        self._own |= {"ends": [], "how": None, "slowest": None}
+        return Place(self._coordinator, self.members.index(self.index), len(self.members))
+
+    def _tokens(self, numbers: Sequence[int]) -> dict[str, str]:
+        facts = {n: self._own if n == self.index else self._seen[n].facts for n in numbers}
+        return {str(n): told["token"] for n, told in facts.items() if told}
+
+    # ------------------------------------------------------------ the other hosts
 
     def _others(self) -> list[int]:
-        return [n for n in range(self.count) if n != self.index]
+        return [n for n in range(self._count) if n != self.index]
+
+    def _peers(self) -> list[int]:
+        return [n for n in self.members if n != self.index]
+
+    def _alive(self, number: int) -> bool:
+        seen = self._seen[number]
+        return time.monotonic() - seen.at <= self._lease and not seen.facts.get("gone")
+
+    def _named(self, number: int, plan: dict[str, Any]) -> bool:
+        facts = self._own if number == self.index else self._seen[number].facts
+        return bool(facts) and plan.get("tokens", {}).get(str(number)) == facts["token"]
+
+    def _busy(self, number: int, plan: dict[str, Any]) -> bool:
+        """Whether a host lives and is at work in the generation of `plan`."""
+        return (
+            self._alive(number) and self._named(number, plan) and "status" not in plan
+            and self._seen[number].facts["through"] < plan["generation"]
+        )  # fmt: skip
 
     def _ready(self, number: int, plan: dict[str, Any]) -> bool:
         """Whether a host lives and waits for the next generation."""
         if number == self.index:
             return True
-        seen = self._seen[number]
-        if seen.changes < 2 or self._silent(number):  # a file of the past does not change
-            return False
-        known = _names(plan, number, seen.facts["token"])
-        return not known or seen.facts["through"] >= plan["generation"]
+        enough = self._seen[number].changes >= 2  # a file of the past does not change
+        return enough and self._alive(number) and not self._busy(number, plan)
 
-    def _ended(self, number: int) -> bool:
-        told = self._seen[number].facts
-        return bool(told) and (
-            told["token"] != self._tokens[number] or told["through"] >= self.generation
+    def _through(self, number: int) -> bool:
+        facts = self._seen[number].facts
+        return bool(facts) and (
+            facts["through"] >= self.generation or not self._named(number, self._plan)
         )
 
-    def _silent(self, number: int) -> bool:
-        return time.monotonic() - self._seen[number].at > LEASE * self._every
+    # ------------------------------------------------------------ files
 
     def _look(self) -> None:
         for number in self._others():
             facts, seen = self._read(f"host{number}.json"), self._seen[number]
             if facts and facts != seen.facts:
+                # One that is known by its file alone may be of the past: it lives when it changes.
                 self._seen[number] = _Seen(facts, time.monotonic(), seen.changes + 1)
+        self._plan = self._read(_PLAN) or self._plan
+
+    def _put(self, plan: dict[str, Any]) -> None:
+        self._write(_PLAN, plan)
+        self._plan = plan
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
@@ -176,9 +301,16 @@ class Hosts:
         part.replace(path)
 
 
-def _names(plan: dict[str, Any], number: int, token: str) -> bool:
-    """Whether a plan, perhaps of an attempt on fewer hosts, is for this supervisor."""
-    return plan.get("tokens", [])[number : number + 1] == [token]
+def _own_address(index: int, first: str) -> str:
+    """Returns where the other hosts reach this one: by the way that leads to the first."""
+    if index == 0:
+        return first
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+            way.connect((first, 1))  # sends nothing
+            return way.getsockname()[0]
+    except OSError:  # the first is not known any more
+        return socket.gethostname()
 
 
 def _free_port() -> int:

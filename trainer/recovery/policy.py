@@ -7,26 +7,27 @@ killed, the others fail in their collectives within milliseconds, and must not b
 import collections
 import math
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.recovery.health import DIVERGED, SUSPECT
+from trainer.recovery.health import DIVERGED
 from trainer.recovery.progress import PHASES, Progress
 
-FINISHED, MISTAKE, BAD_DATA, LOST, NO_PROGRESS, PREEMPTED = 0, 64, 65, 69, 70, 76
-"""Exit statuses of `torus launch` (after BSD's sysexits): done; a mistake in command or config;
-an input that is damaged or does not match; other hosts did not come; several tries in a row
-without a new checkpoint; stopped by a signal, saved, and to be started again."""
+FINISHED, MISTAKE, BAD_DATA, LOST, NO_PROGRESS = 0, 64, 65, 69, 70
+UNWRITABLE, RETRY, PREEMPTED, RESIZE = 73, 75, 76, 78
+"""Exit statuses of `torus launch` (after BSD's sysexits), which tell a scheduler what to do.
+
+Do not try again: 0 done, 64 a mistake in command or config, 65 an input that is damaged or does
+not match, 70 several tries in a row without a new checkpoint, 71 (DIVERGED) all rewinds are spent.
+Try again: 69 too few hosts came, 73 the run's folder cannot be written, 75 this host cannot start
+trainers, 76 stopped by a signal, 77 (SUSPECT) this host computes wrongly (try without it), 78 asked
+to end for another size of job."""
 
 STOPPED = 130  # of `torus train`: asked to stop, saved and ended
 
-_PERMANENT = {
-    2: MISTAKE,
-    3: BAD_DATA,
-    4: BAD_DATA,
-    DIVERGED: DIVERGED,
-    SUSPECT: SUSPECT,
-}  # statuses of `torus train` that no retry cures
-_COLLATERAL = (1, -signal.SIGABRT)  # what JAX makes of another process's death
+# Statuses of `torus train` that no retry cures.
+_PERMANENT = {2: MISTAKE, 3: BAD_DATA, 4: BAD_DATA, DIVERGED: DIVERGED}
+COLLATERAL = (1, -signal.SIGABRT)  # what JAX makes of another process's death
 
 # How long a phase may take: until enough of its own past is known, and never less than.
 _FIRST_LIMITS = {
@@ -90,12 +91,26 @@ def first_cause(ends: list[End]) -> End:
     hung = [end for end in ends if end.status is None]
     if hung:
         return min(hung, key=lambda end: (end.progress.step, end.progress.changes))
-    return min(ends, key=lambda end: (end.status in _COLLATERAL, end.status == 0))
+    return min(ends, key=lambda end: (end.status in COLLATERAL, end.status == 0))
 
 
 def permanent(end: End) -> int | None:
     """Returns launch's exit status if trying again cannot help, else None."""
     return _PERMANENT.get(end.status) if end.status is not None else None
+
+
+def choose_hosts(sizes: Sequence[int], ready: int) -> int | None:
+    """Returns the largest of `sizes` that so many hosts can make up, or None."""
+    return max((size for size in sizes if size <= ready), default=None)
+
+
+def microbatches(batch_size: int, accumulation: int, full: int, hosts: int) -> int:
+    """Returns how many microbatches keep a device's rows no more than they were on `full` hosts.
+
+    The global batch stays, so fewer hosts take more microbatches; the number divides the batch.
+    """
+    least = -(-accumulation * full // hosts)
+    return next((n for n in range(least, batch_size) if batch_size % n == 0), batch_size)
 
 
 @dataclass

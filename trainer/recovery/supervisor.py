@@ -1,8 +1,8 @@
 """Starts the trainers of one host, watches them, and starts them again until the run is done.
 
-A generation is one set of processes, on all hosts: when one of them fails or hangs, all end, and
-the next starts at a new coordinator port, so that nothing left of an old one can join it. What
-follows is decided on the first host (`hosts.py`).
+A generation is one set of processes, on all its hosts: when one of them fails or hangs, all end,
+and the next starts at a new coordinator port, so that nothing left of an old one can join it. What
+follows is decided on the host that leads (`hosts.py`), and how many hosts the next has.
 Crashes are seen by the exit of a process, hangs by its progress page; both end in one line of
 incidents.jsonl and one on the console.
 """
@@ -12,34 +12,46 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from checkpoint.memory.wire import Directory
 from checkpoint.steps import complete_steps, folder_path, is_remote
 from trainer.goodput import INCIDENTS
-from trainer.recovery.hosts import Hosts
+from trainer.recovery.cluster import VARIABLES
+from trainer.recovery.hosts import Hosts, Place
+from trainer.recovery.keeper import KeeperProcess
 from trainer.recovery.policy import (
+    COLLATERAL,
     FINISHED,
     LOST,
     NO_PROGRESS,
     PREEMPTED,
+    RESIZE,
+    RETRY,
     STOPPED,
+    SUSPECT,
+    UNWRITABLE,
     Budget,
     End,
     PhaseLimits,
     first_cause,
     permanent,
 )
-from trainer.recovery.progress import VARIABLE, ProgressPage
+from trainer.recovery.progress import VARIABLE, Progress, ProgressPage
+from trainer.recovery.standby import hand_over
 
+SUSPECTS = "launch/suspects"  # names of hosts to leave out, in the run's folder
 _POLL = 0.02  # seconds
 _SETTLE = 0.3  # after a first failure, for the others to fail of it
 _DUMP = 0.3  # for a hung process to write its stacks
+_STATUSES = {signal.SIGINT: 130, signal.SIGTERM: PREEMPTED, signal.SIGUSR2: RESIZE}
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class Options:
     """How a run is supervised.
 
     Attributes:
-      command: arguments of one trainer.
+      command: arguments of `torus` for one trainer.
       workdir: the run's folder.
       processes: trainers on this host; each gets JAX's variables for a job of so many.
       grace: seconds that trainers get to save and end after a signal.
@@ -55,7 +67,10 @@ class Options:
       tries: how many in a row may bring no new checkpoint.
       host, hosts: which this one is, of how many.
       address: of the first host.
-      patience: seconds to wait for the other hosts.
+      patience: seconds to wait for other hosts, or for a folder that cannot be written.
+      lease: seconds without a sign of life after which a host counts as lost.
+      sizes: of how many hosts the run may be, and what its trainers are told then in addition.
+      snapshots: keep the trainers' snapshots in memory.
     """
 
     command: list[str]
@@ -68,6 +83,9 @@ class Options:
     hosts: int = 1
     address: str = "127.0.0.1"
     patience: float = 600.0
+    lease: float = 15.0
+    sizes: dict[int, list[str]] = field(default_factory=lambda: {1: []})
+    snapshots: bool = False
 
 
 @dataclass
@@ -88,37 +106,53 @@ class Supervisor:
         self._options = options
         self._limits = PhaseLimits(options.limits)
         self._budget = Budget(options.tries)
-        self._signal = ""  # that asked this supervisor to stop
+        self._signal: signal.Signals | None = None  # that asked this supervisor to stop
+        self._resizes = False  # all save, to meet again with more hosts
+        self._step = 0  # reached by any trainer here
+        self._noticed = 0.0  # when this generation was last looked at: when its end was seen
+        self._members: list[int] = []  # of the last generation
+        self._loaded: dict[int, tuple[subprocess.Popen, TextIO | None]] = {}  # to be trainers
         self._fault: tuple[float, int] | None = None  # when, and the step reached then
 
     def run(self) -> int:
         """Supervises the run to its end; returns one of the exit statuses of policy.py, or 130."""
         self._budget.best = self._newest()
-        before = {n: signal.signal(n, self._remember) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._remember) for number in _STATUSES}
         try:
             with tempfile.TemporaryDirectory(prefix="torus-launch-") as folder:
                 self._meet_in(Path(folder))
-                while (status := self._one_generation(Path(folder))) is None:
-                    pass
-                self._hosts.conclude(status)
+                try:
+                    with self._keeper:
+                        while (status := self._one_generation(Path(folder))) is None:
+                            pass
+                except OSError as error:  # no process, no memory, no port: perhaps elsewhere
+                    self._say(f"this host cannot go on: {error}")
+                    status = RETRY if self._writable() else UNWRITABLE
+                # The others go on without this one, if they may, when only this one must end.
+                own = status in (SUSPECT, RETRY, PREEMPTED, 130)
+                how = FINISHED if status == FINISHED else STOPPED if self._signal else None
+                with contextlib.suppress(OSError):  # then the lease tells them
+                    self._hosts.leave(status, how, all_end=not (own and self._hosts.elastic))
                 return status
         finally:
+            self._unload()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _remember(self, number: int, frame: Any) -> None:
         if self._signal:  # a second one: no more waiting
             self._options = replace(self._options, grace=0.0)
-        self._signal = signal.Signals(number).name
+        self._signal = signal.Signals(number)
 
     def _meet_in(self, folder: Path) -> None:
         """A host that is alone has nobody to tell, and its run's folder may not be made yet."""
         given = self._options
-        remote = is_remote(given.workdir)
+        place = folder if given.hosts == 1 else folder_path(given.workdir) / "launch"
+        keepers = Directory(str(place), given.host, given.hosts, given.processes, given.address)
+        self._keeper = KeeperProcess(keepers if given.snapshots else None, _die_with_parent)
         self._hosts = Hosts(
-            folder if given.hosts == 1 else folder_path(given.workdir) / "launch",
-            given.host, given.hosts, given.address,
-            every=5.0 if remote else 1.0, patience=given.patience,
+            place, given.host, given.hosts, given.address,
+            sizes=list(given.sizes), lease=given.lease, patience=given.patience,
         )  # fmt: skip
 
     def _one_generation(self, folder: Path) -> int | None:
@@ -131,48 +165,85 @@ class Supervisor:
         if met is None:
             return self._stopped()
         if isinstance(met, int):
-            self._say("other hosts did not come" if met == LOST else "the first host ended the run")
+            self._say("too few hosts came" if met == LOST else "another host ended the run")
             return met
+        self._tell_members(met)
         trainers = self._start(folder, met)
         try:
             failed = self._watch(trainers)
-            if self._signal:
+            if self._signal or self._resizes:
                 self._drain(trainers)
         finally:
             self._kill(trainers)
         statuses = {trainer.process.returncode for trainer in trainers}
         if statuses == {FINISHED} and not failed:
             return FINISHED
-        if self._signal or STOPPED in statuses:  # by a signal to another host, perhaps
+        if self._signal:
             return self._stopped()
+        if STOPPED in statuses or self._resizes:  # for hosts that come, or for one that goes
+            self._resizes = False
+            self._hosts.gather([], STOPPED)
+            return None if self._hosts.elastic else self._stopped()
         failed = self._hosts.gather(failed)
-        return self._judge(failed) if self._options.host == 0 else None
+        status = self._judge(failed) if self._hosts.leads else None
+        if any(end.status == SUSPECT for end in failed if end.rank in {t.rank for t in trainers}):
+            self._suspect()
+            return SUSPECT
+        return status
 
     # ------------------------------------------------------------ processes
 
-    def _start(self, folder: Path, coordinator: str) -> list[_Trainer]:
+    def _start(self, folder: Path, place: Place) -> list[_Trainer]:
         here = self._options.processes
-        count, first = here * self._options.hosts, here * self._options.host
+        count, first = here * place.hosts, here * place.rank
+        command = [*self._options.command, *self._options.sizes[place.hosts]]
         trainers = []
+        self._keeper.ensure()
         for rank in range(first, first + here):
             path = folder / f"{self._hosts.generation}.{rank}.progress"
             page = ProgressPage(path)
             page.enter("start", 0)
-            environment = {**os.environ, VARIABLE: str(path)}
+            environment = {VARIABLE: str(path)}
+            if place.hosts == self._options.hosts:  # keepers know hosts by their number in the job
+                environment |= self._keeper.environment
             if count > 1:
                 environment |= {
-                    "JAX_COORDINATOR_ADDRESS": coordinator,
+                    "JAX_COORDINATOR_ADDRESS": place.coordinator,
                     "JAX_NUM_PROCESSES": str(count),
                     "JAX_PROCESS_ID": str(rank),
                 }
-            # What the others say is kept for the stacks of a hang; the first speaks for all.
-            output = None if rank == first else self._log(rank)
-            process = subprocess.Popen(
-                self._options.command, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=output, start_new_session=True, preexec_fn=_die_with_parent,
-            )  # fmt: skip
+            process, output = self._loaded.pop(rank, None) or self._load(rank, first)
+            try:
+                hand_over(process.stdin, command, environment)
+            except BrokenPipeError:  # it was killed while it waited
+                process.wait()
+                process, output = self._load(rank, first)
+                hand_over(process.stdin, command, environment)
             trainers.append(_Trainer(rank, process, page, output))
+        self._unload()
         return trainers
+
+    def _load(self, rank: int, first: int) -> tuple[subprocess.Popen, TextIO | None]:
+        """Starts a process that can become the trainer of `rank`."""
+        # What the others say is kept for the stacks of a hang; the first speaks for all.
+        output = None if rank == first else self._log(rank)
+        environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainer.recovery.standby"], env=environment,
+            stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )  # fmt: skip
+        return process, output
+
+    def _unload(self) -> None:
+        """Ends the processes that wait to become trainers."""
+        for process, output in self._loaded.values():
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            if output is not None:
+                output.close()
+        self._loaded = {}
 
     def _log(self, rank: int) -> TextIO:
         workdir = self._options.workdir
@@ -188,17 +259,32 @@ class Supervisor:
             if any(end.status == STOPPED for end in ends):  # all of the job are saving
                 self._wait(trainers)
                 return []
+            self._noticed = time.monotonic()
             if any(end.status for end in ends):
-                time.sleep(_SETTLE)
+                self._wait(trainers, _SETTLE)
                 return [end for end in (t.end() for t in trainers) if end.status]
-            if all(end.status == 0 for end in ends) or self._hosts.others_ended():
+            if all(end.status == 0 for end in ends):
+                return []
+            if self._hosts.over():
+                if self._hosts.over_well():
+                    self._wait(trainers)
+                return []
+            self._step = max(end.progress.step for end in ends)
+            settled = self._step > max(0, self._budget.best)
+            if settled and not self._loaded:  # the machine is busy with the start until then
+                first = trainers[0].rank
+                self._loaded = {t.rank: self._load(t.rank, first) for t in trainers}
+            if self._hosts.drains(settled=settled):
+                self._resizes = True
                 return []
             now = time.monotonic()
             running = [end for end in ends if end.status is None]
             for end in running:
                 self._limits.learn(seen[end.rank], end.progress)
                 seen[end.rank] = end.progress
-            self._recovered(max(end.progress.step for end in ends))
+            if self._keeper.ensure():
+                self._record("keeper lost")
+            self._recovered(max((end.progress for end in ends), key=lambda p: p.step))
             # The others wait for the one that did least, however long that may rightly take.
             slowest = first_cause(running)
             self._hosts.beat(slowest.progress)
@@ -218,16 +304,18 @@ class Supervisor:
 
     def _drain(self, trainers: list[_Trainer]) -> None:
         """Passes the signal on and waits for the trainers to save and end."""
-        self._say(f"{self._signal}: saving, for at most {self._options.grace:g} s")
+        why = self._signal.name if self._signal else "more hosts are there"
+        self._say(f"{why}: saving, for at most {self._options.grace:g} s")
         for trainer in trainers:
             with contextlib.suppress(ProcessLookupError):
                 trainer.process.send_signal(signal.SIGTERM)
         self._wait(trainers)
 
-    def _wait(self, trainers: list[_Trainer]) -> None:
+    def _wait(self, trainers: list[_Trainer], seconds: float | None = None) -> None:
+        """Waits for all to end, so long or for the grace, which a second signal makes nothing."""
         began = time.monotonic()
         while any(t.process.poll() is None for t in trainers):
-            if time.monotonic() - began > self._options.grace:
+            if time.monotonic() - began > (self._options.grace if seconds is None else seconds):
                 return
             time.sleep(_POLL)
 
@@ -244,37 +332,81 @@ class Supervisor:
 
     def _judge(self, failed: list[End]) -> int | None:
         newest = self._newest()
-        if not failed:  # a host was lost, or its supervisor started anew
-            self._record("host lost", checkpoint=newest)
-            return None if self._budget.spend(newest) else NO_PROGRESS
-        cause = first_cause(failed)
-        status = permanent(cause)
-        goes_on = self._budget.spend(newest)
+        found = max((end.progress.start for end in failed), default=0)  # perhaps in memory
+        goes_on = self._budget.spend(max(newest, found or newest))
+        lost = self._hosts.lost()
+        cause = first_cause(failed) if failed else None
+        if cause is None or (lost and cause.status in COLLATERAL):
+            status, facts = None, {"kind": "host lost", "hosts": lost or None}
+        else:
+            status = permanent(cause)
+            if cause.status == SUSPECT and not self._hosts.elastic:
+                status = SUSPECT
+            facts = {
+                "kind": "hang" if cause.status is None else "crash", "rank": cause.rank,
+                "phase": cause.progress.phase, "cause": cause.text,
+            }  # fmt: skip
         if status is None and not goes_on:
             status = NO_PROGRESS
+        if status is None and not self._writable():
+            status = UNWRITABLE
+        step = cause.progress.step if cause else self._step
         if self._fault is None:  # a fault before the last one was got over counts from the first
-            self._fault = time.monotonic(), cause.progress.step
-        self._record(
-            "hang" if cause.status is None else "crash",
-            rank=cause.rank, phase=cause.progress.phase, step=cause.progress.step,
-            cause=cause.text, checkpoint=newest, exit=status,
-        )  # fmt: skip
+            self._fault = self._noticed, step
+        ending = round(time.monotonic() - self._noticed, 2)  # seconds, up to this decision
+        self._record(**facts, step=step, checkpoint=newest, ending=ending, exit=status)
         if status == NO_PROGRESS:
             self._say(f"{self._options.tries} tries in a row brought no new checkpoint; giving up")
         return status
 
-    def _recovered(self, step: int) -> None:
-        """Records how long the last fault cost, once the run has passed a first step again."""
-        if self._fault is None or step <= max(0, self._budget.best):
+    def _writable(self) -> bool:
+        """Whether the run's folder can be written, at the latest when patience is over."""
+        folder = folder_path(self._options.workdir)
+        until = time.monotonic() + self._options.patience
+        while not self._signal:
+            try:
+                if folder.exists():
+                    (folder / ".launch").write_bytes(bytes(4096))
+                    (folder / ".launch").unlink()
+                return True
+            except OSError as error:
+                if time.monotonic() > until:
+                    self._say(f"{self._options.workdir} cannot be written: {error}")
+                    return False
+                self._hosts.beat()
+                time.sleep(0.5)
+        return True
+
+    def _suspect(self) -> None:
+        """Leaves this host's name for a scheduler that can leave the host out."""
+        path = folder_path(self._options.workdir) / SUSPECTS
+        names = path.read_text().split() if path.exists() else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(dict.fromkeys([*names, socket.gethostname()])) + "\n")
+
+    def _tell_members(self, place: Place) -> None:
+        """Records a change of hosts, on the lowest that was there before and is there now."""
+        now, before = self._hosts.members, self._members or self._hosts.members
+        self._members = now
+        if now != before and self._options.host == min(set(now) & set(before)):
+            lost, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
+            self._record("resized", hosts=place.hosts, lost=lost or None, new=new or None)
+
+    def _recovered(self, now: Progress) -> None:
+        """Records what the last fault cost, once the run has passed a first step again."""
+        if self._fault is None or not now.source or now.step <= now.start:
             return
         seconds, reached = time.monotonic() - self._fault[0], self._fault[1]
-        lost = max(0, reached - max(0, self._budget.best))
-        self._record("recovered", step=step, seconds=round(seconds, 2), lost_steps=lost)
+        self._record(
+            "recovered", step=now.step, seconds=round(seconds, 2), source=now.source,
+            restored=now.start, lost_steps=max(0, reached - now.start),
+        )  # fmt: skip
         self._fault = None
 
     def _stopped(self) -> int:
-        self._record("stopped", cause=self._signal or "another host", checkpoint=self._newest())
-        return 130 if self._signal == "SIGINT" else PREEMPTED
+        cause = self._signal.name if self._signal else "another host"
+        self._record("stopped", cause=cause, checkpoint=self._newest())
+        return _STATUSES[self._signal] if self._signal else PREEMPTED
 
     def _newest(self) -> int:
         return max(complete_steps(folder_path(self._options.workdir) / "checkpoints"), default=-1)
@@ -291,7 +423,7 @@ class Supervisor:
         if is_remote(self._options.workdir):  # nothing can be appended there
             path.write_text((path.read_text() if path.exists() else "") + text)
             return
-        with open(path, "a") as file:
+        with contextlib.suppress(OSError), open(path, "a") as file:  # a full disk ends no run
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

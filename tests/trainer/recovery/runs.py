@@ -11,14 +11,17 @@ import pytest
 
 from tests.processes import ROOT
 from trainer.metrics import read_metrics
+from trainer.recovery.progress import Progress, ProgressPage
 
 TINY, STEPS = ROOT / "tests/tiny.py", 24
+SLOW = f"--config={ROOT}/tests/trainer/recovery/slow.py"
 
 
 def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen:
     command = [
         sys.executable, "-m", "trainer.commands.main", "launch", f"--config={TINY}",
         f"--workdir={workdir}", f"--config.train.steps={STEPS}", "--config.checkpoint.every=4",
+        "--config.checkpoint.snapshot_every=1",
         *arguments,
     ]  # fmt: skip
     flags = "--xla_force_host_platform_device_count=1"
@@ -33,13 +36,18 @@ def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen
 
 
 def trainers(supervisor: subprocess.Popen) -> list[int]:
-    """Returns the process ids of the trainers, in order of rank."""
-    return [
-        int(pid)
-        for pid in Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
-        .read_text()
-        .split()
-    ]
+    """Returns the process ids of the trainers, in order of rank, and then of their successors."""
+    return [pid for pid, command in _children(supervisor) if "keeper" not in command]
+
+
+def keeper(supervisor: subprocess.Popen) -> int:
+    """Returns the process id of the keeper."""
+    return next(pid for pid, command in _children(supervisor) if "keeper" in command)
+
+
+def _children(supervisor: subprocess.Popen) -> list[tuple[int, str]]:
+    path = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
+    return [(int(p), Path(f"/proc/{p}/cmdline").read_text()) for p in path.read_text().split()]
 
 
 def at_step(workdir: Path, supervisor: subprocess.Popen, step: int) -> None:
@@ -52,3 +60,14 @@ def at_step(workdir: Path, supervisor: subprocess.Popen, step: int) -> None:
 
 def incidents(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "incidents.jsonl").read_text().splitlines()]
+
+
+def in_phase(temporary: Path, supervisor: subprocess.Popen, phase: str) -> Progress:
+    """Waits for the first trainer to be in `phase`; `temporary` is the supervisor's TMPDIR."""
+    while supervisor.poll() is None:
+        for page in temporary.glob("torus-launch-*/0.0.progress"):
+            found = ProgressPage(page).read()
+            if found.phase == phase and found.since:
+                return found
+        time.sleep(0.01)
+    pytest.fail(supervisor.communicate()[1])

@@ -30,6 +30,7 @@ def host(number: int) -> dict[str, str]:
     }  # fmt: skip
 
 
+@pytest.mark.soak
 def test_two_hosts_go_on_together(supervised, calm):
     """A trainer of the second is killed, then its supervisor: the end is that of one host's two."""
     (run, first), (_, second) = supervised(**host(0)), supervised(**host(1))

@@ -1,0 +1,149 @@
+"""How fast a fault is found and a run goes on, and what a plain loop in a shell script makes of it.
+
+    python -m tests.benchmarks.recovery --processes 2 --faults kill,stop --tries 10
+    python -m tests.benchmarks.recovery --plain --tries 10
+
+One supervised run of the tiny config; as soon as it has got over a fault, the next comes to a rank
+by chance. `found` is from the signal to the moment that the supervisor knows, `next step` from the
+signal to the first step that is new. The plain loop is Orbax's CheckpointManager, asynchronous, at
+the same cadence, in one process that a shell script starts again.
+"""
+
+import argparse
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.processes import ROOT
+from tests.trainer.recovery.runs import at_step, incidents, launch, trainers
+
+LIMIT = 2.0  # of step and data, for hangs
+STEP = 0.05  # seconds, slowed down so that steps can be counted
+EVERY = 20  # steps between checkpoints
+
+PLAIN = """
+import sys, time
+from pathlib import Path
+import jax, jax.numpy as jnp, orbax.checkpoint as ocp
+folder, log = Path(sys.argv[1]), open(sys.argv[2], "a", buffering=1)
+manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(
+    save_interval_steps=int(sys.argv[3]), max_to_keep=2, enable_async_checkpointing=True))
+state = {"w": jnp.zeros((256, 256)), "step": jnp.zeros((), jnp.int32)}
+if manager.latest_step() is not None:
+    state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+step = jax.jit(lambda s: {"w": jnp.tanh(s["w"] @ s["w"] + 1), "step": s["step"] + 1})
+while True:
+    state = step(state)
+    time.sleep(float(sys.argv[4]))
+    log.write(f"{time.time()} {int(state['step'])}\\n")
+    manager.save(int(state["step"]), args=ocp.args.StandardSave(state))
+"""
+
+
+def table(name: str, found: list[float], back: list[float], lost: list[int]) -> None:
+    cells = [
+        f"{statistics.median(values):.2f} (worst {max(values):.2f})" if values else "—"
+        for values in (found, back, lost)
+    ]
+    print(f"| {name} | {len(back)} | " + " | ".join(cells) + " |", flush=True)
+
+
+def until(condition, seconds: float = 120.0):
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError("the run does not go on")
+        time.sleep(0.005)
+    return result
+
+
+def supervised(processes: int, fault: str, tries: int, folder: Path) -> None:
+    rng, run = random.Random(0), folder / f"{fault}{processes}"
+    job = launch(
+        run, "--processes", str(processes), "--limit", f"step={LIMIT}", "--limit", f"data={LIMIT}",
+        f"--config={ROOT}/tests/trainer/recovery/slow.py", f"--config.checkpoint.every={EVERY}",
+        "--config.train.steps=100000", SLOW=f"data={STEP}", TORUS_CACHE=str(folder / "cache"),
+    )  # fmt: skip
+    found, back, lost = [], [], []
+    try:
+        at_step(run, job, EVERY + 1)
+        for n in range(tries):
+            time.sleep(rng.uniform(0.5, 1.5))
+            victim = trainers(job)[rng.randrange(processes)]
+            began = time.time()
+            os.kill(victim, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+
+            def over(wanted: int = 2 * (n + 1)) -> list[dict]:
+                seen = incidents(run) if (run / "incidents.jsonl").exists() else []
+                return seen if len(seen) >= wanted else []
+
+            fell, rose = until(over)[-2:]
+            assert (fell["kind"], rose["kind"]) == (
+                {"kill": "crash", "stop": "hang"}[fault],
+                "recovered",
+            )
+            found.append(fell["time"] - fell["ending"] - began)
+            back.append(rose["time"] - began)
+            lost.append(rose["lost_steps"])
+    finally:
+        job.kill()
+        job.communicate()
+    table(f"torus, SIG{fault.upper()}, {processes} processes", found, back, lost)
+
+
+def plain(tries: int, folder: Path) -> None:
+    program, log = folder / "plain.py", folder / "log"
+    program.write_text(PLAIN)
+    command = f"{sys.executable} {program} {folder}/plain {log} {EVERY} {STEP}"
+    script = f"while true; do {command}; done"
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+    }  # fmt: skip
+    job = subprocess.Popen(
+        ["bash", "-c", script], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    rng, back, lost = random.Random(0), [], []
+
+    def reached() -> int:
+        lines = log.read_text().split("\n")[:-1] if log.exists() else []
+        return max((int(line.split()[1]) for line in lines), default=0)
+
+    try:
+        until(lambda: reached() > EVERY)
+        for _ in range(tries):
+            time.sleep(rng.uniform(0.5, 1.5))
+            began, best, count = time.time(), reached(), len(log.read_text().split("\n"))
+            os.kill(trainers(job)[0], signal.SIGKILL)
+            until(lambda best=best: reached() > best)
+            first = int(log.read_text().split("\n")[count].split()[1])
+            back.append(time.time() - began)
+            lost.append(best - first + 1)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    table("plain Orbax loop in a shell script, SIGKILL, 1 process", [], back, lost)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--faults", default="kill,stop")
+    parser.add_argument("--tries", type=int, default=10)
+    parser.add_argument("--plain", action="store_true")
+    given = parser.parse_args()
+    print("| | tries | found, s | next step, s | steps done twice |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        if given.plain:
+            return plain(given.tries, Path(folder))
+        for fault in given.faults.split(","):
+            supervised(given.processes, fault, given.tries, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""What supervisors agree on through their folder: threads stand in for hosts."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer.recovery.hosts import Hosts, Place
+from trainer.recovery.policy import FINISHED, LOST, NO_PROGRESS, PREEMPTED, STOPPED, End
+from trainer.recovery.progress import Progress
+
+LEASE = 1.0
+
+
+class Host:
+    """One supervisor's conversation with the others: beats until told to do something else."""
+
+    def __init__(self, folder: Path, index: int, count: int, sizes=(3, 1), patience=20.0) -> None:
+        self.hosts = Hosts(
+            folder, index, count, "127.0.0.1", sizes=sizes, lease=LEASE, patience=patience
+        )
+        self.met: list[Place | int | None] = []
+        self.ended = threading.Event()
+        self.frozen = threading.Event()
+        self.failing: list[End] = []
+        self.status: int | None = None  # to end the run with
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            self.met.append(met := self.hosts.meet(self.pauses))
+            if not isinstance(met, Place):
+                return
+            how = None
+            while not self.pauses() and not self.hosts.over():
+                self.hosts.beat(Progress("step", 5, 0.0, 9))
+                if self.failing or self.status is not None:
+                    break
+                if self.hosts.drains(settled=True):
+                    how = STOPPED
+                    break
+                time.sleep(0.01)
+            if self.status is not None:
+                return self.hosts.leave(self.status, None, all_end=True)
+            if not self.ended.is_set():
+                self.gathered = self.hosts.gather(self.failing, how)
+                self.failing = []
+
+    def pauses(self) -> bool:
+        while self.frozen.is_set():
+            time.sleep(0.01)
+        return self.ended.is_set()
+
+    def die(self) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def leave(self, status: int) -> None:
+        self.die()
+        self.hosts.leave(status, STOPPED, all_end=False)
+
+
+@pytest.fixture
+def meeting(tmp_path):
+    made = []
+
+    def start(*indices: int, count: int, **options) -> list[Host]:
+        new = [Host(tmp_path / "launch", index, count, **options) for index in indices]
+        made.extend(new)
+        return new
+
+    yield start
+    for host in made:
+        host.frozen.clear()
+        host.die()
+
+
+def until(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def agreed(hosts: list[Host], members: list[int]) -> bool:
+    """Whether all of these are in one generation of these members, each at its own rank."""
+    places = [host.met[-1] if host.met else None for host in hosts]
+    if not all(isinstance(place, Place) for place in places):
+        return False
+    own = [host.hosts for host in hosts]
+    return (
+        {tuple(host.members) for host in own} == {tuple(members)}
+        and len({(host.generation, p.coordinator) for host, p in zip(own, places, strict=True)})
+        == 1
+        and [p.rank for p in places] == [members.index(host.index) for host in own]
+        and {p.hosts for p in places} == {len(members)}
+    )
+
+
+def test_a_lost_host_is_replaced_by_a_spare_and_comes_back_as_one(meeting):
+    hosts = meeting(0, 1, 2, 3, count=4)
+    until(lambda: agreed(hosts[:3], [0, 1, 2]))
+    hosts[1].die()
+    until(lambda: agreed([hosts[0], hosts[2], hosts[3]], [0, 2, 3]))
+    (again,) = meeting(1, count=4)
+    time.sleep(LEASE)
+    assert agreed([hosts[0], hosts[2], hosts[3]], [0, 2, 3]) and not again.met
+
+
+def test_fewer_hosts_go_on_and_grow_when_one_is_back(meeting):
+    hosts = meeting(0, 1, count=2, sizes=(2, 1))
+    until(lambda: agreed(hosts, [0, 1]))
+    hosts[0].die()  # the one that led
+    until(lambda: agreed(hosts[1:], [1]))
+    hosts[0] = meeting(0, count=2, sizes=(2, 1))[0]
+    until(lambda: agreed(hosts, [0, 1]))
+    assert hosts[1].hosts.generation == 2
+
+
+def test_one_that_is_back_and_leads_does_not_wait_for_all(meeting):
+    hosts = meeting(0, 1, 2, count=3, sizes=(3, 2, 1))
+    until(lambda: agreed(hosts, [0, 1, 2]))
+    hosts[2].die()
+    until(lambda: agreed(hosts[:2], [0, 1]))
+    hosts[0].die()
+    until(lambda: agreed(hosts[1:2], [1]))
+    hosts[0] = meeting(0, count=3, sizes=(3, 2, 1))[0]
+    until(lambda: agreed(hosts[:2], [0, 1]), seconds=15.0)  # less than patience
+
+
+def test_a_host_that_takes_leave_is_not_waited_for(meeting):
+    hosts = meeting(0, 1, count=2, sizes=(2, 1))
+    until(lambda: agreed(hosts, [0, 1]))
+    began = time.monotonic()
+    hosts[0].leave(PREEMPTED)
+    until(lambda: agreed(hosts[1:], [1]))
+    assert time.monotonic() - began < LEASE
+
+
+def test_one_that_was_frozen_finds_that_it_was_given_up(meeting):
+    hosts = meeting(0, 1, count=2, sizes=(2, 1))
+    until(lambda: agreed(hosts, [0, 1]))
+    hosts[0].frozen.set()
+    until(lambda: agreed(hosts[1:], [1]))
+    hosts[0].frozen.clear()
+    until(lambda: agreed(hosts, [0, 1]))
+    assert hosts[1].hosts.generation == 2
+
+
+def test_the_first_cause_is_told_to_the_one_that_leads(meeting):
+    hosts = meeting(0, 1, count=2, sizes=(2,))
+    until(lambda: agreed(hosts, [0, 1]))
+    hosts[1].failing = [End(1, -9, Progress("step", 5, 0.0, 9))]
+    until(lambda: hosts[0].hosts.generation == 1)
+    assert hosts[0].gathered == [End(1, -9, Progress("step", 5, 0.0, 9))]
+
+
+def test_a_wall_clock_that_jumps_means_nothing(meeting, monkeypatch):
+    jumps = iter(range(10**9, -(10**9), -(10**6)))
+    monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
+    hosts = meeting(0, 1, count=2, sizes=(2, 1))
+    until(lambda: agreed(hosts, [0, 1]))
+    time.sleep(LEASE)
+    assert agreed(hosts, [0, 1]) and hosts[0].hosts.generation == 0
+
+
+@pytest.mark.parametrize("status", [FINISHED, NO_PROGRESS])
+def test_the_end_is_told_to_all(meeting, status):
+    hosts = meeting(0, 1, 2, count=3, sizes=(2,))
+    until(lambda: agreed(hosts[:2], [0, 1]))
+    hosts[0].status = status
+    until(lambda: hosts[1].met[-1] == status and hosts[2].met[-1:] == [status])
+
+
+def test_an_earlier_attempt_binds_nobody(meeting):
+    hosts = meeting(0, 1, count=2, sizes=(2,))
+    until(lambda: agreed(hosts, [0, 1]))
+    hosts[0].status = NO_PROGRESS
+    until(lambda: hosts[1].met[-1] == NO_PROGRESS)
+    again = meeting(0, 1, count=2, sizes=(2,))
+    until(lambda: agreed(again, [0, 1]))
+    assert again[0].hosts.generation == 1
+
+
+def test_too_few_hosts_give_up(meeting):
+    hosts = meeting(0, 1, count=3, sizes=(3,), patience=0.5)
+    until(lambda: [host.met for host in hosts] == [[LOST], [LOST]])
+
+
+def test_one_that_was_given_up_ends_nothing(meeting):
+    """A stale supervisor's verdict does not reach the generation that goes on without it."""
+    hosts = meeting(0, 1, count=2, sizes=(2, 1))
+    until(lambda: agreed(hosts, [0, 1]))
+    hosts[0].frozen.set()
+    until(lambda: agreed(hosts[1:], [1]))
+    stale = hosts[0].hosts
+    assert not stale.leads or stale.current  # it has not looked yet
+    stale.leave(NO_PROGRESS, None, all_end=True)
+    assert "status" not in hosts[1].hosts._read("plan.json")
+    assert stale.over() and not stale.leads
