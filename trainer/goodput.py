@@ -98,7 +98,11 @@ def measure(run: str | os.PathLike[str]) -> Goodput | None:
         first = max(begin["time"], trained[0]["time"] - usual) if trained else attempt[-1]["time"]
         if before:
             ended = before[-1]["time"]
-            seen = [i["time"] for i in faults if ended <= i["time"] <= begin["time"]]
+            seen = [  # "ending" is how long the supervisor took from noticing to the line
+                max(ended, i["time"] - i.get("ending", 0.0))
+                for i in faults
+                if ended <= i["time"] <= begin["time"]
+            ]
             if before[-1].get("event") in _ENDS:
                 spans.append(Span("stopped", ended, begin["time"]))
                 stopped += begin["time"] - ended

@@ -32,11 +32,11 @@ from sharding.config import AXES
 from trainer.config import Experiment
 from trainer.data.rows import Steps
 from trainer.goodput import failures
-from trainer.integrity import device_sums, odd_repeats, odd_replicas, replicated, self_check
+from trainer.integrity import Odd, device_sums, odd_repeats, odd_replicas, replicated, self_check
 from trainer.journal import Journal
 from trainer.recovery.cadence import hours_between_failures, steps_between_saves
 from trainer.recovery.chaos import Chaos
-from trainer.recovery.health import DIVERGED, SUSPECT, Rewinds, Unhealthy, Watch
+from trainer.recovery.health import DIVERGED, Rewinds, Unhealthy, Watch
 from trainer.recovery.progress import VARIABLE, ProgressPage
 from trainer.recovery.stragglers import Scores
 from trainer.restore import Start
@@ -289,12 +289,12 @@ class Guard:
             else:
                 odd = odd_replicas(once, sums.specs, mesh)
             if odd is not None:
-                self._suspect(sums.step, str(odd))
+                self._suspect(sums.step, odd)
             self._agreed = sums.step
 
-    def _suspect(self, step: int, text: str) -> None:
-        """Gives up what was saved since the devices last agreed, and ends the run on this host."""
-        self._journal.event(step, "corruption", what=text)
+    def _suspect(self, step: int, odd: Odd) -> None:
+        """Gives up what was saved since the devices last agreed, and ends the run here."""
+        self._journal.event(step, "corruption", what=str(odd))
         self._checkpoints.wait()
         intact = (found for found in self._checkpoints.steps() if found <= self._agreed)
         to = _first_ones(max(intact, default=0))
@@ -303,7 +303,7 @@ class Guard:
             meta = read_meta(self._checkpoints.folder, to)
             row = self._past.row_after(meta, meta["data"]["next_row"])
         self._go_back(step, to, row, self._past.spent)
-        raise Unhealthy(SUSPECT, f"step {step}: {text}; the run goes on from step {to}")
+        raise Unhealthy(odd.status, f"step {step}: {odd}; the run goes on from step {to}")
 
     def _go_back(self, step: int, to: int, row: int, spent: int) -> None:
         past = Rewinds(self._past.count + 1, spent, to, row)

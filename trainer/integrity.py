@@ -57,6 +57,12 @@ class Odd:
         who = f"device {which} of process {', '.join(map(str, ranks))}"
         return f"{who}: {self.what}" + ("" if self.certain else "; which is wrong cannot be told")
 
+    @property
+    def status(self) -> int:
+        """What this process ends with: SUSPECT if a device of its own is meant, else a failure."""
+        own = any(device.process_index == jax.process_index() for device in self.devices)
+        return SUSPECT if own else 1
+
 
 def replicated(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns those of the arrays of which several devices hold the same shard."""
@@ -109,13 +115,14 @@ def self_check(mesh: Mesh, workdir: str | os.PathLike) -> None:
     Raises:
       Unhealthy: naming the device or host that computes, sends, stores or remembers wrongly.
     """
-    found = _file_problem(workdir) or _memory_problem(mesh) or device_problem(mesh)
-    if found:
-        raise Unhealthy(SUSPECT, f"self-check: {found}")
+    if text := _file_problem(workdir):
+        raise Unhealthy(SUSPECT, f"self-check: {text}")
+    if odd := _memory_problem(mesh) or device_problem(mesh):
+        raise Unhealthy(odd.status, f"self-check: {odd}")
 
 
-def device_problem(mesh: Mesh) -> str:
-    """Returns which device computes otherwise than the others or gets wrong bytes, "" if none."""
+def device_problem(mesh: Mesh) -> Odd | None:
+    """Returns which devices compute otherwise than the others or get wrong bytes."""
     with jax.set_mesh(mesh):
         numbers = np.arange(mesh.size, dtype=np.int32).reshape(mesh.devices.shape)
         placed = jax.make_array_from_callback(
@@ -123,15 +130,15 @@ def device_problem(mesh: Mesh) -> str:
         )
         results = np.asarray(_trial(placed))
     products, sent = results[..., 0], results[..., 1:]
-    common = Counter(products.reshape(-1).tolist()).most_common(1)[0]
-    for place in np.argwhere(products != common[0])[:1]:
-        device = mesh.devices[tuple(place)]
-        certain = 2 * common[1] > mesh.size
-        return str(Odd((device,), certain, "a matrix product differs from the others'"))
-    for *place, axis in np.argwhere(sent)[:1]:
-        device = mesh.devices[tuple(place)]
-        return str(Odd((device,), False, f"wrong bytes arrive along mesh axis {AXES[axis]}"))
-    return ""
+    (common, votes), *others = Counter(products.reshape(-1).tolist()).most_common()
+    if others:
+        certain = 2 * votes > mesh.size
+        wrong = mesh.devices[(products != common) | (not certain)]
+        return Odd(tuple(wrong.tolist()), certain, "a matrix product differs from the others'")
+    for axis in np.argwhere(sent.any(axis=tuple(range(len(AXES)))))[:1, 0]:
+        wrong = tuple(mesh.devices[sent[..., axis] > 0].tolist())
+        return Odd(wrong, False, f"wrong bytes arrive along mesh axis {AXES[axis]}")
+    return None
 
 
 def in_a_row(devices: list[Any]) -> Mesh:
@@ -163,7 +170,7 @@ def _trial(numbers: jax.Array) -> jax.Array:
     return reshard(found, PartitionSpec())
 
 
-def _memory_problem(mesh: Mesh) -> str:
+def _memory_problem(mesh: Mesh) -> Odd | None:
     """A device of this host with much less free memory than its neighbours: somebody else's."""
     free = {}
     for device in mesh.local_devices:
@@ -172,8 +179,8 @@ def _memory_problem(mesh: Mesh) -> str:
             free[device] = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     for device, left in free.items():
         if left < 0.8 * statistics.median(free.values()):
-            return f"{Odd((device,), True, f'only {left / 2**30:.1f} GiB of memory are free')}"
-    return ""
+            return Odd((device,), True, f"only {left / 2**30:.1f} GiB of memory are free")
+    return None
 
 
 def _file_problem(workdir: str | os.PathLike) -> str:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import steps
@@ -60,6 +60,7 @@ def test_retention(keep_last, keep_every, kept):
     assert steps.kept_steps([10, 20, 30, 40, 50], keep_last, keep_every) == kept
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 2000), st.integers(1, 4), st.integers(0, 6), st.integers(3, 300))
 def test_the_ladder_is_short_and_reaches_far_back(every, keep_last, rungs, saves):
     have: set[int] = set()

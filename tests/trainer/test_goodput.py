@@ -54,7 +54,7 @@ def test_a_crash_costs_detection_restart_compilation_and_steps_done_twice(tmp_pa
         record("event", 12, 14.5, event="resumed"),
         *trained(13, 30, 16.0),  # ends at 24.5
     ]
-    crash = {"time": 11.75, "kind": "crash", "rank": 1, "step": 20, "checkpoint": 12}
+    crash = {"time": 12.25, "ending": 0.5, "kind": "crash", "rank": 1, "step": 20}
     recovered = {"time": 16.1, "kind": "recovered", "seconds": 4.25, "lost_steps": 8}
     write(tmp_path, records, [crash, recovered])
     found = measure(tmp_path)

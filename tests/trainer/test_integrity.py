@@ -1,5 +1,7 @@
 """Devices that lie are named; the trial before a start finds each kind of fault."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from sharding.config import MeshConfig
 from sharding.mesh import make_mesh
 from trainer import integrity
-from trainer.integrity import device_sums, odd_repeats, odd_replicas, replicated, self_check
+from trainer.integrity import Odd, device_sums, odd_repeats, odd_replicas, replicated, self_check
 from trainer.recovery.health import Unhealthy
 
 
@@ -74,6 +76,13 @@ def test_repeats(mesh):
     assert odd.devices == (mesh.devices[2, 1, 0, 0],) and odd.certain
 
 
+def test_only_the_process_with_the_odd_device_is_suspect():
+    """The scheduler leaves out the host that ends with 77, and no other."""
+    here, there = (SimpleNamespace(id=n, process_index=n) for n in (0, 1))
+    assert Odd((here,), True, "x").status == Odd((here, there), False, "x").status == 77
+    assert Odd((there,), True, "x").status == 1
+
+
 def test_sound_devices_pass(mesh, tmp_path):
     self_check(mesh, tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
@@ -104,7 +113,7 @@ def test_collectives_are_really_tried(mesh, monkeypatch):
     monkeypatch.setattr(jax.lax, "all_gather", crossed)
     integrity._trial.clear_cache()
     try:
-        assert "along mesh axis data" in integrity.device_problem(mesh)
+        assert "along mesh axis data" in str(integrity.device_problem(mesh))
     finally:
         integrity._trial.clear_cache()
 

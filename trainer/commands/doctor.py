@@ -150,7 +150,7 @@ def check_links() -> Iterator[Finding]:
         from trainer.integrity import device_problem, in_a_row
 
         devices = jax.local_devices()
-        problem = device_problem(in_a_row(devices))
+        problem = str(device_problem(in_a_row(devices)) or "")
     except Exception as error:  # check_devices says more of a JAX that cannot start
         problem = _first_line(error)
     if problem:

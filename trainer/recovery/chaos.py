@@ -145,6 +145,9 @@ class _FaultyPage:
     def __init__(self, page: ProgressPage, chaos: Chaos) -> None:
         self._page, self._chaos, self._step = page, chaos, 0
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._page, name)
+
     def enter(self, phase: str, step: int | None = None) -> None:
         self._page.enter(phase, step)
         self._step = self._step if step is None else step

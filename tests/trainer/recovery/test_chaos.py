@@ -7,22 +7,16 @@ from tests.trainer.test_resume import stored_state
 from trainer.goodput import measure
 from trainer.metrics import read_metrics
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.soak]
 FAST = ("--limit", "step=4", "--limit", "data=4", "--limit", "save=4")
 
 
 @pytest.mark.parametrize(
     ("processes", "schedule", "faults"),
     [
-        (1, "kill@?2", ["crash"]),
-        *(
-            pytest.param(*case, marks=pytest.mark.soak)
-            for case in (
-                (1, "kill@?1,kill@?2/data,kill@12/save", ["crash"] * 3),
-                (2, "stop@?3/rank1,stuck@17/rank0", ["hang"] * 2),
-                (2, "kill@?4/rank0/save,kill@?5/rank1", ["crash"] * 2),
-            )
-        ),
+        (1, "kill@?1,kill@?2/data,kill@12/save", ["crash"] * 3),
+        (2, "stop@?3/rank1,stuck@17/rank0", ["hang"] * 2),
+        (2, "kill@12/rank0/save,kill@?5/rank1", ["crash"] * 2),
     ],
 )
 def test_processes_that_fail_at_any_step_change_no_bits(
@@ -39,7 +33,6 @@ def test_processes_that_fail_at_any_step_change_no_bits(
     assert accounts.bad["restart"] > 0
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize(
     ("schedule", "settings", "status"),
     [
@@ -59,7 +52,6 @@ def test_what_no_restart_cures_ends_with_its_status(supervised, schedule, settin
         assert any(e["event"] in ("corruption", "rewind") for e in read_metrics(run, "event"))
 
 
-@pytest.mark.soak
 def test_times_of_all_processes_are_exchanged(supervised):
     run, job = supervised("--processes", "2")
     _, error = job.communicate(timeout=280)
@@ -69,7 +61,6 @@ def test_times_of_all_processes_are_exchanged(supervised):
     assert {score["data"][0] for score in scores} <= {0, 1}
 
 
-@pytest.mark.soak
 def test_two_processes_rewind_alike_killed_or_not(tmp_path):
     states = []
     for name, more in (("calm", ""), ("killed", ",kill@12/rank1,kill@20/rank0")):

@@ -2,13 +2,16 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharding.errors import UsageError
+from tests.processes import ROOT
 from trainer.recovery.cadence import hours_between_failures, steps_between_saves
 from trainer.recovery.chaos import Fault, parse
 from trainer.recovery.health import HealthConfig, Rewinds, Watch
@@ -43,10 +46,11 @@ def test_without_enough_of_the_past_nothing_is_a_spike():
 def test_spikes_do_not_become_usual():
     watch = Watch(HealthConfig(window=32, sustained=4))
     healthy(watch, 1, 64)
-    verdicts = [watch.judge(step, 9.0, 50.0, False) for step in range(65, 265)]
+    verdicts = [watch.judge(step, 9.0, 50.0, False) for step in range(65, 165)]
     assert set(verdicts) == {"spike"} and watch.sustained
 
 
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 200), st.integers(0, 10**6))
 def test_a_watch_that_was_stored_judges_alike(stop, seed):
     config = HealthConfig(window=16, sustained=3)
@@ -113,6 +117,21 @@ def test_schedules_are_read():
 def test_what_is_no_schedule(schedule):
     with pytest.raises(UsageError, match="is not KIND@STEP"):
         parse(schedule, 10)
+
+
+def test_a_process_is_ended_once_in_a_run(tmp_path):
+    code = (
+        "import sys; from trainer.recovery.chaos import Chaos; "
+        "from trainer.recovery.progress import ProgressPage; "
+        "page = Chaos('kill@3/rank0/save', 9, sys.argv[1]).page(ProgressPage(None)); "
+        "page.enter('save', 2); page.enter('step', 3); print('here', flush=True); "
+        "page.enter('save'); print('there')"
+    )
+    for status, said in ((-9, "here\n"), (0, "here\nthere\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+        )
+        assert (done.returncode, done.stdout) == (status, said), done.stderr
 
 
 def test_the_cadence_follows_costs_and_failures():
