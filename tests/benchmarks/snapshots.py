@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = Directory(folder)
         os.environ[VARIABLE] = directory.environment()[VARIABLE]
-        with KeeperProcess(directory, lambda: None) as keeper:
+        with KeeperProcess(directory) as keeper:
             keeper.ensure()
             start_runtime()
             training(Path(folder), options.steps, options.rounds)

@@ -13,6 +13,7 @@ from tests.processes import ROOT
 from trainer.metrics import read_metrics
 
 TINY, STEPS = ROOT / "tests/tiny.py", 24
+_KEEPER = "trainer.recovery.keeper"
 
 
 def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen:
@@ -35,12 +36,12 @@ def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen
 
 def trainers(supervisor: subprocess.Popen) -> list[int]:
     """Returns the process ids of the trainers, in order of rank."""
-    return [pid for pid, command in _children(supervisor) if "keeper" not in command]
+    return [pid for pid, command in _children(supervisor) if _KEEPER not in command]
 
 
 def keeper(supervisor: subprocess.Popen) -> int:
     """Returns the process id of the keeper."""
-    return next(pid for pid, command in _children(supervisor) if "keeper" in command)
+    return next(pid for pid, command in _children(supervisor) if _KEEPER in command)
 
 
 def _children(supervisor: subprocess.Popen) -> list[tuple[int, str]]:
