@@ -66,12 +66,17 @@ def begin(
     progress.enter("restore")
     abstract = to_stored(abstract_state(experiment, layout))
     snapshot = snapshots.restore_newest(abstract, checkpoints.latest())
-    restored = snapshot or checkpoints.restore_newest(abstract)
+    restored, damaged = snapshot, ()
+    if not snapshot and (restored := checkpoints.restore_newest(abstract)):
+        damaged = restored.damaged
+        if damaged:  # then memory may hold a newer step than the disk after all
+            snapshot = snapshots.restore_newest(abstract, restored.step)
+            restored = snapshot or restored
     if restored:
         allowed = experiment.data.allow_change
         row = resume_row(restored.meta["data"], dataset, allow_change=allowed)
         state = from_stored(restored.state, experiment, layout)
-        start = Start(restored.step, row, state, () if snapshot else restored.damaged)
+        start = Start(restored.step, row, state, damaged)
     else:
         state = init_state(experiment, layout)
         if experiment.train.init_from:
