@@ -73,13 +73,17 @@ def begin(
         checkpoints.discard_where(past.gave_up)
     abstract = to_stored(abstract_state(experiment, layout))
     snapshot = snapshots.restore_newest(abstract, checkpoints.latest(), past.gave_up)
-    restored = snapshot or checkpoints.restore_newest(abstract)
+    restored, damaged = snapshot, ()
+    if not snapshot and (restored := checkpoints.restore_newest(abstract)):
+        damaged = restored.damaged
+        if damaged:  # then memory may hold a newer step than the disk after all
+            snapshot = snapshots.restore_newest(abstract, restored.step, past.gave_up)
+            restored = snapshot or restored
     if restored:
         allowed = experiment.data.allow_change
         row = resume_row(restored.meta["data"], dataset, allow_change=allowed)
         row = past.row_after(restored.meta, row)
         state = from_stored(restored.state, experiment, layout)
-        damaged = () if snapshot else restored.damaged
         start = Start(restored.step, row, state, damaged, restored.meta)
     else:
         state = init_state(experiment, layout)

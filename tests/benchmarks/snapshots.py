@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = Directory(folder)
         os.environ[VARIABLE] = directory.environment()[VARIABLE]
-        with KeeperProcess(directory, lambda: None) as keeper:
+        with KeeperProcess(directory) as keeper:
             keeper.ensure()
             start_runtime()
             training(Path(folder), options.steps, options.rounds)
@@ -59,9 +59,9 @@ def training(folder: Path, steps: int, rounds: int) -> None:
     experiment.model.head_dim, experiment.model.max_length = 64, 256
     mesh = make_mesh(experiment.mesh)
     layout = make_layout(experiment, mesh)
-    row = np.random.default_rng(0).integers(0, 256, (8, 257), np.int32)
-    fields = {"tokens": row[:, :-1], "targets": row[:, 1:], "segment_ids": np.ones((8, 256), "i4")}
-    fields["positions"] = np.broadcast_to(np.arange(256, dtype=np.int32), (8, 256))
+    row = np.random.default_rng(0).integers(0, 256, (8, 65), np.int32)
+    fields = {"tokens": row[:, :-1], "targets": row[:, 1:], "segment_ids": np.ones((8, 64), "i4")}
+    fields["positions"] = np.broadcast_to(np.arange(64, dtype=np.int32), (8, 64))
     rows = NamedSharding(mesh, PartitionSpec(BATCH, SEQ))
     with jax.set_mesh(mesh), Snapshots(1) as snapshots:
         batch = {name: jax.device_put(value, rows) for name, value in fields.items()}

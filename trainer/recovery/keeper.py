@@ -30,7 +30,9 @@ Answer = tuple[Message, Iterable[memoryview]]
 class KeeperProcess:
     """The keeper of this host as its supervisor sees it: started, and started again if it ends."""
 
-    def __init__(self, directory: Directory | None, before_start: Callable[[], None]) -> None:
+    def __init__(
+        self, directory: Directory | None, before_start: Callable[[], None] | None = None
+    ) -> None:
         """before_start: called in the new process. Without a directory there is no keeper."""
         self._directory, self._before = directory, before_start
         self.environment = directory.environment() if directory else {}

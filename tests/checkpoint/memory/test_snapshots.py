@@ -47,7 +47,7 @@ def abstract(where: dict[str, NamedSharding]) -> dict:
 def snapshots(tmp_path, monkeypatch):
     directory = Directory(str(tmp_path))
     monkeypatch.setenv(VARIABLE, directory.environment()[VARIABLE])
-    with KeeperProcess(directory, lambda: None) as keeper, Snapshots(1) as made:
+    with KeeperProcess(directory) as keeper, Snapshots(1) as made:
         keeper.ensure()
         yield made
 
@@ -86,16 +86,16 @@ def test_a_snapshot_comes_back_on_any_mesh_though_its_buffers_were_donated(snaps
     assert snapshots.restore_newest(abstract(where), 2).step == 2
 
 
-def test_damage_leads_to_the_snapshot_before(snapshots, caplog):
+def test_damage_leads_to_the_snapshot_before(snapshots):
     where = layout(1, 8)
     snapshots.start(0, arrays(0, where), held=False)
     for step in (1, 2):
         take(snapshots, step, arrays(step, where))
     slots = snapshots._slots
-    slots.data(slots.held()[2])[HEADER + 200] ^= 4
+    slots.data(slots.held()[2])[HEADER + 1] ^= 4
     found = snapshots.restore_newest(abstract(where), None)
     assert found.step == 1 and same(found.state, arrays(1, where))
-    slots.data(slots.held()[1])[HEADER + 9] ^= 1
+    slots.data(slots.held()[1])[HEADER + 2] ^= 1
     assert snapshots.restore_newest(abstract(where), None) is None
 
 

@@ -15,6 +15,7 @@ from trainer.recovery.progress import Progress, ProgressPage
 
 TINY, STEPS = ROOT / "tests/tiny.py", 24
 SLOW = f"--config={ROOT}/tests/trainer/recovery/slow.py"
+_KEEPER = "trainer.recovery.keeper"
 
 
 def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen:
@@ -37,12 +38,12 @@ def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen
 
 def trainers(supervisor: subprocess.Popen) -> list[int]:
     """Returns the process ids of the trainers, in order of rank, and then of their successors."""
-    return [pid for pid, command in _children(supervisor) if "keeper" not in command]
+    return [pid for pid, command in _children(supervisor) if _KEEPER not in command]
 
 
 def keeper(supervisor: subprocess.Popen) -> int:
     """Returns the process id of the keeper."""
-    return next(pid for pid, command in _children(supervisor) if "keeper" in command)
+    return next(pid for pid, command in _children(supervisor) if _KEEPER in command)
 
 
 def _children(supervisor: subprocess.Popen) -> list[tuple[int, str]]:

@@ -22,7 +22,7 @@ class Hosts:
         count = len(sizes) // processes
         self.sizes, self.processes = sizes, processes
         self.directories = [Directory(str(folder), n, count, processes) for n in range(count)]
-        self.keepers = [KeeperProcess(directory, lambda: None) for directory in self.directories]
+        self.keepers = [KeeperProcess(directory) for directory in self.directories]
         self.slots: dict[int, Slots] = {}
         for keeper in self.keepers:
             keeper.ensure()
