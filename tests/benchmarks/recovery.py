@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def table(name: str, found: list[float], back: list[float], lost: list[int]) -> 
     print(f"| {name} | {len(back)} | " + " | ".join(cells) + " |", flush=True)
 
 
-def until(condition, seconds: float = 120.0):
+def until(condition, seconds: float = 60.0):
     deadline = time.monotonic() + seconds
     while not (result := condition()):
         if time.monotonic() > deadline:
@@ -70,6 +71,8 @@ def supervised(processes: int, fault: str, tries: int, folder: Path) -> None:
         f"--config={ROOT}/tests/trainer/recovery/slow.py", f"--config.checkpoint.every={EVERY}",
         "--config.train.steps=100000", SLOW=f"data={STEP}", TORUS_CACHE=str(folder / "cache"),
     )  # fmt: skip
+    reader = threading.Thread(target=job.communicate)  # a pipe that nobody reads stops the run
+    reader.start()
     found, back, lost = [], [], []
     try:
         at_step(run, job, EVERY + 1)
@@ -93,8 +96,8 @@ def supervised(processes: int, fault: str, tries: int, folder: Path) -> None:
             lost.append(rose["lost_steps"])
     finally:
         job.kill()
-        job.communicate()
-    table(f"torus, SIG{fault.upper()}, {processes} processes", found, back, lost)
+        reader.join()
+    table(f"`torus launch`, SIG{fault.upper()}, {processes} processes", found, back, lost)
 
 
 def plain(tries: int, folder: Path) -> None:
