@@ -5,8 +5,9 @@
 
 One supervised run of the tiny config; as soon as it has got over a fault, the next comes to a rank
 by chance. From the signal to: `found`, the supervisor knows; `restored`, the state is back in new
-processes; `next step`, one that is new is done, after tracing and compiling with the cache. The plain loop is Orbax's CheckpointManager, asynchronous, at
-the same cadence, in one process that a shell script starts again.
+processes; `next step`, one that is new is done, after tracing and compiling with the cache. The
+plain loop is Orbax's CheckpointManager, asynchronous, at the same cadence, in one process that a
+shell script starts again; its step is one matrix product.
 """
 
 import argparse
