@@ -317,6 +317,7 @@ class Supervisor:
         while any(t.process.poll() is None for t in trainers):
             if time.monotonic() - began > (self._options.grace if seconds is None else seconds):
                 return
+            self._hosts.beat()  # saving may take longer than a lease
             time.sleep(_POLL)
 
     def _kill(self, trainers: list[_Trainer]) -> None:

@@ -29,7 +29,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def resized(run: Path, count: int) -> dict:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         found = incidents(run) if (run / "incidents.jsonl").exists() else []
         found = [incident for incident in found if incident["kind"] == "resized"]
