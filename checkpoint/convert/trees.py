@@ -70,7 +70,7 @@ def apart(tensors: Any, family: Family) -> Any:
             continue
         axis, shape = stacks[base].count(","), fact[1]
         tensor = tensors.tensors[name]
-        if len(shape) <= axis + 1 or shape[axis] > LAYERS or not hasattr(tensor, "at"):
+        if len(shape) < max(2, axis + 1) or shape[axis] > LAYERS or not hasattr(tensor, "at"):
             raise MismatchError(f"`{name}` {list(shape)} cannot be taken apart along axis {axis}")
         for layer in range(shape[axis]):
             found[f"{name}[{stacks[base].format(L=layer)}"] = tensor.at(axis, layer)
