@@ -69,7 +69,9 @@ def adapted(family: Family, model: ModelConfig, found: Source) -> tuple[Family, 
         changes["norm"] = "rmsnorm"
     if model.rope.scaling == "llama3":  # MaxText turns pairs of neighbours there
         if any("qkv_proj" in row for row in rows):
-            raise MismatchError("maxtext: fused_qkv with the rotary order of llama3.1 is not covered")
+            raise MismatchError(
+                "maxtext: fused_qkv with the rotary order of llama3.1 is not covered"
+            )
         rows = [_paired(row) for row in rows]
     family = dataclasses.replace(family, prefix="", table="\n".join(rows))
     return family, dataclasses.replace(model, **changes)

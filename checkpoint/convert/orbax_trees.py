@@ -27,7 +27,7 @@ from sharding.errors import MismatchError, UnsafeInputError, UsageError
 
 METADATA = "_METADATA"
 STORE = "manifest.ocdbt"
-CACHE = 2**27  # bytes of chunks that are kept
+CACHE = 2**27  # bytes of chunks that are kept, or two of the largest
 EXPANSION = 1024  # times the bytes on disk that all arrays may have; weights hardly compress
 TOGETHER = 64  # arrays that are opened at once
 _STEP = re.compile(r"(?:.*_)?(\d+)")
@@ -115,15 +115,19 @@ def _read_item(item: Path) -> tuple[dict[Keys, Stored], list[Keys]]:
                 raise UnsafeInputError(f"{item}: the name `{name[:80]}` is unsafe, or there twice")
             else:
                 names[name] = keys
-    stores = _open(item, facts, list(names))
-    nbytes = 0
+    stores = _open(item, facts, list(names), CACHE)
+    nbytes = largest = 0
     for store in stores.values():
         shape, chunk = store.shape, store.chunk_layout.read_chunk.shape or ()
         if len(shape) > RANK_LIMIT or any(c > max(1, n) for c, n in zip(chunk, shape, strict=True)):
             raise UnsafeInputError(f"{item}: an array of {shape} in chunks of {chunk}")
-        nbytes += math.prod(shape) * store.dtype.numpy_dtype.itemsize
+        itemsize = store.dtype.numpy_dtype.itemsize
+        nbytes += math.prod(shape) * itemsize
+        largest = max(largest, math.prod(chunk) * itemsize)
     if nbytes > min(size * EXPANSION, LARGEST):
         raise UnsafeInputError(f"{item}: arrays of {nbytes:,} bytes in {size:,} bytes of files")
+    if 2 * largest > CACHE:  # or every few rows would read a whole chunk anew
+        stores = _open(item, facts, list(names), 2 * largest)
     found = {names[n]: Stored(store, f"{item}: `{n}`") for n, store in stores.items()}
     return found, others
 
@@ -139,9 +143,11 @@ def _size(item: Path) -> int:
     return total
 
 
-def _open(item: Path, facts: dict[str, Any], names: list[str]) -> dict[str, ts.TensorStore]:
+def _open(
+    item: Path, facts: dict[str, Any], names: list[str], cache: int
+) -> dict[str, ts.TensorStore]:
     base, packed = f"file://{item.resolve()}/", (item / STORE).exists()
-    context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE}})
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
     complete = facts.get("store_array_data_equal_to_fill_value") is True
 
     def spec(name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Adam is found wherever `mu`, `nu` and `count` lie side by side. A table may name
 tensor that holds them all along an axis: `kernel[_,{L}]` is layer L along the second one.
 """
 
+import re
 from typing import Any
 
 from checkpoint.convert.families import Family
@@ -73,5 +74,6 @@ def apart(tensors: Any, family: Family) -> Any:
         if len(shape) < max(2, axis + 1) or shape[axis] > LAYERS or not hasattr(tensor, "at"):
             raise MismatchError(f"`{name}` {list(shape)} cannot be taken apart along axis {axis}")
         for layer in range(shape[axis]):
-            found[f"{name}[{stacks[base].format(L=layer)}"] = tensor.at(axis, layer)
+            index = re.sub(r"{\w+}", str(layer), stacks[base])
+            found[f"{name}[{index}"] = tensor.at(axis, layer)
     return PieceTensors(found) if stacks else tensors

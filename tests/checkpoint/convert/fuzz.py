@@ -51,7 +51,8 @@ def bases(folder: Path) -> dict[str, tuple[str, Path]]:
         "c": rng.normal(size=3).astype(ml_dtypes.bfloat16), "d": np.array(2, np.int32),
     }  # fmt: skip
     for archive in ("deepspeed_runs", "maxtext_runs"):
-        if not (HERE / f"{archive}.tar.xz").exists(): continue
+        if not (HERE / f"{archive}.tar.xz").exists():
+            continue
         with tarfile.open(HERE / f"{archive}.tar.xz") as file:
             file.extractall(folder, filter="data")
     with (folder / "x.pt").open("wb") as file:
@@ -73,7 +74,11 @@ def bases(folder: Path) -> dict[str, tuple[str, Path]]:
     found = {name: ("zero", folder / name) for name in ("zero1_world2", "zero3_world3")}
     found["ucp"] = "ucp", folder / "zero1_world2"
     found |= {f"orbax_{d}": ("orbax", folder / f"plain_{d}") for d in ("zarr", "zarr3")}
-    found |= {f"orbax_{n}": ("orbax", folder / n) for n in ("llama", "llama_unscanned") if (folder/n).exists()}
+    found |= {
+        f"orbax_{n}": ("orbax", folder / n)
+        for n in ("llama", "llama_unscanned")
+        if (folder / n).exists()
+    }
     return found | {
         "torch": ("torch", folder / "x.pt"), "dcp": ("dcp", folder / "dcp"),
         "hf": ("hf", folder / "hf"), "config": ("config", folder / "hf/config.json"),
