@@ -35,6 +35,8 @@ from tests.checkpoint.convert.folders import write_folder
 
 HERE = Path(__file__).parent
 SECONDS, MEMORY, READ = 10, 2**30, 2**24
+ORBAX = [("orbax_zarr", "zarr", False), ("orbax_zarr3", "zarr3", False),
+         ("orbax_ocdbt", "zarr3", True)]  # fmt: skip
 NUMBERS = [-1, 0, 1, 2, 127, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64]
 VALUES = [*NUMBERS, None, True, 1.5, 1e308, float("nan"), "", "..", "../../etc/passwd", "a" * 5000,
           "\0", [], {}, [[]] * 9, {"a": {"b": [1]}}]  # fmt: skip
@@ -50,11 +52,8 @@ def bases(folder: Path) -> dict[str, tuple[str, Path]]:
         "model.a.weight": rng.normal(size=(5, 4)).astype(np.float32), "b": np.arange(6),
         "c": rng.normal(size=3).astype(ml_dtypes.bfloat16), "d": np.array(2, np.int32),
     }  # fmt: skip
-    for archive in ("deepspeed_runs", "maxtext_runs"):
-        if not (HERE / f"{archive}.tar.xz").exists():
-            continue
-        with tarfile.open(HERE / f"{archive}.tar.xz") as file:
-            file.extractall(folder, filter="data")
+    with tarfile.open(HERE / "deepspeed_runs.tar.xz") as file:
+        file.extractall(folder, filter="data")
     with (folder / "x.pt").open("wb") as file:
         write_torch(file, {"model": arrays, "step": 3, "list": [arrays["b"], (1, "x")]})
     (folder / "dcp").mkdir()
@@ -69,16 +68,11 @@ def bases(folder: Path) -> dict[str, tuple[str, Path]]:
     stream = b"".join(b"\x92\x92\xa6params\xa1" + name[:1].encode() + _bin(_packed(array))
                       for name, array in arrays.items())  # fmt: skip
     (folder / "stream").write_bytes(stream)
-    for driver in ("zarr", "zarr3"):
-        _plain_orbax(folder / f"plain_{driver}", driver, arrays)
+    for name, driver, packed in ORBAX:
+        _write_orbax(folder / name, driver, arrays, packed=packed)
     found = {name: ("zero", folder / name) for name in ("zero1_world2", "zero3_world3")}
     found["ucp"] = "ucp", folder / "zero1_world2"
-    found |= {f"orbax_{d}": ("orbax", folder / f"plain_{d}") for d in ("zarr", "zarr3")}
-    found |= {
-        f"orbax_{n}": ("orbax", folder / n)
-        for n in ("llama", "llama_unscanned")
-        if (folder / n).exists()
-    }
+    found |= {name: ("orbax", folder / name) for name, _, _ in ORBAX}
     return found | {
         "torch": ("torch", folder / "x.pt"), "dcp": ("dcp", folder / "dcp"),
         "hf": ("hf", folder / "hf"), "config": ("config", folder / "hf/config.json"),
@@ -105,10 +99,14 @@ def _packed(value) -> bytes:
     return b"\xc9" + struct.pack(">Ib", len(inner), 1) + inner
 
 
-def _plain_orbax(folder: Path, driver: str, arrays: dict) -> None:
+def _write_orbax(folder: Path, driver: str, arrays: dict, *, packed: bool) -> None:
+    """Writes arrays as Orbax lays them out, by tensorstore alone."""
     tree = {}
     for name, array in arrays.items():
-        spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder}/{name}/"}}
+        store = {"driver": "file", "path": f"{folder}/{name}/"}
+        if packed:
+            store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+        spec = {"driver": driver, "kvstore": store}
         ts.open(spec, create=True, dtype=array.dtype, shape=array.shape).result()[...] = array
         entry = {"key_metadata": [{"key": name}], "value_metadata": {"value_type": "jax.Array"}}
         tree[f"('{name}',)"] = entry

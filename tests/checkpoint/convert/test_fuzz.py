@@ -27,7 +27,7 @@ def test_300_mutated_files(tmp_path):
         "dcp",
         "hf",
         "msgpack",
-        "orbax_llama",
+        "orbax_ocdbt",
         "torch",
         "ucp",
         "zero3_world3",
