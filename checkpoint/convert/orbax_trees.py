@@ -5,6 +5,7 @@ in one OCDBT store or a folder each. A step holds one item or several, a manager
 Reading a row reads the chunks that it crosses, as they were stored.
 """
 
+import json
 import math
 import os
 import re
@@ -121,6 +122,8 @@ def _read_item(item: Path) -> tuple[dict[Keys, Stored], list[Keys]]:
         shape, chunk = store.shape, store.chunk_layout.read_chunk.shape or ()
         if len(shape) > RANK_LIMIT or any(c > max(1, n) for c, n in zip(chunk, shape, strict=True)):
             raise UnsafeInputError(f"{item}: an array of {shape} in chunks of {chunk}")
+        if '"blosc"' in json.dumps(store.codec.to_json()):  # its reader believes what a chunk says
+            raise UnsafeInputError(f"{item}: chunks of blosc are not read; Orbax writes zstd")
         itemsize = store.dtype.numpy_dtype.itemsize
         nbytes += math.prod(shape) * itemsize
         largest = max(largest, math.prod(chunk) * itemsize)

@@ -37,6 +37,9 @@ HERE = Path(__file__).parent
 SECONDS, MEMORY, READ = 10, 2**30, 2**24
 ORBAX = [("orbax_zarr", "zarr", False), ("orbax_zarr3", "zarr3", False),
          ("orbax_ocdbt", "zarr3", True)]  # fmt: skip
+CODECS = {"zarr": {"compressor": {"id": "zstd", "level": 1}},
+          "zarr3": {"codecs": [{"name": "bytes", "configuration": {"endian": "little"}},
+                               {"name": "zstd", "configuration": {"level": 3}}]}}  # fmt: skip
 NUMBERS = [-1, 0, 1, 2, 127, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64]
 VALUES = [*NUMBERS, None, True, 1.5, 1e308, float("nan"), "", "..", "../../etc/passwd", "a" * 5000,
           "\0", [], {}, [[]] * 9, {"a": {"b": [1]}}]  # fmt: skip
@@ -106,7 +109,7 @@ def _write_orbax(folder: Path, driver: str, arrays: dict, *, packed: bool) -> No
         store = {"driver": "file", "path": f"{folder}/{name}/"}
         if packed:
             store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
-        spec = {"driver": driver, "kvstore": store}
+        spec = {"driver": driver, "kvstore": store, "metadata": CODECS[driver]}
         ts.open(spec, create=True, dtype=array.dtype, shape=array.shape).result()[...] = array
         entry = {"key_metadata": [{"key": name}], "value_metadata": {"value_type": "jax.Array"}}
         tree[f"('{name}',)"] = entry

@@ -20,19 +20,18 @@ import numpy as np
 
 ARCHIVE = Path(__file__).with_suffix(".tar.xz")
 STEPS = 3
-SIZES = dict(vocab_size=19, base_emb_dim=8, base_num_query_heads=2, base_num_kv_heads=1, head_dim=4,
-             base_mlp_dim=12, base_num_decoder_layers=2, max_target_length=16)  # fmt: skip
+SIZES = dict(vocab_size=19, base_emb_dim=4, base_num_query_heads=2, base_num_kv_heads=1, head_dim=4,
+             base_mlp_dim=6, base_num_decoder_layers=2, max_target_length=16)  # fmt: skip
 QWEN = dict(decoder_block="qwen3", use_qk_norm=True, logits_via_embedding=True,
             normalize_embedding_logits=False, rope_max_timescale=1_000_000)  # fmt: skip
 RUNS = {
     "llama": dict(decoder_block="llama2"),
-    "llama_unscanned": dict(decoder_block="llama2", scan_layers=False, fused_qkv=True,
-                            fused_mlp=True),
     "llama31": dict(decoder_block="llama2", rope_type="llama3.1", rope_max_timescale=500_000),
     "qwen3": QWEN,
     "gemma": dict(decoder_block="gemma", mlp_activations=["gelu", "linear"],
                   logits_via_embedding=True, normalize_embedding_logits=False,
-                  normalization_layer_epsilon=1e-6),
+                  normalization_layer_epsilon=1e-6, scan_layers=False, fused_qkv=True,
+                  fused_mlp=True),
 }  # fmt: skip
 
 

@@ -27,7 +27,6 @@ CONFIGS = {
     "gemma": ("gemma", dict(hidden_act="gelu_pytorch_tanh", rope_theta=10_000.0,
                             rms_norm_eps=1e-6, **TIED)),
 }  # fmt: skip
-CONFIGS["llama_unscanned"] = CONFIGS["llama"]
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +97,15 @@ def test_moments_are_those_of_maxtext_bit_for_bit(runs, tmp_path):
 
 
 def test_what_maxtext_does_not_cover_is_refused(runs, tmp_path, capsys):
-    path = runs / "llama_unscanned/config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"rope_scaling": SCALING}))
-    assert converted("llama_unscanned", runs, tmp_path) == 3
+    path = runs / "gemma/config.json"
+    config, llama = path.read_text(), json.loads((runs / "llama31/config.json").read_text())
+    path.write_text(json.dumps(llama))
+    assert converted("gemma", runs, tmp_path) == 3
     assert "fused_qkv with the rotary order of llama3.1" in capsys.readouterr().err
     olmo = {"model_type": "olmo2", "vocab_size": 19, "num_hidden_layers": 2, "hidden_size": 8,
             "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 16,
             "rms_norm_eps": 1e-5}  # fmt: skip
     path.write_text(json.dumps(olmo))
-    assert converted("llama_unscanned", runs, tmp_path) == 3
+    assert converted("gemma", runs, tmp_path) == 3
     assert "model_type 'olmo2' is not covered" in capsys.readouterr().err
-    path.write_text(json.dumps(config))
+    path.write_text(config)

@@ -43,7 +43,7 @@ head: V D                        = readout: D V
 final_norm/scale: D              = out_norm: D
 layers/attention_norm/scale: L D = trunk.n1[_,{L}]: D
 layers/mlp_norm/scale: L D       = trunk.n2[_,{L}]: D
-layers/attention/wq: L D (K G) H & layers/attention/wk: L D K H & layers/attention/wv: L D K H \\\\
+layers/attention/wq: L D (K G) H & layers/attention/wk: L D K H & layers/attention/wv: L D K H \\
     = trunk.qkv[_,{L}]: D (K [(G H) | H | H])
 layers/attention/wo: L N H D     = trunk.o[_,{L}]: (N H) D
 layers/mlp/gate: L D F & layers/mlp/up: L D F = trunk.gate_up[_,{L}]: D [ | ] F
@@ -306,6 +306,12 @@ DAMAGE = {
     "an array that is not there": (keys("z"), "cannot be read"),
     "a huge array": (lambda i: edit(i / "a/.zarray", shape=[2**50, 3]), "bytes in"),
     "a huge chunk": (lambda i: edit(i / "a/.zarray", chunks=[2**40, 3]), "in chunks of"),
+    "blosc": (
+        lambda i: edit(
+            i / "a/.zarray", compressor={"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1}
+        ),
+        "blosc",
+    ),
     "a link out": (lambda i: os.symlink("/etc/passwd", i / "a/0.1"), "link out of its folder"),
 }
 
