@@ -14,7 +14,6 @@ from sharding.errors import UsageError, nearest
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
 
-HELP = "time the backends of attention on this machine, in turns"
 USAGE = """\
 usage: torus bench attention [--shape SHAPES] [--mask MASKS] [--backends NAMES] [--dtype TYPE]
                              [--rounds N] [--json]

@@ -6,7 +6,6 @@ import sys
 from sharding.errors import UsageError, nearest
 from trainer.commands.parser import CommandParser
 
-HELP = "train under a supervisor that survives crashes, hangs and preemption"
 USAGE = """\
 usage: torus launch [--processes N] [--grace S] [--limit PHASE=SECONDS ...] [--tries N]
                     [--patience S] --config=CONFIG --workdir=RUN [--config.PATH=VALUE ...]

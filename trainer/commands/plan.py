@@ -20,7 +20,6 @@ from sharding.topology import Slice, compiler_environment, parse_slice, require_
 from trainer.config import ROOT, Experiment, check_sizes, parse_flags
 from trainer.console import format_duration
 
-HELP = "say whether a config fits a TPU slice, without any TPU"
 USAGE = """\
 usage: torus plan --config=CONFIG --on=SLICE [--config.PATH=VALUE ...] [--json]
 
