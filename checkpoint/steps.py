@@ -9,6 +9,7 @@ step that looks whole. Neither JAX nor Orbax is imported: a command can refuse a
 
 import os
 import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,19 @@ def folder_path(folder: str | os.PathLike) -> Path:
 def is_remote(folder: str | os.PathLike) -> bool:
     """Whether `folder` is an address in an object store rather than a path on a disk."""
     return re.match(r"^[a-z0-9]+:/", os.fspath(folder)) is not None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all; `path` may be of an object store, as of `folder_path`."""
+    if is_remote(path):  # an object appears whole
+        path.write_bytes(content)
+        return
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def complete_steps(folder: str | os.PathLike) -> list[int]:

@@ -1,13 +1,25 @@
-"""Eight fake CPU devices for every test, set before JAX is first imported."""
+"""Eight fake CPU devices and a cache for every test, set before JAX is first imported."""
 
 import os
 import signal
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# The built-in dataset and compiled programs, of one worker: JAX does not write its cache so that
+# another process may read it meanwhile.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ["TORUS_CACHE"] = str(ROOT / ".pytest_cache" / f"torus-{WORKER}")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # an installed libtpu must not look for a TPU
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",  # compiles in two thirds of the time; tests run few steps
+    # A third of the time on JAX 0.10, and the programs of tests are small; 0.11 has it no more.
+    *(["--xla_cpu_use_fusion_emitters=false"] if version("jax").startswith("0.10.") else []),
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # sharding/mesh.py says why
     # Eight devices meet in every collective. On a starved machine that takes longer than the 40 s
     # after which XLA:CPU takes the process down.
@@ -22,3 +34,24 @@ for _flag in _FLAGS:
 # tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Two workers end together when the files that take longest are begun first.
+_LONGEST = (
+    "models/attention/test_attention_oracle.py", "models/test_sequence.py",
+    "trainer/recovery/test_hosts.py", "trainer/test_step.py", "trainer/test_resume.py",
+    "models/attention/test_attention_isolation.py", "models/test_decoder.py",
+    "trainer/recovery/test_launch.py", "trainer/data/test_prepare_processes.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {ROOT / "tests" / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """A cache for a module whose processes are killed, perhaps while they write to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORUS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

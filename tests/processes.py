@@ -4,6 +4,7 @@ The code that runs in them calls `sharding.mesh.start_runtime()` first, as a rea
 """
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -45,8 +46,11 @@ def run_processes(
             for index in range(n):
                 # Files, not pipes: a full pipe would stop a process that others wait for.
                 out, err = (open(f"{folder}/{index}.{kind}", "w+") for kind in ("out", "err"))  # noqa: SIM115
-                environment = _environment(port, n, index, devices_per_process)
-                job = subprocess.Popen(command, env=environment, stdout=out, stderr=err, cwd=ROOT)
+                own = environment(
+                    devices_per_process, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+                    JAX_NUM_PROCESSES=str(n), JAX_PROCESS_ID=str(index),
+                )  # fmt: skip
+                job = subprocess.Popen(command, env=own, stdout=out, stderr=err, cwd=ROOT)
                 jobs.append((job, out, err))
             deadline = time.monotonic() + timeout
             while any(job.poll() is None for job, _, _ in jobs) and time.monotonic() < deadline:
@@ -75,17 +79,11 @@ def _result(command: list[str], job: subprocess.Popen, *streams) -> CompletedPro
     return CompletedProcess(command, job.returncode, *texts)
 
 
-def _environment(port: int, n: int, index: int, devices: int) -> dict[str, str]:
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(n),
-        "JAX_PROCESS_ID": str(index),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
+def environment(devices: int = 1, **variables: str) -> dict[str, str]:
+    """Returns the variables of a process that sees so many devices and compiles as tests do."""
+    flags = re.sub(r"(?<=platform_device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path, **variables}
 
 
 def _free_port() -> int:

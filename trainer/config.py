@@ -88,23 +88,11 @@ class Experiment:
 
 # Fields that a resumed run may change: they alter speed, place or reporting, not the experiment.
 FREE = (
-    "mesh",
-    "eval",
-    "checkpoint",
-    "log",
-    "health",
-    "name",
-    "perf",
-    "train.stop_at",
-    "train.accumulation",
-    "train.self_check",
-    "data.prefetch",
-    "data.allow_change",
-    "data.path",
-    "data.mixture",
-    "data.remote",
+    "mesh", "eval", "checkpoint", "log", "health", "name", "perf", "train.stop_at",
+    "train.accumulation", "train.self_check", "data.prefetch", "data.allow_change", "data.path",
+    "data.mixture", "data.remote",
     *(f"model.{f}" for f in COMPUTATION),
-)
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- checks
@@ -112,12 +100,8 @@ FREE = (
 
 def validate(experiment: Experiment) -> None:
     """Checks each part and the parts against one another; raises UsageError on the first fault."""
-    model, data, train, optimizer = (
-        experiment.model,
-        experiment.data,
-        experiment.train,
-        experiment.optimizer,
-    )
+    model, data = experiment.model, experiment.data
+    train, optimizer = experiment.train, experiment.optimizer
     model.validate()
     experiment.mesh.validate()
     data.validate()
@@ -135,16 +119,10 @@ def validate(experiment: Experiment) -> None:
                 f"config.{path} = {value!r}: choose {', '.join(choices)}{nearest(value, choices)}"
             )
     for path, least in {
-        "train.steps": 1,
-        "train.batch_size": 1,
-        "train.accumulation": 1,
-        "train.stop_at": 0,
-        "eval.every": 0,
-        "eval.batches": 0,
-        "optimizer.warmup_steps": 0,
-        "optimizer.peak_lr": 0,
+        "train.steps": 1, "train.batch_size": 1, "train.accumulation": 1, "train.stop_at": 0,
+        "eval.every": 0, "eval.batches": 0, "optimizer.warmup_steps": 0, "optimizer.peak_lr": 0,
         "optimizer.clip_norm": 0,
-    }.items():
+    }.items():  # fmt: skip
         if (value := _get(experiment, path)) < least:
             raise UsageError(f"config.{path} = {value}: at least {least}")
     if train.batch_size % train.accumulation:
@@ -321,7 +299,8 @@ def parse_flags(argv: Sequence[str], **extra: str) -> tuple[Experiment, dict[str
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
         if name.startswith("config."):
-            raise UsageError(_unknown_field(name)) from error
+            _field_type(name)
+            raise UsageError(f"{name} cannot be set from the command line") from error
         raise UsageError(
             f"unknown flag --{name}; known: --config, {', '.join('--' + n for n in extra)}"
             f"{nearest(name, extra)}"
@@ -334,17 +313,17 @@ def parse_flags(argv: Sequence[str], **extra: str) -> tuple[Experiment, dict[str
     return experiment, {name: values[name].value for name in extra}
 
 
-def _unknown_field(flag: str) -> str:
-    """Says which part of `config.a.b` does not exist, and the nearest name that does."""
+def _field_type(flag: str) -> Any:
+    """Returns the type of field `config.a.b`; raises UsageError for a part that does not exist."""
     tree: Any = Experiment
     path = "config"
     for part in flag.split(".")[1:]:
         hints = get_type_hints(tree) if dataclasses.is_dataclass(tree) else {}
         if part not in hints:
             known = ", ".join(hints) or "none, it is a value"
-            return f"no field {part!r} in {path} (fields: {known}){nearest(part, hints)}"
+            raise UsageError(f"no field {part!r} in {path} (fields: {known}){nearest(part, hints)}")
         path, tree = f"{path}.{part}", hints[part]
-    return f"{flag} cannot be set from the command line"
+    return tree
 
 
 def _bad_override(argv: Sequence[str], error: Exception) -> str:
@@ -354,12 +333,7 @@ def _bad_override(argv: Sequence[str], error: Exception) -> str:
         if not match:
             continue
         flag, text = match.groups()
-        tree: Any = Experiment
-        for part in flag.split(".")[1:]:
-            hints = get_type_hints(tree) if dataclasses.is_dataclass(tree) else {}
-            if part not in hints:
-                return _unknown_field(flag)
-            tree = hints[part]
+        tree = _field_type(flag)
         if dataclasses.is_dataclass(tree):
             return f"{flag} is a group of fields ({', '.join(get_type_hints(tree))}), not a value"
         if not _parses(text, tree):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint.steps import complete_steps, folder_path, is_remote
+from checkpoint.steps import complete_steps, folder_path, write_whole
 from sharding.errors import UsageError
 from trainer.console import format_duration
 from trainer.goodput import Goodput, accounts, measure, read_incidents, timeline
@@ -137,13 +137,7 @@ def write_report(
     page = render_html(run, picture, now=time.time())
     paths = target / "report.html", target / "report.png"
     for path, content in zip(paths, (page.encode(), picture), strict=True):
-        if is_remote(path):  # an object appears whole or not at all
-            path.write_bytes(content)
-            continue
-        # Whoever has the page open must never load half of it.
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(content)
-        part.replace(path)
+        write_whole(path, content)  # who has the page open must never load half of it
     return paths
 
 
@@ -396,9 +390,7 @@ def _series(records: list[dict[str, Any]], field: str) -> list[tuple[int, float]
 def _smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """A centred mean over about 2% of the points: no lag, unlike an exponential average."""
     half = max(2, len(points) // 100)
-    sums = [0.0]
-    for _, value in points:
-        sums.append(sums[-1] + value)
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
     smooth = []
     for index, (step, _) in enumerate(points):
         # Symmetric where the curve begins, because it is steep there; one-sided where it ends.

@@ -8,9 +8,8 @@ metrics.jsonl     records of steps, evaluations and events; tensorboard/ mirrors
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 
-from checkpoint.steps import complete_steps, folder_path, is_remote, pick_step
+from checkpoint.steps import complete_steps, folder_path, is_remote, pick_step, write_whole
 from sharding.errors import UsageError
 from trainer.config import Experiment, differences, from_dict, to_json
 
@@ -86,9 +85,4 @@ def write_experiment(workdir: str, experiment: Experiment) -> None:
     """Writes the resolved experiment, whole or not at all."""
     path = folder_path(workdir)
     path.mkdir(parents=True, exist_ok=True)
-    if is_remote(workdir):
-        (path / EXPERIMENT).write_text(to_json(experiment))
-        return
-    temporary = Path(path / f"{EXPERIMENT}.tmp")
-    temporary.write_text(to_json(experiment))
-    temporary.replace(path / EXPERIMENT)
+    write_whole(path / EXPERIMENT, to_json(experiment).encode())

@@ -149,14 +149,15 @@ def _plan(family, model, rows, elements, names, copies, buffers, source, full, d
 # ---------------------------------------------------------------- running
 
 
-class _Renamed:
-    """Reads tensors under the names of the table."""
+@dataclass(frozen=True)
+class Renamed:
+    """Reads tensors under other names; `names` gives those that they have in `tensors`."""
 
-    def __init__(self, tensors: Any, names: dict[str, str]) -> None:
-        self._tensors, self._names = tensors, names
+    tensors: Any
+    names: dict[str, str]
 
     def read(self, name: str, lead: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        return self._tensors.read(self._names[name], lead, start, stop)
+        return self.tensors.read(self.names[name], lead, start, stop)
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ def run(
             found[key] = found.get(key, 0) + more
         advance(part.nbytes)
 
-    renamed = _Renamed(source, plan.names)
+    renamed = Renamed(source, plan.names)
 
     def make(part: Element) -> None:
         array = build(part, renamed, plan.target[part.name][0])

@@ -308,10 +308,7 @@ class Windows:
                 f"{' or '.join(names)}"
             )
         pattern = tuple(names[k] for k in kinds)
-        ours["pattern"] = next(
-            pattern[:n] for n in range(1, count + 1)
-            if all(pattern[i] == pattern[i % n] for i in range(count))
-        )  # fmt: skip
+        ours["pattern"] = _period(pattern)
         if "local" in pattern and window is None:
             raise MismatchError("config.json: sliding_window is missing, which layer_types needs")
         ours["window"] = window if "local" in pattern else 0
@@ -373,11 +370,15 @@ def flat(model: ModelConfig) -> Ours:
     """Returns the fields of a ModelConfig as one level: "rope.theta" and so on."""
     ours = dataclasses.asdict(model)
     ours |= {f"rope.{name}": value for name, value in ours.pop("rope").items()}
-    whole = model.kinds
-    period = next(n for n in range(1, model.layers + 1)
-                  if all(whole[i] == whole[i % n] for i in range(model.layers)))  # fmt: skip
-    ours["pattern"] = whole[:period]
+    ours["pattern"] = _period(model.kinds)
     return ours
+
+
+def _period(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the shortest beginning that, repeated, gives all layers."""
+    count = len(kinds)
+    periods = (kinds[:n] for n in range(1, count + 1))
+    return next(p for p in periods if all(kinds[i] == p[i % len(p)] for i in range(count)))
 
 
 def _matters(name: str, ours: Ours) -> bool:

@@ -8,7 +8,7 @@ format; only what a row adds to a weight is not added. Ours keeps them as `optim
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoint.convert.engine import Plan, of_moments, plan_to_ours, plan_to_theirs
+from checkpoint.convert.engine import Plan, Renamed, of_moments, plan_to_ours, plan_to_theirs
 from checkpoint.convert.families import Family
 from checkpoint.convert.native import PARAMS as OUR_PARAMS
 from checkpoint.convert.native import NativeTensors
@@ -52,9 +52,10 @@ def to_ours(
         tensors = apart(tensors, family)
         names, others = unwrap(tensors, family)
         left += [name if part == PARAMS else f"{part}/{name}" for name in others]
-        renamed = Renamed(tensors, names)
-        plan = plan_to_ours(family, model, renamed.facts, dtype if part == PARAMS else None)
-        moves.append(Move(part, plan if part == PARAMS else of_moments(plan), renamed))
+        facts = {name: tensors.facts[origin] for name, origin in names.items()}
+        plan = plan_to_ours(family, model, facts, dtype if part == PARAMS else None)
+        plan = plan if part == PARAMS else of_moments(plan)
+        moves.append(Move(part, plan, Renamed(tensors, names)))
     return moves, left
 
 
@@ -88,25 +89,6 @@ def to_theirs(found: Source, family: Family, model: ModelConfig, dtype: str | No
     return moves
 
 
-class Below:
-    """The arrays of a step being made whose names begin with `prefix`, called by the rest."""
-
-    def __init__(self, arrays: NativeTensors, prefix: str) -> None:
-        self._arrays, self._prefix = arrays, prefix
-
-    def part_rows(self, name: str, lead: tuple[int, ...]) -> int:
-        """Returns how many rows have to be put together."""
-        return self._arrays.part_rows(self._prefix + name, lead)
-
-    def put(self, name: str, lead: tuple[int, ...], array: Any, start: int = 0) -> None:
-        """Writes as NativeTensors does."""
-        self._arrays.put(self._prefix + name, lead, array, start)
-
-    def read(self, name: str, lead: tuple[int, ...], start: int, stop: int) -> Any:
-        """Returns rows as NativeTensors does."""
-        return self._arrays.read(self._prefix + name, lead, start, stop)
-
-
 def unwrap(tensors: Any, family: Family) -> tuple[dict[str, str], list[str]]:
     """Returns name in the model → name in `tensors`, and the names that are not the model's.
 
@@ -127,15 +109,3 @@ def unwrap(tensors: Any, family: Family) -> tuple[dict[str, str], list[str]]:
             return names, sorted(set(tensors.facts) - set(names.values()))
     some = ", ".join(f"`{name}`" for name in list(tensors.facts)[:3])
     raise MismatchError(f"there is no `{anchor}` of {family.model_type}; there is {some or 'none'}")
-
-
-class Renamed:
-    """Tensors under other names."""
-
-    def __init__(self, tensors: Any, names: dict[str, str]) -> None:
-        self._tensors, self._names = tensors, names
-        self.facts = {name: tensors.facts[origin] for name, origin in names.items()}
-
-    def read(self, name: str, lead: tuple[int, ...], start: int, stop: int) -> Any:
-        """Returns rows of the tensor that is called `name` here."""
-        return self._tensors.read(self._names[name], lead, start, stop)

@@ -9,16 +9,14 @@ queries and keys, V head dim of values.
 The G heads that share a kv head are extra rows of the same product, so keys are never repeated.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from models.attention.mask import EMPTY_LSE, Mask, Reach, finite, tiles, visible_BTS
-from models.attention.problem import Extras, Problem, alibi_BNTS
+from models.attention.problem import Extras, Problem, alibi_BNTS, with_gradient
 from models.attention.reference import soft_cap
 
 F32 = jnp.float32
@@ -87,20 +85,6 @@ def blockwise_attention(
     return out_BTNV[:, :T], lse_BTN[:, :T]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, given, problem: Problem):
-    return given or _forward(q_BTNH, k_BSKH, v_BSKV, tokens, problem)
-
-
-def _attend_fwd(q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, given, problem: Problem):
-    out_BTNV, lse_BTN = given or _forward(q_BTNH, k_BSKH, v_BSKV, tokens, problem)
-    # Named here, on the value that is both result and residual: a policy that saves the two names
-    # then leaves the backward nothing to rerun the forward for.
-    out_BTNV = checkpoint_name(out_BTNV, "attention_out")
-    lse_BTN = checkpoint_name(lse_BTN, "attention_lse")
-    return (out_BTNV, lse_BTN), (q_BTNH, k_BSKH, v_BSKV, tokens, out_BTNV, lse_BTN)
-
-
 def _forward(q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, problem: Problem):
     (B, T, N), (S, K) = q_BTNH.shape[:3], k_BSKH.shape[1:3]
     tokens = _tied(tokens, q_BTNH)
@@ -144,18 +128,12 @@ def _forward(q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, problem: Problem):
     return out_BTNV, lse_BKGT.transpose(0, 3, 1, 2).reshape(B, T, N)
 
 
-def _attend_bwd(problem: Problem, residuals, cotangents):
-    q_BTNH, k_BSKH, v_BSKV, tokens, out_BTNV, lse_BTN = residuals
-    dout_BTNV, dlse_BTN = cotangents
+def _backward(
+    q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, dout_BTNV, lse_BTN, delta_BTN, problem: Problem
+):
     T, (S, K) = q_BTNH.shape[1], k_BSKH.shape[1:3]
     tokens = _tied(tokens, q_BTNH)
-    # d lse / d s = p, so the gradient through lse only shifts the row constant of FlashAttention.
-    delta_BTN = (dout_BTNV.astype(F32) * out_BTNV.astype(F32)).sum(-1) - dlse_BTN
-    # What is not finite in a row stands in its lse, from where masks keep it from other documents.
-    lse_BTN = jnp.where(jnp.isfinite(delta_BTN), lse_BTN, jnp.nan)
-    q_BTNH, k_BSKH, v_BSKV, dout_BTNV, delta_BTN = (
-        finite(x) for x in (q_BTNH, k_BSKH, v_BSKV, dout_BTNV, delta_BTN)
-    )
+    q_BTNH, k_BSKH, v_BSKV, dout_BTNV = map(finite, (q_BTNH, k_BSKH, v_BSKV, dout_BTNV))
     delta_BKGT = _grouped(delta_BTN[..., None], K)[..., 0]
     lse_BKGT = _grouped(lse_BTN[..., None], K)[..., 0]
     q_BKGTH, dout_BKGTV = _grouped(q_BTNH, K) * problem.scale, _grouped(dout_BTNV, K)
@@ -207,11 +185,10 @@ def _attend_bwd(problem: Problem, residuals, cotangents):
         dk_BKSH.transpose(0, 2, 1, 3).astype(k_BSKH.dtype),
         dv_BKSV.transpose(0, 2, 1, 3).astype(v_BSKV.dtype),
         _Tokens(None, Extras(None if bias is None else dbias.astype(bias.dtype))),
-        None,
     )
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend = with_gradient(_forward, _backward)
 
 
 def _tied(tokens: _Tokens, q_BTNH: jax.Array) -> _Tokens:

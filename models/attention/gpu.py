@@ -11,14 +11,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from models.attention import gpu_kernels, schedule
 from models.attention.gpu_kernels import F32, LOG2E, Kernel
 from models.attention.mask import Reach
-from models.attention.problem import Extras, Problem
+from models.attention.problem import Extras, Problem, with_gradient
 
 LARGEST_HEAD = 256
 # Queries and keys of a tile where a row of a head has at most 256 bytes; wider rows, smaller tiles,
@@ -51,19 +50,6 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_BTNH, k_BSKH, v_BSKV, tokens, given, problem: Problem):
-    return given or _forward(q_BTNH, k_BSKH, v_BSKV, tokens, problem)
-
-
-def _attend_fwd(q_BTNH, k_BSKH, v_BSKV, tokens, given, problem: Problem):
-    out_BTNV, lse_BTN = given or _forward(q_BTNH, k_BSKH, v_BSKV, tokens, problem)
-    # Named on the value that is both result and residual, see blockwise.py.
-    out_BTNV = checkpoint_name(out_BTNV, "attention_out")
-    lse_BTN = checkpoint_name(lse_BTN, "attention_lse")
-    return (out_BTNV, lse_BTN), (q_BTNH, k_BSKH, v_BSKV, tokens, out_BTNV, lse_BTN)
-
-
 def _forward(q_BTNH, k_BSKH, v_BSKV, tokens, problem: Problem):
     (B, T, N, _), V = q_BTNH.shape, v_BSKV.shape[3]
     kernel = _kernel(problem, FORWARD)
@@ -80,11 +66,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKV, tokens, problem: Problem):
     return out_BTNV[:, :T, :, :V], lse_BNT[:, :, :T].transpose(0, 2, 1)
 
 
-def _attend_bwd(problem: Problem, residuals, cotangents):
-    q_BTNH, k_BSKH, v_BSKV, tokens, out_BTNV, lse_BTN = residuals
-    dout_BTNV, dlse_BTN = cotangents
-    # d lse / d s = p, so the gradient through lse only shifts the row constant of FlashAttention.
-    delta_BTN = (dout_BTNV.astype(F32) * out_BTNV.astype(F32)).sum(-1) - dlse_BTN
+def _backward(q_BTNH, k_BSKH, v_BSKV, tokens, dout_BTNV, lse_BTN, delta_BTN, problem: Problem):
     kernel = _kernel(problem, BACKWARD)
     q, k, v = _padded(q_BTNH, kernel), _padded(k_BSKH, kernel, "k"), _padded(v_BSKV, kernel, "k")
     rows = (_pad(x_BTN, kernel.rows).transpose(0, 2, 1) for x_BTN in (lse_BTN * LOG2E, delta_BTN))
@@ -102,10 +84,10 @@ def _attend_bwd(problem: Problem, residuals, cotangents):
         [(jax.ShapeDtypeStruct(x.shape, x.dtype), "k") for x in (k, v)],
     )  # fmt: skip
     pairs = zip((*dq, *dkv), (q_BTNH, k_BSKH, v_BSKV), strict=True)
-    return *(dx[:, : x.shape[1], :, : x.shape[3]] for dx, x in pairs), None, None
+    return *(dx[:, : x.shape[1], :, : x.shape[3]] for dx, x in pairs), None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend = with_gradient(_forward, _backward)
 
 
 def _launch(body, over: str, kernel: Kernel, problem: Problem, operands, results):

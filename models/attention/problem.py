@@ -1,15 +1,18 @@
-"""One attention call as backends see it: what is known before tracing, and the optional arrays.
+"""One attention call as backends see it, and what those with a gradient of their own share.
 
-Shapes: B batch, T queries, S keys, N query heads.
+Shapes: B batch, T queries, S keys, N query heads, V head dim of values.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from models.attention.mask import Mask
+from models.attention.mask import Mask, finite
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,41 @@ class Extras(NamedTuple):
     slopes_N: jax.Array | None = None
     q_positions_BT: jax.Array | None = None  # given with slopes
     k_positions_BS: jax.Array | None = None
+
+
+def with_gradient(forward: Callable, backward: Callable) -> Callable:
+    """Returns attention over (q, k, v, tokens, given, problem), differentiated by `backward`.
+
+    forward: takes (q, k, v, tokens, problem), returns (out_BTNV, lse_BTN).
+    backward: takes (q, k, v, tokens, dout_BTNV, lse_BTN, delta_BTN, problem), returns the gradients
+        of q, k, v and tokens. delta is the row constant of FlashAttention, float32 and finite.
+    """
+
+    @partial(jax.custom_vjp, nondiff_argnums=(5,))
+    def attend(q, k, v, tokens, given, problem: Problem):
+        return given or forward(q, k, v, tokens, problem)
+
+    def attend_fwd(q, k, v, tokens, given, problem: Problem):
+        out_BTNV, lse_BTN = given or forward(q, k, v, tokens, problem)
+        # Named here, on the value that is both result and residual: a policy that saves the two
+        # names then leaves the backward nothing to rerun the forward for.
+        out_BTNV = checkpoint_name(out_BTNV, "attention_out")
+        lse_BTN = checkpoint_name(lse_BTN, "attention_lse")
+        return (out_BTNV, lse_BTN), (q, k, v, tokens, out_BTNV, lse_BTN)
+
+    def attend_bwd(problem: Problem, residuals, cotangents):
+        *inputs, out_BTNV, lse_BTN = residuals
+        dout_BTNV, dlse_BTN = cotangents
+        # d lse / d s = p, so the gradient through lse only shifts FlashAttention's row constant.
+        delta_BTN = (dout_BTNV.astype(jnp.float32) * out_BTNV.astype(jnp.float32)).sum(-1)
+        delta_BTN -= dlse_BTN
+        # What is not finite in a row stands in its lse, from where masks keep it from other
+        # documents.
+        lse_BTN = jnp.where(jnp.isfinite(delta_BTN), lse_BTN, jnp.nan)
+        return *backward(*inputs, dout_BTNV, lse_BTN, finite(delta_BTN), problem), None
+
+    attend.defvjp(attend_fwd, attend_bwd)
+    return attend
 
 
 def alibi_BNTS(

@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from models.attention import schedule
 from models.attention.blocks import DEFAULT_CHIP, DQ_BYTES, VMEM_BYTES, Blocks, blocks_for
-from models.attention.mask import FAR, Mask, Reach, finite, needed_IJ
-from models.attention.problem import Extras, Problem
+from models.attention.mask import FAR, Mask, Reach, needed_IJ
+from models.attention.problem import Extras, Problem, with_gradient
 from models.attention.tpu_backward import backward
 from models.attention.tpu_call import F32, LOG2E, Kernel
 from models.attention.tpu_forward import forward
@@ -91,19 +90,6 @@ def _kernel(problem: Problem, blocks: Blocks) -> Kernel:
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_BTNH, k_BSKH, v_BSKV, reach: Reach, given, problem: Problem):
-    return given or _forward(q_BTNH, k_BSKH, v_BSKV, reach, problem)
-
-
-def _attend_fwd(q_BTNH, k_BSKH, v_BSKV, reach: Reach, given, problem: Problem):
-    out_BTNV, lse_BTN = given or _forward(q_BTNH, k_BSKH, v_BSKV, reach, problem)
-    # Named on the value that is both result and residual, see blockwise.py.
-    out_BTNV = checkpoint_name(out_BTNV, "attention_out")
-    lse_BTN = checkpoint_name(lse_BTN, "attention_lse")
-    return (out_BTNV, lse_BTN), (q_BTNH, k_BSKH, v_BSKV, reach, out_BTNV, lse_BTN)
-
-
 def _forward(q_BTNH, k_BSKH, v_BSKV, reach: Reach, problem: Problem):
     (B, T, N, _), V = q_BTNH.shape, v_BSKV.shape[3]
     blocks = _blocks(problem, "forward")
@@ -123,16 +109,11 @@ def _forward(q_BTNH, k_BSKH, v_BSKV, reach: Reach, problem: Problem):
     return out_BTNV, lse_h1T.reshape(B, N, -1)[:, :, :T].transpose(0, 2, 1)
 
 
-def _attend_bwd(problem: Problem, residuals, cotangents):
-    q_BTNH, k_BSKH, v_BSKV, reach, out_BTNV, lse_BTN = residuals
-    dout_BTNV, dlse_BTN = cotangents
+def _backward(
+    q_BTNH, k_BSKH, v_BSKV, reach: Reach, dout_BTNV, lse_BTN, delta_BTN, problem: Problem
+):
     (B, T, N, _), (S, K) = q_BTNH.shape, v_BSKV.shape[1:3]
     G, blocks = N // K, _blocks(problem, "backward")
-    # d lse / d s = p, so the gradient through lse only shifts the row constant of FlashAttention.
-    delta_BTN = (dout_BTNV.astype(F32) * out_BTNV.astype(F32)).sum(-1) - dlse_BTN
-    # What is not finite in a row stands in its lse, from where masks keep it from other documents.
-    lse_BTN = jnp.where(jnp.isfinite(delta_BTN), lse_BTN, jnp.nan)
-    delta_BTN = finite(delta_BTN)
     reach = _padded(reach, blocks)
     k_hSH, v_hSV = _heads_first(k_BSKH, blocks.k), _heads_first(v_BSKV, blocks.k)
     rows = (
@@ -146,10 +127,10 @@ def _attend_bwd(problem: Problem, residuals, cotangents):
         return x_hxH.reshape(B, heads, -1, x_hxH.shape[2])[:, :, :length].transpose(0, 2, 1, 3)
 
     gradients = tokens_first(dq_hRH, N, T), tokens_first(dk_hSH, K, S), tokens_first(dv_hSV, K, S)
-    return *gradients, None, None
+    return *gradients, None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend = with_gradient(_forward, _backward)
 
 
 def _in_panels(rows, k_hSH, v_hSV, reach: Reach, G: int, problem: Problem, blocks: Blocks):

@@ -31,8 +31,10 @@ from sharding.hardware import CHIPS
 from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
 from sharding.topology import compiler_environment
+from tests.trainer.test_step import first_state
+from tests.trainer.test_step import placed as placed_state
 from trainer.config import Experiment, OptimizerConfig, TrainConfig, check_sizes
-from trainer.state import init_state, make_layout
+from trainer.state import TrainState, make_layout
 from trainer.step import loss_sums, make_train_step
 
 # float32, of the largest gradient, or relative for losses: another order of the same sums.
@@ -161,6 +163,11 @@ def test_the_tpu_kernels_skip_within_whole_stretches(monkeypatch):
 
 
 @functools.cache
+def start() -> TrainState:
+    return first_state(Experiment(model=dataclasses.replace(MODEL, kv_heads=4)))
+
+
+@functools.cache
 def losses(strategy: str, mesh: tuple) -> np.ndarray:
     exp = Experiment(
         model=dataclasses.replace(MODEL, kv_heads=4, remat="attention", seq_strategy=strategy),
@@ -171,7 +178,7 @@ def losses(strategy: str, mesh: tuple) -> np.ndarray:
     mesh = mesh_of(exp.mesh)
     layout = make_layout(exp, mesh)
     with jax.set_mesh(mesh):
-        state = init_state(exp, layout)
+        state = placed_state(start(), exp, layout)
         step = jit(make_train_step(exp, layout), donate_argnums=0)
         found = []
         for _ in range(20):

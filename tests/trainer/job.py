@@ -1,7 +1,8 @@
-"""Runs in real processes: trains the tiny config, then tells what it restored and what it lost.
+"""Trains the tiny config and tells what was restored and what was lost; also in real processes.
 
-Arguments: run folder, mesh as JSON, overrides as JSON {"train.stop_at": 10, ...}. Process 0 prints
-one JSON object: the digest of the stored state before training, of the one after it, and losses.
+Arguments: runs that follow one another, each as JSON [folder, mesh, overrides]. Process 0 prints
+for each one JSON object: the digest of the stored state before training, of the one after it, and
+losses.
 """
 
 import hashlib
@@ -41,20 +42,27 @@ def digest(experiment, folder: Path) -> str:
     return total.hexdigest()
 
 
-def main(workdir: str, mesh: str, overrides: str) -> None:
-    start_runtime()
+def run(workdir: str, mesh: dict, **overrides) -> dict:
+    """Trains, overrides being {"train.stop_at": 10, ...}; returns digests and losses by step."""
     experiment = get_config()
-    experiment.mesh = MeshConfig(**json.loads(mesh))
-    for path, value in json.loads(overrides).items():
+    experiment.mesh = MeshConfig(**mesh)
+    for path, value in overrides.items():
         owner, leaf = path.split(".")
         setattr(getattr(experiment, owner), leaf, value)
     folder = Path(workdir) / CHECKPOINTS
     before = digest(experiment, folder)
     train(experiment, workdir)
-    after = digest(experiment, folder)
-    if jax.process_index() == 0:
-        losses = {r["step"]: r["loss"] for r in read_metrics(workdir, "train")}
-        print("RESULT " + json.dumps({"before": before, "after": after, "losses": losses}))
+    losses = {str(r["step"]): r["loss"] for r in read_metrics(workdir, "train")}
+    return {"before": before, "after": digest(experiment, folder), "losses": losses}
+
+
+def main(*runs: str) -> None:
+    start_runtime()
+    for each in runs:
+        workdir, mesh, overrides = json.loads(each)
+        result = run(workdir, mesh, **overrides)
+        if jax.process_index() == 0:
+            print("RESULT " + json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -12,74 +12,82 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.processes import ROOT, run_processes
+from tests.processes import ROOT, environment, run_processes
+from tests.trainer.job import run
 from tests.trainer.test_step import TOLERANCE
 from trainer.metrics import read_metrics
 
 JOB = ROOT / "tests/trainer/job.py"
+HALF = {"data": 2, "fsdp": 4}
 pytestmark = pytest.mark.multiprocess
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_cache(tmp_path_factory):
-    """One compilation cache for this module's processes; the dataset is written once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORUS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-def job(workdir: Path, mesh: dict, devices: int, processes: int = 1, **overrides) -> dict:
-    arguments = [workdir, json.dumps(mesh), json.dumps(overrides)]
-    results = run_processes(JOB, processes, devices // processes, arguments, timeout=240)
-    line = next(x for x in results[0].stdout.splitlines() if x.startswith("RESULT "))
-    found = json.loads(line.removeprefix("RESULT "))
-    found["losses"] = {int(k): v for k, v in found["losses"].items()}
-    return found
+def jobs(processes: int, devices: int, *runs: tuple[Path, dict, dict]) -> list[dict]:
+    """Results of runs one after another in a job of so many processes."""
+    arguments = [json.dumps([str(folder), *rest]) for folder, *rest in runs]
+    first, *_ = run_processes(JOB, processes, devices // processes, arguments, timeout=240)
+    lines = [line for line in first.stdout.splitlines() if line.startswith("RESULT ")]
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, dict, dict]:
     """A run on data 2 × fsdp 4 at step 10, that run's result, and the undisturbed rest of it."""
     folder = tmp_path_factory.mktemp("runs")
-    half = job(folder / "half", {"data": 2, "fsdp": 4}, 8, **{"train.stop_at": 10})
+    half = run(str(folder / "half"), HALF, **{"train.stop_at": 10})
     shutil.copytree(folder / "half", folder / "whole")
-    whole = job(folder / "whole", {"data": 2, "fsdp": 4}, 8, **{"train.stop_at": 20})
+    whole = run(str(folder / "whole"), HALF, **{"train.stop_at": 20})
     return folder / "half", half, whole
 
 
-@pytest.mark.parametrize(
-    ("mesh", "devices", "processes"),
-    [({"fsdp": 8}, 8, 1), ({"data": 4, "fsdp": 2}, 8, 1), ({"fsdp": 1}, 1, 1),
-     ({"data": 2, "fsdp": 4}, 8, 2)],
-    ids=["fsdp 8", "data 4 fsdp 2", "1 device", "2 processes"],
-)  # fmt: skip
-def test_a_checkpoint_moves_to_any_mesh(trained, tmp_path, mesh, devices, processes):
-    half_folder, half, whole = trained
-    shutil.copytree(half_folder, tmp_path / "run")
-    moved = job(tmp_path / "run", mesh, devices, processes, **{"train.stop_at": 15})
+@pytest.fixture(scope="module")
+def two_processes(trained, tmp_path_factory) -> list[dict]:
+    """What two processes make of a copy of that run, and of one of their own."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(trained[0], folder / "moved")
+    runs = ("moved", {"train.stop_at": 15}), ("own", {"train.stop_at": 20})
+    return jobs(2, 8, *((folder / name, HALF, changes) for name, changes in runs))
+
+
+def check_moved(moved: dict, half: dict, whole: dict) -> None:
     assert moved["before"] == half["after"]  # bit-equal state
-    for step in range(11, 16):
+    for step in map(str, range(11, 16)):
         np.testing.assert_allclose(moved["losses"][step], whole["losses"][step], rtol=TOLERANCE)
 
 
-def test_losses_do_not_depend_on_the_number_of_processes(trained, tmp_path):
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 4, "fsdp": 2}, None], ids=str)
+def test_a_checkpoint_moves_to_any_mesh(trained, tmp_path, mesh):
+    half_folder, half, whole = trained
+    shutil.copytree(half_folder, tmp_path / "run")
+    stop = {"train.stop_at": 15}
+    if mesh:
+        moved = run(str(tmp_path / "run"), mesh, **stop)
+    else:  # one device
+        (moved,) = jobs(1, 1, (tmp_path / "run", {}, stop))
+    check_moved(moved, half, whole)
+
+
+def test_a_checkpoint_moves_to_another_number_of_processes(trained, two_processes):
+    check_moved(two_processes[0], *trained[1:])
+
+
+def test_losses_do_not_depend_on_the_number_of_processes(trained, two_processes):
     _, half, whole = trained
-    two = job(tmp_path / "run", {"data": 2, "fsdp": 4}, 8, 2, **{"train.stop_at": 20})
-    one = half["losses"] | whole["losses"]
-    assert sorted(one) == sorted(two["losses"]) == list(range(1, 21))
-    for step in range(1, 21):
-        np.testing.assert_allclose(two["losses"][step], one[step], rtol=TOLERANCE)
+    one, two = half["losses"] | whole["losses"], two_processes[1]["losses"]
+    assert list(one) == list(two) == [str(step) for step in range(1, 21)]
+    for step in one:
+        np.testing.assert_allclose(two[step], one[step], rtol=TOLERANCE)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path):
-    whole = job(tmp_path / "whole", {"fsdp": 2}, 2, **{"train.stop_at": 12})
-    job(tmp_path / "hurt", {"fsdp": 2}, 2, **{"train.stop_at": 8})
+    whole = run(str(tmp_path / "whole"), {"fsdp": 8}, **{"train.stop_at": 12})
+    run(str(tmp_path / "hurt"), {"fsdp": 8}, **{"train.stop_at": 8})
     newest = tmp_path / "hurt/checkpoints/8"
     data = max((newest / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    hurt = job(tmp_path / "hurt", {"fsdp": 2}, 2, **{"train.stop_at": 12})
+    hurt = run(str(tmp_path / "hurt"), {"fsdp": 8}, **{"train.stop_at": 12})
     assert hurt["after"] == whole["after"]
     assert (tmp_path / "hurt/checkpoints/8.damaged").is_dir()
     events = read_metrics(tmp_path / "hurt", "event")
@@ -95,10 +103,6 @@ def command(workdir: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-
-
 def stored_state(workdir: Path, step: int) -> dict[str, str]:
     """The fingerprints of every array of a step, as they were in memory when it was saved."""
     path = workdir / "checkpoints" / str(step) / "integrity/data.json"
@@ -110,7 +114,7 @@ def last_step(workdir: Path) -> int:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.soak)])
-def test_killed_runs_end_on_the_same_bits(tmp_path, kills):
+def test_killed_runs_end_on_the_same_bits(own_cache, tmp_path, kills):
     subprocess.run(command(tmp_path / "calm"), env=environment(), check=True, cwd=ROOT)
     rng = np.random.default_rng(os.getpid())
     disturbed = tmp_path / "disturbed"
@@ -126,7 +130,7 @@ def test_killed_runs_end_on_the_same_bits(tmp_path, kills):
     assert stored_state(disturbed, 20) == stored_state(tmp_path / "calm", 20)
 
 
-def test_ctrl_c_saves_and_exits_130(tmp_path):
+def test_ctrl_c_saves_and_exits_130(own_cache, tmp_path):
     process = subprocess.Popen(
         [*command(tmp_path / "run"), "--config.train.steps=5000", "--config.checkpoint.every=0"],
         env=environment(),

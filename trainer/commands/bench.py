@@ -22,7 +22,6 @@ from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
 from trainer.config import ROOT
 
-HELP = "time the backends of attention on this machine, in turns"
 USAGE = """\
 usage: torus bench attention [--shape SHAPES] [--mask MASKS] [--backends NAMES] [--dtype TYPE]
                              [--rounds N] [--json]

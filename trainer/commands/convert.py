@@ -13,7 +13,6 @@ from trainer.commands.progress import progress
 if TYPE_CHECKING:
     from checkpoint.convert.moves import Move
 
-HELP = "bring weights in from other stacks, and take them back"
 USAGE = """\
 usage: torus convert SOURCE TARGET [--with-optimizer] [--family NAME|FILE.py] [--step N] [--dtype D]
                      [--like FOLDER] [--shard-size GB] [--max-memory MIB] [--dry-run] [--json]
@@ -161,7 +160,7 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
         sums, peak = {}, 0
         for move in todo:
             prefix = moves.PREFIXES[move.part]
-            below = moves.Below(arrays, prefix)
+            below = native.NativeTensors(folder / "checkpoints", 0, prefix, checked=False)
             moved = engine.run(move.plan, move.tensors, below, advance, memory)
             sums |= {prefix + name: found_sums for name, found_sums in moved.sums.items()}
             peak = max(peak, moved.in_flight)

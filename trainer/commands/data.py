@@ -10,7 +10,6 @@ from sharding.errors import UsageError, nearest
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
 
-HELP = "look into a dataset, check it, convert it from and to other formats"
 USAGE = """\
 usage: torus data show   DIR [--split S] [--row N] [--seq-len T]
        torus data stats  DIR [--split S] [--seq-len T] [--json]

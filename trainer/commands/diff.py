@@ -11,7 +11,6 @@ from trainer.commands.parser import CommandParser
 if TYPE_CHECKING:
     import numpy as np
 
-HELP = "compare two checkpoints, structure and values"
 USAGE = """\
 usage: torus diff A B [--json]
 

@@ -22,7 +22,6 @@ from sharding.hardware import chip_for
 from trainer.commands.parser import CommandParser
 from trainer.packages import check_packages, check_platform_packages, library_versions
 
-HELP = "find what is wrong with this machine before it costs money"
 USAGE = """\
 usage: torus doctor [WORKDIR]
 

@@ -4,7 +4,6 @@ import argparse
 
 from trainer.commands.parser import CommandParser
 
-HELP = "measure the loss of a trained model"
 USAGE = """\
 usage: torus eval RUN [--step N] [--data FOLDER] [--batches N] [--batch-size N]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from trainer.commands.parser import CommandParser
 
-HELP = "list what is in a checkpoint: arrays, shapes, dtypes, steps"
 USAGE = """\
 usage: torus inspect PATH [--step N] [--json]
 

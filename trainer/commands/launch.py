@@ -16,7 +16,6 @@ from trainer.recovery.policy import microbatches
 if TYPE_CHECKING:
     from trainer.config import Experiment
 
-HELP = "train under a supervisor that survives crashes, hangs and preemption"
 USAGE = """\
 usage: torus launch [--processes N] [--grace S] [--limit PHASE=SECONDS ...] [--tries N]
                     [--mesh HOSTS[:AXIS=SIZE,...] ...] [--lease S] [--patience S]

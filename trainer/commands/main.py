@@ -62,13 +62,9 @@ def usage() -> str:
     """Returns the help screen, commands by group."""
     width = max(len(name) for name in COMMANDS)
     lines = []
-    for group in dict.fromkeys(command.group for command in COMMANDS.values()):
+    for group in dict.fromkeys(group for group, _ in COMMANDS.values()):
         lines.append(f"{group}:")
-        lines += [
-            f"  {name:<{width}}  {command.help}"
-            for name, command in COMMANDS.items()
-            if command.group == group
-        ]
+        lines += [f"  {n:<{width}}  {does}" for n, (of, does) in COMMANDS.items() if of == group]
     return USAGE.format(commands="\n".join(lines))
 
 
@@ -88,7 +84,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise UsageError(
             f"no command `{name}`{nearest(name, COMMANDS)} (commands: {', '.join(COMMANDS)})"
         )
-    command = import_module(COMMANDS[name].module)
+    command = import_module(f"trainer.commands.{name}")
     if "-h" in rest or "--help" in rest:
         print(command.USAGE.rstrip())
         return 0

@@ -22,7 +22,6 @@ from trainer.plan.calibration import add_run, factor, measured_step
 from trainer.plan.screen import format_plan
 from trainer.run import read_experiment
 
-HELP = "say whether a config fits a TPU slice and how fast it goes, without any TPU"
 USAGE = """\
 usage: torus plan --config=CONFIG --on=SLICE [--config.PATH=VALUE ...] [--price=X] [--json]
        torus plan --calibrate=RUN --on=SLICE

@@ -8,7 +8,6 @@ from pathlib import Path
 from sharding.errors import UsageError
 from trainer.commands.parser import CommandParser
 
-HELP = "turn text, JSONL or Parquet into a dataset"
 USAGE = """\
 usage: torus prepare --input PATTERN[:FIELD] ... --out FOLDER [--tokenizer bytes|FILE] [...]
 

@@ -6,7 +6,6 @@ from sharding.errors import UsageError
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
 
-HELP = "do steps of a run again and compare every bit, or find where two runs part"
 USAGE = """\
 usage: torus replay RUN --steps A:B
        torus replay RUN --against RUN2

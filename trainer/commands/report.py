@@ -2,7 +2,6 @@
 
 from trainer.commands.parser import CommandParser
 
-HELP = "draw a run as one HTML page"
 USAGE = """\
 usage: torus report RUN [--out=FOLDER]
 

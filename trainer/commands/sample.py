@@ -11,7 +11,6 @@ from trainer.data.config import DataConfig
 if TYPE_CHECKING:
     from trainer.data.tokenizer import Tokenizer
 
-HELP = "continue a text with a trained model"
 USAGE = """\
 usage: torus sample RUN [--prompt TEXT ...] [--max-tokens N] [--temperature T] [--top-k K]
                         [--top-p P] [--greedy] [--seed S] [--step N]

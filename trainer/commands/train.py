@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from sharding.errors import UsageError
 from trainer.packages import check_packages
 
-HELP = "train a model from a config, or resume its run"
 USAGE = """\
 usage: torus train --config=CONFIG --workdir=RUN [--config.PATH=VALUE ...]
 

@@ -7,7 +7,6 @@ from checkpoint.steps import CheckpointError
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
 
-HELP = "read a checkpoint again and compare it with what was saved"
 USAGE = """\
 usage: torus verify PATH [--step N]
 

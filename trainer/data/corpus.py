@@ -9,7 +9,6 @@ should beat.
 """
 
 import gzip
-import hashlib
 import importlib
 import lzma
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from checkpoint.steps import is_remote
 from sharding.config import cache_folder
 from sharding.errors import UsageError
+from trainer.data.clean import digest
 from trainer.data.config import RemoteConfig
 from trainer.data.manifest import FILE
 from trainer.data.shards import DatasetWriter, TokenShards
@@ -90,8 +90,7 @@ def build(folder: Path, bpe: int | None = None) -> None:
     """Writes the built-in corpus to `folder`, in bytes or in a BPE of `bpe` ids of its own."""
     texts: dict[str, list[bytes]] = {TRAIN: [], HELD_OUT: []}
     for data in documents():
-        digest = hashlib.blake2b(data, digest_size=8).digest()
-        held_out = int.from_bytes(digest, "little") % 1000 < _HELD_OUT_PER_MILLE
+        held_out = digest(data) % 1000 < _HELD_OUT_PER_MILLE
         texts[HELD_OUT if held_out else TRAIN].append(data)
     tokenizer: Tokenizer = ByteTokenizer()
     if bpe is not None:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from checkpoint.steps import write_whole
 from sharding.errors import UsageError
 from trainer.data.tokenizer import TokenizerSpec
 
@@ -73,9 +74,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes manifest.json whole or not at all."""
-        temporary = folder / f".{FILE}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        temporary.replace(folder / FILE)
+        write_whole(folder / FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
 
 def read_manifest(folder: Path) -> Manifest:

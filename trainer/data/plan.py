@@ -8,13 +8,10 @@ what is kept is one number per window and the last two windows, for any number o
 Nothing here depends on hosts, batch sizes or the numpy version.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import math
-import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from absl import logging
 from rich.console import Console
 from rich.progress import track
 
+from checkpoint.steps import write_whole
 from sharding.config import cache_folder
 from sharding.errors import UsageError, nearest
 from trainer.data import packing
@@ -242,13 +240,9 @@ def _cached(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
         logging.warning("plan: %s cannot be read and is built anew: %s", path, error)
     counts = compute()
     content = counts.astype("<i8").tobytes()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(hashlib.sha256(content).digest() + content)
-        os.replace(temporary, path)
+        write_whole(path, hashlib.sha256(content).digest() + content)
     except OSError as error:
         logging.warning("plan: not kept for the next start: %s", error)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return counts

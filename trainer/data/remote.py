@@ -22,17 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import logging
 
+from checkpoint.steps import write_whole
 from sharding.config import cache_folder
 from sharding.errors import UsageError
 from trainer.data.config import RemoteConfig
 from trainer.data.manifest import FILE, Shard, parse_manifest
-from trainer.data.shards import (
-    ShardError,
-    TokenShards,
-    check_digest,
-    map_tokens,
-    open_index,
-)
+from trainer.data.shards import ShardError, TokenShards, check_digest, map_tokens, open_index
 from trainer.data.tokenizer import definition_files
 
 if TYPE_CHECKING:
@@ -93,12 +88,13 @@ class Bucket:
             text = self.read(FILE)
             manifest = parse_manifest(text, self.url)
             folder = cache_folder() / "shards" / hashlib.sha256(text).hexdigest()[:16]
+            folder.mkdir(parents=True, exist_ok=True)
             for name in definition_files(manifest.tokenizer.kind):
                 if not (folder / name).exists():
-                    _write(folder / name, self.read(name))
+                    write_whole(folder / name, self.read(name))
         except ShardError as error:
             raise UsageError(f"dataset {self.url}: {error}") from None
-        _write(folder / FILE, text)
+        write_whole(folder / FILE, text)
         return folder
 
     def _patiently(self, name: str, ask: Callable[[], "tensorstore.Future"]) -> Any:
@@ -144,13 +140,6 @@ def _pause(seconds: float) -> None:
         if (left := until - time.monotonic()) <= 0:
             return
         time.sleep(min(left, 0.2))
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def _reserve(path: Path, size: int, root: Path, budget: int, keep: Set[Path]) -> Path | None:
@@ -227,7 +216,8 @@ class RemoteShards(TokenShards):
     def _index(self, shard: Shard) -> np.ndarray:
         path = self.folder / shard.index_file
         if not path.exists():
-            _write(path, self._bucket.read(shard.index_file))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, self._bucket.read(shard.index_file))
         try:
             check_digest(path, shard.index_file, shard.index_sha256)
         except ShardError:

@@ -12,7 +12,6 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
 
 import numpy as np
@@ -211,10 +210,8 @@ def check_digest(path: Path, file: str, wanted: str) -> None:
     with open(path, "rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != wanted:
-        raise ShardError(
-            file,
-            f"has sha256 {found[:12]}…, manifest says {wanted[:12]}… (damaged or replaced)",
-        )
+        differs = f"has sha256 {found[:12]}…, manifest says {wanted[:12]}…"
+        raise ShardError(file, f"{differs} (damaged or replaced)")
 
 
 def map_tokens(folder: Path, shard: Shard, dtype: np.dtype) -> np.ndarray:
@@ -318,12 +315,7 @@ class DatasetWriter:
             self._open[split] = shard
         shard.add(np.ascontiguousarray(tokens, self._dtype), text_bytes)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._shards += [shard.close() for shard in self._open.values()]
             if kind is None:

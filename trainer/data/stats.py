@@ -1,11 +1,11 @@
 """What a dataset holds, in numbers: lengths, repetitions, vocabulary, and how well rows fill."""
 
-import hashlib
 import itertools
 from collections.abc import Callable
 
 import numpy as np
 
+from trainer.data.clean import digest
 from trainer.data.plan import Plan
 from trainer.data.shards import TokenShards
 from trainer.data.tokenizer import Tokenizer
@@ -33,8 +33,7 @@ def describe(
         chunk = [shards.document(number) for number in range(begin, end)]
         counts += np.bincount(np.concatenate(chunk), minlength=vocab)
         for number, tokens in enumerate(chunk, begin):
-            digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
-            digests[number] = int.from_bytes(digest, "little")
+            digests[number] = digest(tokens.tobytes())
         advance(int(lengths[begin:end].sum()))
     shortest, longest = (int(end).bit_length() for end in (lengths.min(), lengths.max()))
     bins = (1 << np.arange(shortest, longest + 2)) >> 1  # powers of two, and 0 for empty documents

@@ -36,27 +36,35 @@ class TokenizerSpec:
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers."""
+    """What every tokenizer offers. A kind has `decode` of its own, or `decode_bytes`."""
 
     spec: TokenizerSpec
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Returns int32 ids of `text`, without specials; specials spelled out are plain text."""
+        """Returns int32 ids of `text`, without specials; specials spelled out are plain text.
+
+        Bytes that are no UTF-8 are replaced where the kind knows text only.
+        """
+        ...
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Returns `encode` of each text, on all cores where the library can."""
+        return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Returns the bytes of `ids`; specials and padding ids are left out."""
+        return self.decode(ids).encode()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns `decode_bytes` as text, broken UTF-8 replaced."""
+        """Returns the text of `ids`, broken UTF-8 replaced; what was normalised away stays away."""
+        return self.decode_bytes(ids).decode(errors="replace")
 
     def files(self) -> dict[str, bytes]:
         """Returns the files that define it, by name: a dataset folder holds them."""
+        ...
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """Ids 0..255 are the bytes, then BOS, EOS and PAD."""
 
     BOS, EOS, PAD = 256, 257, 258
@@ -74,29 +82,18 @@ class ByteTokenizer:
         )
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Returns int32 ids of `text` (UTF-8 if str), without specials."""
         data = text.encode() if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns `encode` of each text."""
-        return [self.encode(text) for text in texts]
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Returns the bytes of `ids`; ids above 255 are left out."""
         ids = np.asarray(_list(ids), np.int64)
         return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes()
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`, broken UTF-8 replaced."""
-        return self.decode_bytes(ids).decode(errors="replace")
-
     def files(self) -> dict[str, bytes]:
-        """Returns nothing: bytes need no definition."""
         return {}
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, as Hugging Face `tokenizers` reads and writes it.
 
     BOS and EOS are those of the `tokenizer_config.json` beside it, else the first of the usual
@@ -124,11 +121,9 @@ class HuggingFaceTokenizer:
         )
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Returns int32 ids of `text` (bytes that are no UTF-8 are replaced)."""
         return self.encode_batch([_text(text)])[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns `encode` of each text, on all cores."""
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in found]
 
@@ -172,16 +167,10 @@ class HuggingFaceTokenizer:
         finally:
             self._tokenizer.encode_special_tokens = True
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Returns the UTF-8 bytes of `ids`."""
-        return self.decode(ids).encode()
-
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`; what the tokenizer normalised away stays away."""
         return self._tokenizer.decode(_list(ids), skip_special_tokens=True)
 
     def files(self) -> dict[str, bytes]:
-        """Returns tokenizer.json and the names of its specials."""
         return {"tokenizer.json": self._definition, _CONFIG: self._config}
 
     def _special(self, name: str | None, usual: tuple[str, ...]) -> int | None:
@@ -199,7 +188,7 @@ _EOS_NAMES = ("<|eos|>", "<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "[
 _PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file; its own BOS, EOS and padding ids."""
 
     def __init__(self, definition: bytes) -> None:
@@ -212,28 +201,20 @@ class SentencePieceTokenizer:
         self.spec = _spec("sentencepiece", [definition], len(self._model), (bos, eos, pad))
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Returns int32 ids of `text` (bytes that are no UTF-8 are replaced)."""
         return np.asarray(self._model.encode(_text(text)), np.int32)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns `encode` of each text, on all cores."""
         return [np.asarray(ids, np.int32) for ids in self._model.encode(texts, num_threads=-1)]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Returns the UTF-8 bytes of `ids`."""
-        return self.decode(ids).encode()
-
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`; what the model normalised away stays away."""
         size = len(self._model)
         return self._model.decode([number for number in map(int, _list(ids)) if number < size])
 
     def files(self) -> dict[str, bytes]:
-        """Returns tokenizer.model."""
         return {"tokenizer.model": self._definition}
 
 
-class TiktokenTokenizer:
+class TiktokenTokenizer(Tokenizer):
     """A file of BPE ranks (`base64 rank` lines), as tiktoken's public encodings come.
 
     The file does not say how text is split before merging nor what the specials are: both follow
@@ -260,23 +241,15 @@ class TiktokenTokenizer:
         self.spec = _spec("tiktoken", [definition], size, (bos, eos, None))
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Returns int32 ids of `text` (bytes that are no UTF-8 are replaced)."""
         return np.asarray(self._encoding.encode_ordinary(_text(text)), np.int32)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns `encode` of each text, on all cores."""
         return [np.asarray(ids, np.int32) for ids in self._encoding.encode_ordinary_batch(texts)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Returns the bytes of `ids`."""
         return self._encoding.decode_bytes([n for n in map(int, _list(ids)) if n < self._ranks])
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`, broken UTF-8 replaced."""
-        return self.decode_bytes(ids).decode(errors="replace")
-
     def files(self) -> dict[str, bytes]:
-        """Returns tokenizer.tiktoken."""
         return {"tokenizer.tiktoken": self._definition}
 
 

@@ -1,5 +1,6 @@
 """The tables of steps: every visible pair is computed once, and nothing that is hidden counts."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -37,12 +38,17 @@ def tables(p):
     tokens = packed_tokens(rng, 2, T)
     prefix = rng.random((2, T)) < 0.2 if p["prefix"] else None
     aligned = p["aligned"] and not p["prefix"]
-    seen = reach(p["mask"], *tokens, prefix)
     diagonal = aligned and p["mask"].causal
-    kinds, bits = schedule.block_kinds(p["mask"], seen, (BLOCK, BLOCK), (SUB, SUB), diagonal)
-    needed = needed_IJ(p["mask"], T, T, BLOCK, BLOCK, aligned)
-    visible = np.asarray(visible_BTS(p["mask"], seen))
-    return kinds, bits, needed, visible, diagonal
+
+    @jax.jit
+    def arrays(tokens, prefix):
+        seen = reach(p["mask"], *tokens, prefix)
+        blocks = (BLOCK, BLOCK), (SUB, SUB)
+        kinds, bits = schedule.block_kinds(p["mask"], seen, *blocks, diagonal)
+        return kinds, bits, visible_BTS(p["mask"], seen)
+
+    kinds, bits, visible = map(np.asarray, arrays(tokens, prefix))
+    return kinds, bits, needed_IJ(p["mask"], T, T, BLOCK, BLOCK, aligned), visible, diagonal
 
 
 def computed(steps, bits, tiles: int) -> np.ndarray:
@@ -63,9 +69,8 @@ def computed(steps, bits, tiles: int) -> np.ndarray:
 @given(p=problems())
 def test_forward(p):
     kinds, bits, needed, visible, diagonal = tables(p)
-    steps, step_bits = (
-        np.asarray(x) for x in schedule.forward_table(kinds, bits, needed, diagonal)
-    )
+    make = jax.jit(lambda kinds, bits: schedule.forward_table(kinds, bits, needed, diagonal))
+    steps, step_bits = map(np.asarray, make(kinds, bits))
     for b, row in enumerate(steps):
         count = computed(row, step_bits[b], p["tiles"])
         assert (count[visible[b]] == 1).all(), "a visible pair is computed once"
@@ -91,7 +96,8 @@ def test_backward(p):
     repeat = (1, p["heads"], 1)
     kinds, bits = np.tile(kinds, repeat), np.tile(bits, repeat)
     rows = p["tiles"] * p["heads"]
-    table = schedule.backward_table(kinds, bits, np.tile(needed, repeat[1:]))
+    needed = np.tile(needed, repeat[1:])
+    table = jax.jit(lambda kinds, bits: schedule.backward_table(kinds, bits, needed))(kinds, bits)
     for b, (steps, step_bits, targets) in enumerate(zip(*map(np.asarray, table), strict=True)):
         for head in range(p["heads"]):
             own = schedule.query_tile(steps) // p["tiles"] == head

@@ -11,16 +11,8 @@ from tests.trainer.recovery.runs import STEPS, launch
 from tests.trainer.test_resume import stored_state
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_cache(tmp_path_factory):
-    """One compilation cache for a module's processes; the dataset is written once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORUS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory) -> Callable[[int], dict]:
+def calm(own_cache, tmp_path_factory) -> Callable[[int], dict]:
     """Returns the last state of an undisturbed run in so many processes."""
 
     @functools.cache
@@ -36,7 +28,7 @@ def calm(tmp_path_factory) -> Callable[[int], dict]:
 
 
 @pytest.fixture
-def supervised(tmp_path) -> Iterator[Callable[..., tuple[Path, subprocess.Popen]]]:
+def supervised(own_cache, tmp_path) -> Iterator[Callable[..., tuple[Path, subprocess.Popen]]]:
     """Starts a run; whatever is left of it at the end is killed."""
     jobs = []
 

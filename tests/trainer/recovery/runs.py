@@ -1,7 +1,6 @@
 """Supervised runs of the tiny config, for the tests of `torus launch`."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import ROOT, environment
 from trainer.metrics import read_metrics
 from trainer.recovery.progress import Progress, ProgressPage
 
@@ -25,13 +24,8 @@ def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen
         "--config.checkpoint.snapshot_every=1",
         *arguments,
     ]  # fmt: skip
-    flags = "--xla_force_host_platform_device_count=1"
-    environment = {
-        **os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-        **variables,
-    }  # fmt: skip
     return subprocess.Popen(
-        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        command, env=environment(**variables), cwd=ROOT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
 

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.multiprocess
 
 
 def test_a_frozen_trainer_is_found_and_replaced(supervised, calm):
-    run, job = supervised("--processes", "2", "--limit", "step=6", "--limit", "data=6")
+    limits = [f"--limit={phase}" for phase in ("step=6", "data=6", "save=15")]  # wherever it is
+    run, job = supervised("--processes", "2", *limits)
     at_step(run, job, 5)
     os.kill(trainers(job)[1], signal.SIGSTOP)
     _, error = job.communicate(timeout=240)
