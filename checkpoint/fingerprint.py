@@ -8,6 +8,7 @@ against storage and transport, not against someone who wants to deceive.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -60,6 +61,19 @@ def part_sums(part: np.ndarray, first: tuple[int, ...], shape: tuple[int, ...]) 
     return np.asarray(_sums_of_rows(words.reshape(rows, -1), *numbers))
 
 
+def box_sums(
+    boxes: list[np.ndarray], firsts: list[tuple[int, ...]], shapes: list[tuple[int, ...]]
+) -> np.ndarray:
+    """Returns uint32 (boxes, 2): what each box of an array adds to the array's fingerprint.
+
+    Args:
+      firsts: index of each box's first element in its array.
+      shapes: of the arrays.
+    """
+    numbers = [np.asarray(first, np.int64).astype(np.uint32) for first in firsts]
+    return np.asarray(_box_sums(boxes, numbers, tuple(shapes)))
+
+
 def rows_sums(
     part: np.ndarray, lead: tuple[int, ...], start: int, shape: tuple[int, ...]
 ) -> np.ndarray:
@@ -75,7 +89,14 @@ def sums_text(sums: np.ndarray) -> str:
 
 @jax.jit
 def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_fingerprint(leaf) for leaf in leaves])
+    return jnp.stack([array_sums(leaf) for leaf in leaves])
+
+
+@partial(jax.jit, static_argnums=2)
+def _box_sums(
+    boxes: list[jax.Array], firsts: list[jax.Array], shapes: tuple[tuple[int, ...], ...]
+) -> jax.Array:
+    return jnp.stack([array_sums(*box) for box in zip(boxes, firsts, shapes, strict=True)])
 
 
 @jax.jit
@@ -98,19 +119,27 @@ def _host_words(part: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(part).reshape(-1).view(f"u{word}")
 
 
-def _fingerprint(x: jax.Array) -> jax.Array:
-    """The two sums of an array."""
+def array_sums(
+    x: jax.Array, first: jax.Array | None = None, shape: tuple[int, ...] = ()
+) -> jax.Array:
+    """Returns uint32 (2,), to be traced: the sums of an array, or of one shard as if it were all.
+
+    With `first` what a box that begins there adds to the sums of an array of `shape`.
+    """
     bits = _bits(x)
+    whole = bits.shape if first is None else shape + bits.shape[len(shape) :]
     # Rows of the first dimension are told apart by a term of their own, so that positions stay
     # distinct in arrays of more than 2**32 elements too.
     key = jnp.zeros((), _U32)
     stride = 1
     for axis in reversed(range(bits.ndim)):
         place = lax.broadcasted_iota(_U32, bits.shape, axis)
+        if first is not None and axis < len(shape):
+            place = place + first[axis]
         key = key + place * _U32(stride * _PLACE % 2**32)
         if axis == 0:
             key = key ^ (place * _U32(_ROW))
-        stride *= bits.shape[axis]
+        stride *= whole[axis]
     return _sums(bits, key)
 
 

@@ -11,11 +11,12 @@ that were in memory when they were saved: Orbax itself returns flipped bits with
 """
 
 import asyncio
+import contextlib
 import json
 import logging as python_logging
 import os
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,6 +40,7 @@ from checkpoint.manifest import (
     META,
     check_fingerprints,
     integrity_record,
+    read_meta,
     read_step,
 )
 from checkpoint.steps import CheckpointError
@@ -48,6 +50,7 @@ from sharding.errors import UsageError
 Tree = Any
 
 _STATE = "state"
+_FIRST_SAVE = 20  # steps until it is known how often to save
 _LEAST_CHUNK = 2**20  # bytes; Orbax warns of smaller ones
 
 
@@ -78,6 +81,8 @@ class CheckpointManager:
         _quiet_orbax()
         self.folder = steps.folder_path(folder)
         self._config = config
+        self.every = config.every if config.every >= 0 else _FIRST_SAVE  # steps between saves
+        self.blocked = 0.0  # seconds that the last save held its caller up
         self._context = _context(config)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -112,7 +117,7 @@ class CheckpointManager:
 
     def due(self, step: int) -> bool:
         """Whether the interval asks for a save after `step` updates."""
-        return self._config.every > 0 and step % self._config.every == 0
+        return self.every > 0 and step % self.every == 0
 
     def save(self, step: int, state: Tree, meta: dict[str, Any], *, force: bool = False) -> bool:
         """Starts to save `state` (nested dicts of arrays) and `meta` (JSON) as `step`.
@@ -141,6 +146,7 @@ class CheckpointManager:
                 f"cannot save step {step}: {self.folder} already holds step {newest}; restore it, "
                 "discard the newer steps, or use another folder"
             )
+        started = time.monotonic()
         check_storable(state)
         _check_json(meta)
         manifest = _manifest(state)
@@ -159,6 +165,7 @@ class CheckpointManager:
         self._pending = self._worker.submit(self._finish, step, response)
         if not self._config.asynchronous:
             self.wait()
+        self.blocked = time.monotonic() - started + waited
         return True
 
     def poll(self) -> None:
@@ -229,14 +236,34 @@ class CheckpointManager:
         if damaged and jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"set aside {damaged}")
 
-    def discard_after(self, step: int) -> None:
-        """Deletes the steps newer than `step`: a run that goes back must not find them again."""
+    def discard_where(self, given_up: Callable[[int, dict[str, Any]], bool]) -> None:
+        """Deletes the steps for which `given_up`, told number and meta, is true.
+
+        A run that goes back must not find them again.
+        """
         self.wait()
+        for step in reversed(self.steps() if jax.process_index() == 0 else []):
+            try:
+                meta = read_meta(self.folder, step)
+            except CheckpointError:  # `restore_newest` tells of it
+                continue
+            if given_up(step, meta):
+                steps.delete_step(self.folder, step)
+        _anywhere(False)  # nobody reads on before that is done
+
+    def good_steps(self) -> list[int]:
+        """Returns the complete steps that were marked as good, ascending."""
+        return steps.good_steps(self.folder)
+
+    def mark_good(self, proven: Iterable[int]) -> list[int]:
+        """Marks steps as good, in process 0; returns those that need no other try."""
+        complete = set(self.steps())
+        written = [step for step in proven if step in complete or step != self._current]
         if jax.process_index() == 0:
-            for newer in reversed([found for found in self.steps() if found > step]):
-                steps.delete_step(self.folder, newer)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"discard_after {step}")
+            for step in complete.intersection(written):
+                with contextlib.suppress(FileNotFoundError):  # retired meanwhile
+                    (self.folder / str(step) / steps.GOOD).touch()
+        return written
 
     def _finish(self, step: int, response: ocp.AsyncResponse) -> None:
         """Waits for the commit of `step`, makes it durable, and only then retires older steps."""
@@ -253,7 +280,9 @@ class CheckpointManager:
 
     def _retire(self) -> None:
         complete = self.steps()
-        kept = steps.kept_steps(complete, self._config.keep_last, self._config.keep_every)
+        config = self._config
+        kept = steps.kept_steps(complete, config.keep_last, config.keep_every, config.keep_ladder)
+        kept |= set(self.good_steps()[-1:])
         for old in sorted(set(complete) - kept):
             try:
                 steps.delete_step(self.folder, old)

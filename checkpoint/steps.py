@@ -17,6 +17,7 @@ from sharding.errors import UsageError
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 COMMITTED = "commit_success.txt"
+GOOD = "good"  # a file in a step that enough healthy training followed
 
 _SHOWN = 8  # names listed in one error line before "and N more"
 
@@ -81,10 +82,25 @@ def pick_step(folder: str | os.PathLike, step: int | None = None) -> int:
     raise UsageError(f"{wanted} in {folder_path(folder)}; {found}")
 
 
-def kept_steps(steps: list[int], keep_last: int, keep_every: int) -> set[int]:
-    """Returns those of `steps` that stay: the newest few and the milestones."""
+def good_steps(folder: str | os.PathLike) -> list[int]:
+    """Returns the complete steps that are marked as good, ascending."""
+    root = folder_path(folder)
+    return [step for step in complete_steps(folder) if (root / str(step) / GOOD).exists()]
+
+
+def kept_steps(steps: list[int], keep_last: int, keep_every: int, keep_ladder: int = 0) -> set[int]:
+    """Returns those of `steps` that stay: the newest few, a ladder of older ones, the milestones.
+
+    The ladder's rungs double in age: of the steps between 2^n and 2^(n+1) updates older than the
+    newest only the oldest stays, for the `keep_ladder` smallest n that have any.
+    """
+    steps = sorted(steps)
     milestones = {step for step in steps if keep_every and step % keep_every == 0}
-    return set(sorted(steps)[-keep_last:]) | milestones
+    rungs: dict[int, int] = {}
+    for step in reversed(steps[:-keep_last]):  # the oldest of a rung comes last
+        rungs[(steps[-1] - step).bit_length()] = step
+    ladder = [rungs[age] for age in sorted(rungs)[:keep_ladder]]
+    return set(steps[-keep_last:]) | milestones | set(ladder)
 
 
 def delete_step(folder: str | os.PathLike, step: int) -> None:

@@ -14,8 +14,8 @@ SAVEABLE = ("rotated_qk", "v", "attention", "residual", "gate", "up")
 
 # Fields that may differ between two runs of the same experiment.
 COMPUTATION = (
-    "attention", "dtype", "loss_chunks", "remat", "scan_layers", "seq_head_devices", "seq_order",
-    "seq_strategy",
+    "attention", "barriers", "dtype", "loss_chunks", "remat", "scan_layers", "seq_head_devices",
+    "seq_order", "seq_strategy",
 )  # fmt: skip
 
 # How attention is spread over the `seq` mesh axis: models/attention/sequence_plan.py.
@@ -86,8 +86,11 @@ class ModelConfig:
 
     # Computation: changes speed and memory, never the function (beyond rounding).
     dtype: str = "bfloat16"  # of matmuls; parameters, norms, softmax and loss stay float32
-    remat: str = "full"  # none | full | names from SAVEABLE joined by ",", "@host" offloads one
+    # none | full | auto (what fits: trainer/plan/recipe.py) | names from SAVEABLE joined by ",",
+    # "@host" offloads one
+    remat: str = "auto"
     scan_layers: bool = True
+    barriers: bool = False  # no fusion of norms and activations into matmuls; train steps choose
     attention: str = "auto"  # backend; models/attention/dispatch.py lists them
     seq_strategy: str = "auto"  # over seq: gather | ulysses | ring | bidirectional | hybrid
     seq_order: str = "auto"  # of columns over seq: contiguous | zigzag | striped
@@ -114,14 +117,15 @@ class ModelConfig:
         if self.remat == "none":
             return None
         kept, offloaded = [], []
-        names = [] if self.remat == "full" else [n.strip() for n in self.remat.split(",")]
+        # "auto" is full until a train step is made for a chip; no other pass goes backward.
+        names = [] if self.remat in ("full", "auto") else [n.strip() for n in self.remat.split(",")]
         for name in names:
             base, _, where = name.partition("@")
             if base not in SAVEABLE or where not in ("", "host"):
                 raise UsageError(
-                    f"config.model.remat = {self.remat!r}: {name!r} is not none, full or a name "
-                    f"of {', '.join(SAVEABLE)} (each may end in @host)"
-                    f"{nearest(base, (*SAVEABLE, 'none', 'full'))}"
+                    f"config.model.remat = {self.remat!r}: {name!r} is not auto, none, full or a "
+                    f"name of {', '.join(SAVEABLE)} (each may end in @host)"
+                    f"{nearest(base, (*SAVEABLE, 'auto', 'none', 'full'))}"
                 )
             (offloaded if where else kept).append(base)
         return kept, offloaded

@@ -172,6 +172,7 @@ def _layer(
 
     h_BTD = layers.norm(x_BTD, params["attention_norm"], config) if before else x_BTD
     tables = context.tables[kind] if context.tables is not None else None
+    h_BTD = layers.apart(h_BTD, config)
     q_BTNH, k_BSKH, v_BSKH = layers.project_qkv(h_BTD, params["attention"], tables, config)
     if cache is not None:
         cache = {
@@ -190,7 +191,7 @@ def _layer(
     h_BTD = input_BTD if config.parallel_residual else x_BTD
     if before:
         h_BTD = layers.norm(h_BTD, params["mlp_norm"], config)
-    y_BTD = layers.mlp(h_BTD, params["mlp"], config, X_BTD)
+    y_BTD = layers.mlp(layers.apart(h_BTD, config), params["mlp"], config, X_BTD)
     if after:
         y_BTD = layers.norm(y_BTD, params["mlp_post_norm"], config)
     return x_BTD + y_BTD, cache
@@ -329,7 +330,7 @@ def forward(
     context = Context(tables, positions_BT, segments_BT, shared, prefix_BT)
     layer_cache = {"k": cache["k"], "v": cache["v"]} if cache is not None else None
     x_BTD, layer_cache = _stack(x_BTD, params["layers"], context, layer_cache, config)
-    x_BTD = layers.norm(x_BTD, params["final_norm"], config)
+    x_BTD = layers.apart(layers.norm(x_BTD, params["final_norm"], config), config)
     return x_BTD, ({**cache, **layer_cache} if cache is not None else None)
 
 

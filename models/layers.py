@@ -43,6 +43,14 @@ def norm(x: jax.Array, params: Tree, config: ModelConfig) -> jax.Array:
     return x32.astype(x.dtype)
 
 
+def apart(x, config: ModelConfig):
+    """Returns x unchanged; under `config.barriers` XLA fuses nothing across it, either way.
+
+    On a TPU a wide matmul with a norm or an activation fused in runs at 40 to 70% of its speed.
+    """
+    return jax.lax.optimization_barrier(x) if config.barriers else x
+
+
 # ---------------------------------------------------------------- rotary embeddings
 
 
@@ -233,7 +241,8 @@ def mlp(x_BTD: jax.Array, params: Tree, config: ModelConfig, spec: P) -> jax.Arr
         hidden_BTF = jax.nn.gelu(up_BTF, approximate=config.activation == "gelu")
     else:
         gate_BTF = checkpoint_name(matmul(x_BTD, params["gate"]), "gate")
+        gate_BTF, up_BTF = apart((gate_BTF, up_BTF), config)
         act = jax.nn.silu if config.activation == "swiglu" else jax.nn.gelu
         hidden_BTF = act(gate_BTF) * up_BTF
-    y_BTD = matmul(hidden_BTF, params["down"], 1, spec)
+    y_BTD = matmul(apart(hidden_BTF, config), params["down"], 1, spec)
     return y_BTD + params["down_bias"] if config.out_bias else y_BTD

@@ -25,6 +25,8 @@ from sharding.config import AXES, MeshConfig
 from sharding.errors import UsageError, nearest
 from trainer.data.config import DataConfig
 from trainer.metrics import LogConfig
+from trainer.plan.recipe import check_perf
+from trainer.recovery.health import HealthConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,6 +57,7 @@ class TrainConfig:
     seed: int = 0
     z_loss: float = 0.0
     init_from: str = ""  # run whose newest parameters are the first ones here; "" = random ones
+    self_check: bool = False  # try devices, links and files first; always so under torus launch
     stop_at: int = 0  # stop and save after this step without changing the schedule; 0 = steps
 
 
@@ -79,6 +82,8 @@ class Experiment:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    perf: str = "auto"  # auto | off, then ",xla_NAME=VALUE" or ",-xla_NAME": trainer/plan/recipe.py
 
 
 # Fields that a resumed run may change: they alter speed, place or reporting, not the experiment.
@@ -87,9 +92,12 @@ FREE = (
     "eval",
     "checkpoint",
     "log",
+    "health",
     "name",
+    "perf",
     "train.stop_at",
     "train.accumulation",
+    "train.self_check",
     "data.prefetch",
     "data.allow_change",
     "data.path",
@@ -114,6 +122,8 @@ def validate(experiment: Experiment) -> None:
     experiment.mesh.validate()
     data.validate()
     experiment.log.validate()
+    experiment.health.validate()
+    check_perf(experiment.perf)
     validate_checkpoint(experiment.checkpoint)
     for path, choices in {
         "optimizer.schedule": ("cosine", "constant"),

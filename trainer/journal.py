@@ -77,10 +77,21 @@ class Journal:
         """Leaves the time inside out of the rates, after waiting for `pending`."""
         return self._timer.pause(pending)
 
-    def step(self, step: int, metrics: dict[str, jax.Array], *, last: bool = False) -> None:
-        """Waits until `step` is done, and records it if its turn has come."""
+    @property
+    def waited(self) -> float:
+        """Seconds in all that the loop waited for data."""
+        return self._timer.waited
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is recorded, also if it is not the last."""
+        return step == self._first or step % self._every == 0
+
+    def step(
+        self, step: int, metrics: dict[str, jax.Array], *, last: bool = False, **more: Any
+    ) -> None:
+        """Waits until `step` is done, and records it, with `more`, if its turn has come."""
         jax.block_until_ready(metrics)
-        if not (last or step == self._first or step % self._every == 0):
+        if not (last or self.due(step)):
             return
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         record = {
@@ -94,10 +105,14 @@ class Journal:
             "memory_gib": memory_gib(jax.local_devices()),
         }
         self._skipped = values["skipped"]
-        self._writer.train(step, record | self._timer.report(step))
+        self._writer.train(step, record | self._timer.report(step) | more)
 
     def eval(self, step: int, result: dict[str, float]) -> None:
-        self._writer.eval(step, result)
+        seconds = round(self._timer.last_pause, 4)
+        self._writer.eval(step, result | {"seconds": seconds})
+
+    def fingerprints(self, step: int, arrays: dict[str, str]) -> None:
+        self._writer.fingerprints(step, arrays)
 
     def event(self, step: int, name: str, **details: Any) -> None:
         self._writer.event(step, name, **details)

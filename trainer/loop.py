@@ -5,13 +5,13 @@ checkpoint of its folder, and the data position is the step, so a run that was k
 again ends on the same bits as one that was not.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoint.manager import CheckpointManager
+from checkpoint.memory.snapshots import Snapshots
 from sharding.mesh import make_mesh, start_runtime
 from sharding.rules import BATCH, SEQ
 from trainer.config import Experiment, check_sizes, validate
@@ -19,14 +19,14 @@ from trainer.data.corpus import HELD_OUT
 from trainer.data.dataset import open_dataset, open_training
 from trainer.data.loader import Loader
 from trainer.evaluate import baselines, evaluate
+from trainer.guard import Guard, rewinding
 from trainer.journal import Journal
 from trainer.profiler import Profiler
-from trainer.recovery.progress import ProgressPage
 from trainer.restore import begin
 from trainer.run import CHECKPOINTS, check_start, check_workdir, write_experiment
 from trainer.signals import StopSignals
 from trainer.state import make_layout, to_stored
-from trainer.step import make_eval_step, make_train_step
+from trainer.step import jit_train_step, make_eval_step
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,27 @@ class TrainResult:
     last_eval: dict[str, float] | None
 
 
+@rewinding
 def train(experiment: Experiment, workdir: str) -> TrainResult:
     """Trains `experiment` in `workdir`, resuming what is there.
 
     Raises:
       UsageError: a config, dataset or folder that cannot be used; nothing has been written then.
       CheckpointError: a save failed, or a stored step is damaged.
+      Unhealthy: steps stay unhealthy after all rewinds, or a device gives other bits.
     """
     validate(experiment)
     check_workdir(workdir, experiment)
     check_start(workdir, experiment)
 
+    guard = Guard(experiment, workdir)
+
     # ---------------------------------------------------------------- devices
-    progress = ProgressPage.of_this_process()  # what `torus launch` watches
+    progress = guard.page()  # what `torus launch` watches
     start_runtime()
     mesh = make_mesh(experiment.mesh)
     check_sizes(experiment, dict(mesh.shape))
+    guard.check(mesh)
     layout = make_layout(experiment, mesh)
     rows = NamedSharding(mesh, PartitionSpec(BATCH, SEQ))
 
@@ -61,7 +66,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
     progress.enter("data")
     config, batch_size = experiment.train, experiment.train.batch_size
     batches, ahead = experiment.eval.batches, experiment.data.prefetch
-    dataset = open_training(experiment.data, batch_size, experiment.model.vocab)
+    dataset = guard.data(open_training(experiment.data, batch_size, experiment.model.vocab))
     held_out = open_dataset(experiment.data, HELD_OUT) if experiment.eval.every else None
 
     # ---------------------------------------------------------------- state: restored or new
@@ -71,19 +76,20 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         jax.set_mesh(mesh),
         StopSignals() as signals,
         CheckpointManager(f"{workdir}/{CHECKPOINTS}", experiment.checkpoint) as checkpoints,
+        Snapshots(experiment.checkpoint.snapshot_every) as snapshots,
         Profiler(f"{workdir}/profile", experiment.log) as profiler,
     ):
-        progress.enter("restore")
-        start = begin(experiment, layout, dataset, checkpoints)
+        start = begin(experiment, layout, dataset, checkpoints, snapshots, progress)
         state = start.state
 
-        train_step = jax.jit(make_train_step(experiment, layout), donate_argnums=0)
+        train_step, choice = jit_train_step(experiment, layout)
         eval_step = jax.jit(make_eval_step(experiment))
 
         with (
             Journal(experiment, workdir, mesh, dataset, start.step, int(state.skipped)) as journal,
             Loader(dataset, batch_size, rows, start_row=start.row, prefetch=ahead) as loader,
         ):
+            guard.begin(start, layout, journal, checkpoints)
 
             def evaluated(step: int) -> dict[str, float]:
                 progress.enter("eval")
@@ -94,11 +100,13 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
 
             def save(step: int) -> None:
                 progress.enter("save")
-                meta = {"data": loader.state(), "experiment": dataclasses.asdict(experiment)}
+                meta = guard.meta(loader.state())()
                 with journal.paused(state.step):
                     if checkpoints.save(step, to_stored(state), meta, force=True):
-                        journal.event(step, "checkpoint")
+                        guard.saved(step)
 
+            if choice.options:
+                journal.event(start.step, "recipe", chosen=str(choice))
             if not start.step and held_out is not None and (found := baselines(held_out)):
                 journal.event(0, "baseline", **found)
             for reason in start.damaged:
@@ -114,11 +122,13 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
                 progress.enter("step" if step > start.step + 1 else "compile")
                 profiler.before(step)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = train_step(state, batch)
+                    state, metrics = guard.step(train_step, state, batch)
                 step += 1
                 if running is not None:
-                    journal.step(*running)  # one step late: the device never waits for the host
+                    guard.observe(*running)  # one step late: the device never waits for the host
                 running = step, metrics
+                if snapshots.due(step):
+                    snapshots.take(step, to_stored(state), guard.meta(loader.state()))
                 profiler.after(step, metrics)
                 checkpoints.poll()
                 if checkpoints.due(step):
@@ -129,7 +139,7 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
             # -------------------------------------------------------- the end
             progress.enter("end", step)
             if running is not None:
-                journal.step(*running, last=True)
+                guard.observe(*running, last=True)
                 if held_out is not None and step == last:
                     last_eval = evaluated(step)
                 save(step)

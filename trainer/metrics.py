@@ -40,6 +40,7 @@ TRAIN_FIELDS = (
     "memory_gib",  # highest device memory in use; of the process on CPU
     "tokens_seen",
     "eta_seconds",
+    "slowest",  # by phase: which process, times the others' median, times its own; several only
 )
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -48,11 +49,13 @@ _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 class LogConfig:
     """What is written while training runs, and which steps are profiled.
 
-    `every` steps there is one log line and one record. With `profile_start` >= 0 the
-    `profile_steps` steps from that one on are traced into <run>/profile.
+    `every` steps there is one log line and one record; every `fingerprint_every` steps (0 = never)
+    one of the fingerprints of all arrays, which `torus replay` compares. With `profile_start` >= 0
+    the `profile_steps` steps from that one on are traced into <run>/profile.
     """
 
     every: int = 10
+    fingerprint_every: int = 0
     tensorboard: bool = True
     profile_start: int = -1
     profile_steps: int = 3
@@ -61,6 +64,8 @@ class LogConfig:
         """Raises UsageError for values that cannot be used."""
         if self.every < 1:
             raise UsageError(f"config.log.every = {self.every}: must be at least 1")
+        if self.fingerprint_every < 0:
+            raise UsageError(f"config.log.fingerprint_every = {self.fingerprint_every}: at least 0")
         if self.profile_start < -1:
             raise UsageError(
                 f"config.log.profile_start = {self.profile_start}: a step number, or -1 for none"
@@ -150,6 +155,10 @@ class MetricsWriter:
         """
         self._write("event", step, {"event": event, **details})
 
+    def fingerprints(self, step: int, arrays: Mapping[str, str]) -> None:
+        """Writes the fingerprints of all arrays after `step`, by name; for the file alone."""
+        self._write("fingerprints", step, {"arrays": arrays})
+
     def close(self) -> None:
         """Flushes and closes all outputs; safe to call twice."""
         if self._importing is not None:
@@ -168,9 +177,9 @@ class MetricsWriter:
         record = {"kind": kind, "step": int(step), "time": round(time.time(), 3)}
         record |= {name: plain_value(value) for name, value in values.items()}
         self._file.write(json.dumps(_without_specials(record), allow_nan=False) + "\n")
-        if kind != "event":
+        if kind in ("train", "eval"):
             self._write_tensorboard(record)
-        if self._console is not None:
+        if self._console is not None and kind != "fingerprints":
             self._console.show(record)
 
     def _write_tensorboard(self, record: Mapping[str, Any]) -> None:
@@ -191,6 +200,15 @@ class MetricsWriter:
                 )
 
 
+def all_records(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns every valid record as it was written, those of work that was lost too."""
+    path = folder_path(run)
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [record for line in lines if (record := _parse(line)) is not None]
+
+
 def read_metrics(run: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
     """Returns the valid records of a run folder (or of one metrics file), oldest first.
 
@@ -199,16 +217,8 @@ def read_metrics(run: str | os.PathLike[str], kind: str | None = None) -> list[d
     history and all stay. Lines that are not records (torn by a crash) are passed over. A missing
     file is an empty run.
     """
-    path = folder_path(run)
-    if path.is_dir():
-        path = path / "metrics.jsonl"
-    if not path.exists():
-        return []
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines()):
-        record = _parse(line)
-        if record is None:
-            continue
+    for number, record in enumerate(all_records(run)):
         if record["kind"] == "event":
             if record.get("event") in ("start", "resumed"):
                 kept = {
@@ -277,13 +287,17 @@ class StepTimer:
         self._last: tuple[int, float] = (0, 0.0)
         self._paused = 0.0
         self._waited = 0.0
+        self.last_pause = 0.0  # seconds
+        self.waited = 0.0  # seconds in all that the loop waited for data
 
     @contextlib.contextmanager
     def data_wait(self) -> Iterator[None]:
         """Counts the time inside as waiting for data: wrap the `next(batches)` of the loop."""
         start = self._clock()
         yield
-        self._waited += self._clock() - start
+        seconds = self._clock() - start
+        self._waited += seconds
+        self.waited += seconds
 
     @contextlib.contextmanager
     def pause(self, pending: Any = None) -> Iterator[None]:
@@ -296,7 +310,8 @@ class StepTimer:
             pending.block_until_ready()
         start = self._clock()
         yield
-        self._paused += self._clock() - start
+        self.last_pause = self._clock() - start
+        self._paused += self.last_pause
 
     def report(self, step: int) -> dict[str, Any]:
         """Returns the timing fields of a train record for the steps since the last report."""

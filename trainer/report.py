@@ -6,7 +6,6 @@ laptop. The page refers to nothing outside itself.
 """
 
 import base64
-import contextlib
 import html
 import io
 import itertools
@@ -22,11 +21,12 @@ from typing import Any
 from checkpoint.steps import complete_steps, folder_path, is_remote
 from sharding.errors import UsageError
 from trainer.console import format_duration
+from trainer.goodput import Goodput, accounts, measure, read_incidents, timeline
 from trainer.metrics import read_metrics
-from trainer.recovery.supervisor import INCIDENTS
+from trainer.recovery.stragglers import worst
 
 _TURNS = ("start", "resumed", "stopped", "finished")
-_ROUTINE = (*_TURNS, "checkpoint", "baseline")  # any other event is an incident
+_ROUTINE = (*_TURNS, "checkpoint", "baseline", "cadence")  # any other event is an incident
 _TRAIN, _EVAL, _ALERT, _GREY = "#2563a8", "#d9622b", "#c0262d", "#8a8f98"
 _MOST_POINTS = 2000  # per curve: more cannot be seen and would make the page heavy
 
@@ -41,6 +41,7 @@ class Run:
     evals: list[dict[str, Any]]
     events: list[dict[str, Any]]
     checkpoints: list[int]
+    goodput: Goodput | None = None
 
     def fact(self, name: str) -> Any:
         """Returns the newest value that an event recorded for `name`, or None."""
@@ -102,17 +103,16 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         evals=sorted((r for r in records if r["kind"] == "eval"), key=lambda r: r["step"]),
         events=[r for r in records if r["kind"] == "event"] + _incidents(path),
         checkpoints=complete_steps(path / "checkpoints"),
+        goodput=measure(path),
     )
 
 
 def _incidents(folder: Path) -> list[dict[str, Any]]:
-    """What `torus launch` wrote down, as events of the run; a line torn by a crash is left out."""
-    path, found = folder / INCIDENTS, []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            told = json.loads(line)
-            step = told.pop("step", max(told.get("checkpoint", 0), 0))
-            found.append(told | {"kind": "event", "event": told["kind"], "step": step})
+    """What `torus launch` wrote down, as events of the run."""
+    found = []
+    for told in read_incidents(folder):
+        step = told.pop("step", max(told.get("checkpoint", 0), 0))
+        found.append(told | {"kind": "event", "event": told["kind"], "step": step})
     return found
 
 
@@ -171,6 +171,8 @@ def facts(run: Run, now: float) -> list[tuple[str, str]]:
         ("Peak memory", _largest(run.train, "memory_gib", "{:.2f} GiB")),
         ("Updates skipped", _number(skipped) if skipped else None),
         ("Wall time", _wall_time(run)),
+        *accounts(run.goodput),
+        ("Slowest process", worst(run.train)),
         ("Checkpoints", ", ".join(map(str, run.checkpoints[-12:])) or None),
         ("Versions", _pairs(run.fact("versions"))),
         ("Folder", str(run.folder)),
@@ -338,7 +340,7 @@ th {{ font-weight: 600; white-space: nowrap; width: 1%; }} td {{ overflow-wrap: 
 <h1>{title}</h1><p>{status}</p>
 <img alt="Curves of the run: loss, learning rate, gradient norm, step time, tokens per second, MFU
 and data wait over steps" src="data:image/png;base64,{picture}">
-<h2>Facts</h2><table>{facts}</table>
+{timeline}<h2>Facts</h2><table>{facts}</table>
 {events}{experiment}
 </body></html>
 """
@@ -363,6 +365,7 @@ def render_html(run: Run, picture: bytes, now: float) -> str:
         status=html.escape(run.status(now)),
         picture=base64.b64encode(picture).decode(),
         facts=rows,
+        timeline=timeline(run.goodput),
         events=f"<h2>Events</h2><table>{events}</table>" if events else "",
         experiment=(
             f"<h2>Experiment</h2><details><summary>all settings</summary><pre>{settings}</pre>"

@@ -1,6 +1,7 @@
 """Brings parameters, or what a run starts with, back for use on the devices that are here now."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax.sharding import Mesh
 
 from checkpoint.manager import CheckpointManager, load_step
 from checkpoint.manifest import read_manifest, read_meta
+from checkpoint.memory.snapshots import Snapshots
 from checkpoint.steps import pick_step
 from checkpoint.tree import name_optimizer, unname_optimizer
 from models.spec import Tree, path_name
@@ -16,6 +18,8 @@ from sharding.errors import UsageError
 from sharding.mesh import make_mesh, start_runtime
 from trainer.config import Experiment
 from trainer.data.rows import Steps, resume_row
+from trainer.recovery.health import Rewinds
+from trainer.recovery.progress import ProgressPage
 from trainer.run import CHECKPOINTS
 from trainer.state import (
     Layout,
@@ -37,33 +41,59 @@ class Start:
       row: the first row of the data that has not been trained on.
       state: the state after `step` updates.
       damaged: why newer checkpoints were passed over.
+      meta: what the checkpoint keeps beside the state.
     """
 
     step: int
     row: int
     state: TrainState
     damaged: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 def begin(
-    experiment: Experiment, layout: Layout, dataset: Steps, checkpoints: CheckpointManager
+    experiment: Experiment,
+    layout: Layout,
+    dataset: Steps,
+    checkpoints: CheckpointManager,
+    snapshots: Snapshots,
+    progress: ProgressPage,
 ) -> Start:
-    """Returns the newest intact checkpoint of the run, or what the experiment starts with.
+    """Returns the newest intact state of the run, or what the experiment starts with.
+
+    A snapshot in memory is taken before a checkpoint of the same step or an older one.
 
     Raises:
       UsageError: the data is not what the run was trained on, or `init_from` cannot be used.
       CheckpointError: no checkpoint there is intact.
     """
-    restored = checkpoints.restore_newest(to_stored(abstract_state(experiment, layout)))
+    progress.enter("restore")
+    past = Rewinds.read(checkpoints.folder.parent)
+    if past.count:
+        checkpoints.discard_where(past.gave_up)
+    abstract = to_stored(abstract_state(experiment, layout))
+    snapshot = snapshots.restore_newest(abstract, checkpoints.latest(), past.gave_up)
+    restored, damaged = snapshot, ()
+    if not snapshot and (restored := checkpoints.restore_newest(abstract)):
+        damaged = restored.damaged
+        if damaged:  # then memory may hold a newer step than the disk after all
+            snapshot = snapshots.restore_newest(abstract, restored.step, past.gave_up)
+            restored = snapshot or restored
     if restored:
         allowed = experiment.data.allow_change
         row = resume_row(restored.meta["data"], dataset, allow_change=allowed)
+        row = past.row_after(restored.meta, row)
         state = from_stored(restored.state, experiment, layout)
-        return Start(restored.step, row, state, restored.damaged)
-    state = init_state(experiment, layout)
-    if experiment.train.init_from:
-        state = first_state(state, experiment, layout)
-    return Start(0, 0, state)
+        start = Start(restored.step, row, state, damaged, restored.meta)
+    else:
+        state = init_state(experiment, layout)
+        if experiment.train.init_from:
+            state = first_state(state, experiment, layout)
+        start = Start(0, past.row_after({}, 0), state)
+    held = snapshot is not None and snapshot.same_layout
+    snapshots.start(start.step, to_stored(start.state), held=held)
+    progress.resumed(start.step, snapshot.source if snapshot else "disk" if restored else "new")
+    return start
 
 
 def restore_params(run: str, experiment: Experiment, step: int) -> tuple[Tree, Mesh]:

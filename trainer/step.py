@@ -20,6 +20,7 @@ from models.spec import Tree
 from sharding.rules import BATCH, SEQ
 from trainer.config import Experiment
 from trainer.optimizers import clip_scale, make_optimizer
+from trainer.plan.recipe import Choice, choose
 from trainer.schedules import learning_rate
 from trainer.state import Layout, TrainState
 
@@ -76,15 +77,18 @@ def make_train_step(
     """Returns the step, to be jitted with its first argument donated.
 
     Metrics: loss (nats per token, without z-loss), grad_norm (before clipping), learning_rate,
-    tokens (real ones in this batch) and skipped (updates left out so far).
+    tokens (real ones in this batch) and skipped (updates left out so far). `limits`, if given, are
+    the largest loss and gradient norm with which an update is not left out.
     """
     tx = make_optimizer(experiment.optimizer, param_specs(experiment.model))
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, limits: jax.Array | None = None):
         gradients, loss = _gradients(state.params, batch, experiment, layout)
         grad_norm = optax.tree.norm(gradients)
         rate = learning_rate(experiment.optimizer, experiment.train.steps, state.step)
         healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if limits is not None:
+            healthy &= (loss <= limits[0]) & (grad_norm <= limits[1])
 
         scale = clip_scale(grad_norm, experiment.optimizer.clip_norm)
         shards = jax.tree.map(lambda g, s: scale * reshard(g, s), gradients, layout.shards)
@@ -111,6 +115,17 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def jit_train_step(experiment: Experiment, layout: Layout) -> tuple[Callable, Choice]:
+    """Returns the step as it runs on the layout's mesh, jitted, and what was chosen for its chips.
+
+    The planner compiles the very same.
+    """
+    mesh = layout.mesh
+    choice = choose(experiment, mesh.devices.flat[0], dict(mesh.shape))
+    step = make_train_step(choice.experiment, layout)
+    return jax.jit(step, donate_argnums=0, compiler_options=choice.options or None), choice
 
 
 def make_eval_step(experiment: Experiment) -> Callable[[Tree, Batch], dict[str, jax.Array]]:

@@ -56,7 +56,8 @@ class Family:
         true = {
             "L": config.layers, "D": config.width, "N": config.heads, "K": config.kv_heads,
             "G": config.heads // config.kv_heads, "H": config.head_dim, "F": config.mlp,
-            "V": config.vocab, "P": config.max_length, **self.letters,
+            "V": config.vocab, "P": config.max_length, "c": 2, "R": config.head_dim // 2,
+            **self.letters,
         }  # fmt: skip
         return Sizes(true, {"V": config.padded_vocab})
 

@@ -3,6 +3,7 @@
     hf      Hugging Face: config.json and safetensors      torch  one file of torch.save, or folder
     torus   a run, a folder of steps, or a step of ours    dcp    torch.distributed.checkpoint
     zero    a run of DeepSpeed ZeRO, or one of its steps   ucp    DeepSpeed's universal checkpoint
+    orbax   an item, step or manager's folder of Orbax     msgpack  a file of Flax or EasyLM
 
 Imports no JAX. A later format is one more name here and a function in sources.py.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 from checkpoint.steps import pick_step
 from sharding.errors import UsageError, nearest
 
-FORMATS = ("hf", "torus", "torch", "dcp", "zero", "ucp")
+FORMATS = ("hf", "torus", "torch", "dcp", "zero", "ucp", "orbax", "msgpack")
 WRITTEN = ("hf", "torus", "dcp", "ucp")
 TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -50,6 +51,10 @@ def open_place(place: str) -> tuple[str, Path]:
         return "torch", path
     if path.is_dir() and (found := _of_torch(path)):
         return found, path
+    if path.is_file() and path.suffix == ".msgpack":
+        return "msgpack", path
+    if path.is_dir() and _of_orbax(path):
+        return "orbax", path
     if path.suffix == ".safetensors" or (path / "config.json").exists():
         return "hf", path
     if path.is_dir():
@@ -74,6 +79,12 @@ def _of_torch(path: Path) -> str:
     if (path / "latest_universal").exists() or (path / "zero/optimizer_state.pt").exists():
         return "ucp"
     return "torch" if any(path.glob("pytorch_model.bin*")) else ""
+
+
+def _of_orbax(path: Path) -> bool:
+    """Whether a folder is an item, a step or a manager's folder of Orbax, and no steps of ours."""
+    found = (path.glob(below + "_METADATA") for below in ("", "*/", "*/*/"))
+    return any(map(any, found)) and not any(path.glob("*/manifest"))
 
 
 def find_step(path: Path, step: int | None = None) -> tuple[Path, int]:

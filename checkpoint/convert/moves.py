@@ -13,6 +13,7 @@ from checkpoint.convert.families import Family
 from checkpoint.convert.native import PARAMS as OUR_PARAMS
 from checkpoint.convert.native import NativeTensors
 from checkpoint.convert.sources import MU, NU, PARAMS, Source
+from checkpoint.convert.trees import apart
 from models.config import ModelConfig
 from sharding.errors import MismatchError
 
@@ -48,6 +49,7 @@ def to_ours(
         if part != PARAMS and not optimizer:
             left += [f"{part}/{name}" for name in tensors.facts]
             continue
+        tensors = apart(tensors, family)
         names, others = unwrap(tensors, family)
         left += [name if part == PARAMS else f"{part}/{name}" for name in others]
         renamed = Renamed(tensors, names)

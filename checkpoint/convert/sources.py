@@ -65,12 +65,20 @@ def open_source(kind: str, path: Path) -> Source:
         return Source({PARAMS: Tensors(_safetensors(path))})
     if kind == "torch":
         return read_state_dict(path)
+    if kind == "msgpack":
+        from checkpoint.convert.msgpack_trees import read_msgpack
+
+        return read_msgpack(path)
     if not path.is_dir():
         raise UsageError(f"{kind}:{path} is not a folder")
     if kind == "dcp":
         from checkpoint.convert.torch_dcp import read_dcp
 
         return read_dcp(path)
+    if kind == "orbax":
+        from checkpoint.convert.orbax_trees import read_orbax
+
+        return read_orbax(path)
     from checkpoint.convert.deepspeed import read_ucp, read_zero
 
     return (read_ucp if kind == "ucp" else read_zero)(path)

@@ -57,6 +57,12 @@ class Strided:
         offset = self.offset + start * self.stride[0] * self.dtype.itemsize
         return replace(self, offset=offset, shape=(stop - start,))
 
+    def at(self, axis: int, index: int) -> "Strided":
+        """Returns one layer of a stack along `axis`."""
+        offset = self.offset + index * self.stride[axis] * self.dtype.itemsize
+        shape, stride = ((*x[:axis], *x[axis + 1 :]) for x in (self.shape, self.stride))
+        return replace(self, offset=offset, shape=shape, stride=stride)
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Returns rows start to stop, all by default.
 

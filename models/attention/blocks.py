@@ -43,8 +43,7 @@ DEFAULT_CHIP = "v5e"  # for interpret mode, where sizes only matter for time
 # (chip, direction, head size up to) -> block, sub, rows, columns
 TABLE: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     **{(chip, "forward", 128): (1024, 512, 256, 512) for chip in ("v4", "v5e", "v5p")},
-    ("v6e", "forward", 128): (2048, 512, 1024, 512),
-    ("tpu7x", "forward", 128): (1024, 512, 1024, 512),
+    **{(chip, "forward", 128): (1024, 512, 1024, 512) for chip in ("v6e", "tpu7x")},
     **{(chip, "backward", 128): (1024, 256, 512, 512) for chip in ("v4", "v5e", "v5p", "tpu7x")},
     ("v6e", "backward", 128): (1024, 512, 512, 512),
     **{(chip, "forward", 256): (512, 256, 256, 512) for chip in VMEM_BYTES},

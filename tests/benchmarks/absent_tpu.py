@@ -1,4 +1,4 @@
-"""What kernel estimates for absent TPUs share: the shapes, compiling for one chip, kept results.
+"""What kernel estimates for absent TPUs share: the named shapes, and results that are kept.
 
 Import this before JAX: it sets the environment in which libtpu writes its bundles.
 """
@@ -6,82 +6,29 @@ Import this before JAX: it sets the environment in which libtpu writes its bundl
 import os
 import tempfile
 
-from tests.benchmarks import bundles
+from models.attention import bundles
 
 DUMP = tempfile.mkdtemp(prefix="bundles")
 os.environ.update(bundles.environment(DUMP))
 
-import dataclasses  # noqa: E402
-import functools  # noqa: E402
 import json  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.experimental.layout import Format, Layout  # noqa: E402
 
-from sharding.hardware import CHIPS  # noqa: E402
-from sharding.topology import parse_slice, slice_devices  # noqa: E402
+from models.attention.estimate import Shape  # noqa: E402
 
-SLICES = {"v4": "v4-8", "v5e": "v5e-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}
-CORES = {"v4": 2, "v5p": 2}  # that one JAX device has
-WIDE = ("v6e", "tpu7x")  # matrix units of 256 x 256, which a head of 128 half fills
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    heads: int
-    kv_heads: int
-    length: int
-    head_dim: int = 128
-    window: int | None = None
-    documents: int = 1  # of uneven lengths, 1:2:3:... of the row
-
-    def __str__(self) -> str:
-        extra = f" window {self.window}" if self.window else ""
-        extra += f" {self.documents} documents" if self.documents > 1 else ""
-        return f"H{self.heads}/{self.kv_heads} S{self.length} D{self.head_dim}{extra}"
-
-    def document_of(self) -> np.ndarray:
-        """The document of every token, from 0."""
-        ends = np.cumsum(np.arange(1, self.documents + 1))
-        return np.searchsorted(ends * self.length // ends[-1], np.arange(self.length), side="right")
-
+_UNEVEN = tuple(np.diff(np.cumsum(np.arange(9)) * 8192 // 36).tolist())  # 1:2:3:... of the row
 
 SHAPES = (
     Shape(8, 8, 4096),
     Shape(16, 16, 8192),
     Shape(32, 8, 8192),
     Shape(16, 16, 8192, window=1024),
-    Shape(16, 16, 8192, documents=8),
+    Shape(16, 16, 8192, documents=_UNEVEN),
 )
-
-
-@functools.cache
-def device(chip: str):
-    return slice_devices(parse_slice(SLICES[chip]))[0]
-
-
-def compile_for(chip: str, function, *shapes, auto_layout: bool = False):
-    """Compiles for one device of the chip; arguments are (shape, dtype).
-
-    auto_layout: the compiler lays arguments and results out as it likes, as inside a model.
-    """
-    mesh = jax.sharding.Mesh([device(chip)], ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    arguments = [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in shapes]
-    free = Format(Layout.AUTO)
-    options = dict(in_shardings=free, out_shardings=free) if auto_layout else {}
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function, **options).lower(*arguments).compile()
-
-
-def flops_per_cycle(chip: str, head_dim: int) -> float:
-    """Peak of one core; a head narrower than the matrix unit uses its share."""
-    info = CHIPS[chip]
-    peak = info.flops_bf16 / info.clock / CORES.get(chip, 1)
-    return peak * min(1.0, head_dim / 256) if chip in WIDE else peak
 
 
 def read_kernels(compile_once: Callable[[], object]) -> list[bundles.Kernel]:

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.attention import bundles
+from models.attention.estimate import CORES, Shape, compile_for, flops_per_cycle
 from sharding.hardware import CHIPS
-from tests.benchmarks import bundles
-from tests.benchmarks.absent_tpu import CORES, Shape, compile_for, flops_per_cycle, read_kernels
+from tests.benchmarks.absent_tpu import read_kernels
 
 Blocks = tuple[int, int, int]  # queries, keys, keys computed at once
 
@@ -75,7 +76,7 @@ def splash(chip: str, shape: Shape, blocks: Blocks, fused: bool) -> dict[str, fl
     kernel = make(mask, block_sizes=kernels.BlockSizes(**sizes), head_shards=1, q_seq_shards=1)
 
     def call(q, k, v, segments):
-        ids = kernels.SegmentIds(segments, segments) if shape.documents > 1 else None
+        ids = kernels.SegmentIds(segments, segments) if shape.documents else None
         run = partial(kernel, segment_ids=ids)
         if group == 1:
             return run(q, k, v)
@@ -101,7 +102,7 @@ def tokamax(chip: str, shape: Shape, blocks: Blocks) -> dict[str, float]:
     kernel = kernels.make_splash_mha(mask, config=config, q_seq_shards=1)
 
     def call(q, k, v, segments):
-        ids = kernels.base.SegmentIds(segments, segments) if shape.documents > 1 else None
+        ids = kernels.base.SegmentIds(segments, segments) if shape.documents else None
         return kernel(q, k, v, segment_ids=ids)
 
     found = read_kernels(lambda: compile_for(chip, gradients(call), *arguments(shape)))
@@ -121,7 +122,7 @@ def flash(chip: str, shape: Shape, blocks: Blocks) -> dict[str, float]:
 
     def call(q, k, v, segments):
         ids = segments[None]
-        ids = kernels.SegmentIds(ids, ids) if shape.documents > 1 else None
+        ids = kernels.SegmentIds(ids, ids) if shape.documents else None
         return kernels.flash_attention(
             q[None], k[None], v[None], segment_ids=ids, causal=True, block_sizes=sizes
         )[0]

@@ -20,109 +20,15 @@ from tests.benchmarks import absent_tpu
 import sys
 from functools import partial
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from models.attention import blocks as table
-from models.attention import schedule, tpu
-from models.attention.dispatch import attention
-from models.attention.mask import Mask, reach
-from sharding.hardware import CHIPS
-from tests.benchmarks import attention_peers, bundles
-from tests.benchmarks.absent_tpu import SHAPES, SLICES, Results, Shape, compile_for, flops_per_cycle
-
-# ------------------------------------------------------------------------------ Torus
+from models.attention.estimate import DIRECTIONS, SLICES, Shape, compile_torus, estimate
+from tests.benchmarks import attention_peers
+from tests.benchmarks.absent_tpu import SHAPES, Results
 
 
-def torus(
-    chip: str, shape: Shape, directions: tuple[str, ...] = ("forward", "backward")
-) -> dict[str, float]:
+def torus(chip: str, shape: Shape, directions: tuple[str, ...] = DIRECTIONS) -> dict[str, float]:
     """Returns seconds of the forward and of the backward kernel."""
-    seconds = {}
-    for direction in directions:
-        (kernel,) = absent_tpu.read_kernels(lambda: compile_torus(chip, shape, direction))  # noqa: B023
-        seconds[direction] = torus_seconds(chip, shape, direction, kernel)
-    return seconds
-
-
-def compile_torus(chip: str, shape: Shape, direction: str, auto_layout: bool = False):
-    """Compiles the forward, the backward, or `both`, through the door, with the gradient of lse."""
-
-    def run(q, k, v, out, dout, lse, dlse, positions, segments):
-        def call(q, k, v, given=None):
-            return attention(
-                q, k, v, Mask(window=shape.window), q_positions_BT=positions,
-                k_positions_BS=positions, q_segments_BT=segments, k_segments_BS=segments,
-                scale=shape.head_dim**-0.5, rows_aligned=True, backend="pallas", given=given,
-            )  # fmt: skip
-
-        if direction == "forward":
-            return call(q, k, v)
-        given = (out, lse) if direction == "backward" else None
-        results, pull = jax.vjp(partial(call, given=given), q, k, v)
-        return *results, *pull((dout, dlse))
-
-    T, N, K, H = shape.length, shape.heads, shape.kv_heads, shape.head_dim
-    bf16, row, ids = jnp.bfloat16, ((1, T, N), jnp.float32), ((1, T), jnp.int32)
-    q, kv = ((1, T, N, H), bf16), ((1, T, K, H), bf16)
-    arguments = q, kv, kv, q, q, row, row, ids, ids
-    return compile_for(chip, run, *arguments, auto_layout=auto_layout)
-
-
-def torus_seconds(chip: str, shape: Shape, direction: str, kernel: bundles.Kernel) -> float:
-    """Weighs the parts of the kernel by what the tables of this very call make of every step."""
-    T, group = shape.length, shape.heads // shape.kv_heads
-    sizes = table.blocks_for(chip, direction, shape.head_dim, T, T, shape.window)
-    mask = Mask(window=shape.window)
-    documents = shape.document_of()
-    starts = np.searchsorted(documents, np.arange(shape.documents))
-    positions = jnp.asarray((np.arange(T) - starts[documents])[None], jnp.int32)
-    segments = jnp.asarray(documents[None] + 1, jnp.int32)
-    seen = reach(mask, positions, positions, segments, segments)
-    block, sub = (sizes.q, sizes.k), (sizes.sub, sizes.sub)
-    kinds, bits = (np.asarray(x[0]) for x in schedule.block_kinds(mask, seen, block, sub, True))
-    needed = tpu._listed(mask, T, T, sizes, True)
-    backward = direction == "backward"
-    repeat = group if backward else 1
-    counts = {kind: repeat * int(((kinds == kind) & needed).sum()) for kind in range(4)}
-    edges = repeat * int(((kinds == schedule.DIAGONAL) & ~np.eye(len(kinds), dtype=bool)).sum())
-    subtiles = repeat * sum(int(b).bit_count() for b in bits[(kinds == schedule.PART) & needed])
-    steps = repeat * int(needed.sum())
-    runs = T // sizes.k if backward else T // sizes.q
-    heads = shape.kv_heads if backward else shape.heads
-
-    rate = flops_per_cycle(chip, shape.head_dim)
-    products = 5 if backward else 2
-
-    def floor(pairs: float) -> float:
-        return products * 2 * pairs * shape.head_dim / rate
-
-    bodies = [r for r in kernel.regions if r.products]
-    before = [r for r in kernel.regions if r.stop <= bodies[0].start]
-    after = [r for r in kernel.regions if r.start >= bodies[-1].stop]
-    diagonal, *edge, full, part = bodies
-    pairs = sizes.q * sizes.k
-    n = sizes.q // sizes.sub
-    cycles = steps * kernel.overhead
-    cycles += runs * (before[-1].bundles if backward else 0) + runs * after[0].bundles
-    if not backward:  # the start of rows that begin with another block than a diagonal one
-        cycles += (runs - min(runs, counts[schedule.DIAGONAL] - edges)) * before[0].bundles
-    else:
-        cycles += repeat * (T // sizes.q) * after[1].bundles
-        cycles += repeat * T / 128 * before[0].bundles
-    triangles = [(diagonal, counts[schedule.DIAGONAL] - edges), *((body, edges) for body in edge)]
-    for body, count in triangles:
-        cycles += count * max(body.bundles, floor(pairs * (n + 1) / (2 * n)))
-    cycles += counts[schedule.FULL] * max(full.bundles, floor(pairs))
-    tile = max(r.bundles for r in part.inner)
-    cycles += subtiles * max(tile, floor(sizes.sub**2))
-    cycles += counts[schedule.PART] * (part.bundles - sum(r.bundles for r in part.inner))
-    cores = round(steps * heads / (kernel.trips - 2)) if kernel.trips else 1
-    return cycles * heads / max(cores, 1) / CHIPS[chip].clock
-
-
-# ------------------------------------------------------------------------------ commands
+    return estimate(chip, shape, absent_tpu.DUMP, directions)
 
 
 def compare(chips: list[str], only: str, results: Results) -> None:

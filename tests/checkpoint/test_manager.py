@@ -270,7 +270,7 @@ def test_describe(saved):
 
 def test_interval_force_and_repetition(tmp_path):
     state = {"w": jnp.ones(4)}
-    with CheckpointManager(tmp_path, CheckpointConfig(every=10)) as manager:
+    with CheckpointManager(tmp_path, CheckpointConfig(every=10, keep_ladder=0)) as manager:
         assert manager.latest() is None and manager.steps() == []
         assert [step for step in range(1, 31) if manager.save(step, state, {})] == [10, 20, 30]
         assert not manager.save(30, state, {}, force=True)  # the end of the run was just saved
@@ -291,11 +291,34 @@ def abstract_of(state):
 
 def test_retention(tmp_path):
     state = {"w": jnp.ones(4)}
-    save_all(tmp_path, range(1, 8), state, keep_last=2, keep_every=3)
+    save_all(tmp_path, range(1, 8), state, keep_last=2, keep_every=3, keep_ladder=0)
     assert steps.complete_steps(tmp_path) == [3, 6, 7]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "6", "7"]
-    save_all(tmp_path, [8], state, keep_last=1)
+    save_all(tmp_path, [8], state, keep_last=1, keep_ladder=0)
     assert steps.complete_steps(tmp_path) == [8]
+
+
+def test_the_newest_good_step_stays_whatever_is_saved(tmp_path):
+    state = {"w": jnp.ones(4)}
+    with CheckpointManager(tmp_path, CheckpointConfig(keep_last=2, keep_ladder=0)) as manager:
+        for number in range(1, 9):
+            manager.save(number, state, META, force=True)
+            manager.wait()
+            if number in (3, 4):
+                assert manager.mark_good([number]) == [number]
+        assert manager.mark_good([2]) == [2]  # retired: nothing to wait for
+    assert steps.good_steps(tmp_path) == [4] and steps.complete_steps(tmp_path) == [4, 7, 8]
+    load_step(tmp_path, 4, abstract_of(state))  # the mark does not disturb Orbax
+
+
+def test_a_step_still_being_written_is_marked_later(tmp_path):
+    with CheckpointManager(tmp_path, CheckpointConfig(every=1)) as manager:
+        manager.save(1, {"w": jnp.ones(4)}, META)
+        written = manager.mark_good([1])
+        assert written in ([], [1])
+        manager.wait()
+        assert manager.mark_good([1]) == [1]
+    assert steps.good_steps(tmp_path) == [1]
 
 
 def test_step_that_cannot_be_retired_is_no_failure(tmp_path, monkeypatch, caplog):
@@ -304,9 +327,9 @@ def test_step_that_cannot_be_retired_is_no_failure(tmp_path, monkeypatch, caplog
 
     with monkeypatch.context() as patch:
         patch.setattr(manager_module.steps, "delete_step", refuse)
-        save_all(tmp_path, [1, 2], {"w": jnp.ones(4)}, keep_last=1)
+        save_all(tmp_path, [1, 2], {"w": jnp.ones(4)}, keep_last=1, keep_ladder=0)
     assert "step 1 stays: [Errno 13] Permission denied" in caplog.text
-    save_all(tmp_path, [3], {"w": jnp.ones(4)}, keep_last=1)
+    save_all(tmp_path, [3], {"w": jnp.ones(4)}, keep_last=1, keep_ladder=0)
     assert steps.complete_steps(tmp_path) == [3]
 
 
@@ -333,7 +356,7 @@ def test_going_back_needs_the_newer_steps_gone(tmp_path):
         manager.restore(1, abstract_of(state))
         with pytest.raises(UsageError, match=r"cannot save step 2: .* already holds step 3"):
             manager.save(2, state, {})
-        manager.discard_after(1)
+        manager.discard_where(lambda step, meta: step > 1)
         assert manager.steps() == [1]
         assert manager.save(2, {"w": jnp.zeros(4)}, {})
     assert not load_step(tmp_path, 2, abstract_of(state))[0]["w"].any()

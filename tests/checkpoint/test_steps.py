@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from checkpoint import steps
 from checkpoint.config import CheckpointConfig, validate
@@ -58,6 +60,20 @@ def test_retention(keep_last, keep_every, kept):
     assert steps.kept_steps([10, 20, 30, 40, 50], keep_last, keep_every) == kept
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 2000), st.integers(1, 4), st.integers(0, 6), st.integers(3, 300))
+def test_the_ladder_is_short_and_reaches_far_back(every, keep_last, rungs, saves):
+    have: set[int] = set()
+    for step in range(every, every * (saves + 1), every):
+        have.add(step)
+        have = steps.kept_steps(sorted(have), keep_last, 0, rungs)
+        assert len(have) <= keep_last + rungs
+    ages = sorted((every * saves - step) // every for step in have)
+    assert ages[:keep_last] == list(range(min(keep_last, saves)))
+    if rungs and saves > (keep_last + 2) << rungs:
+        assert 4 * ages[-1] >= 2**rungs
+
+
 def test_deleting_hides_the_step_before_it_goes(tmp_path, monkeypatch):
     fill(tmp_path, "1", "2")
     monkeypatch.setattr(steps.shutil, "rmtree", lambda *_, **__: None)  # killed at this point
@@ -102,7 +118,7 @@ def test_unwritable_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("every", -1), ("keep_last", 0), ("keep_every", -5), ("chunk_mib", -1)]
+    ("field", "value"), [("every", -2), ("keep_last", 0), ("keep_every", -5), ("chunk_mib", -1)]
 )
 def test_settings_that_make_no_sense(field, value):
     with pytest.raises(UsageError, match=rf"checkpoint\.{field} is {value}; it must be at least"):

@@ -41,7 +41,7 @@ def main(source, destination):
 def run(mesh, state, destination):
     update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     total = jax.jit(lambda x: jnp.sum(x * x), out_shardings=NamedSharding(mesh, P()))
-    with CheckpointManager(destination, CheckpointConfig(every=2, keep_last=2)) as manager:
+    with CheckpointManager(destination, CheckpointConfig(every=2, keep_ladder=0)) as manager:
         for step in range(1, 9):
             state = update(state)
             if manager.due(step):
@@ -51,7 +51,7 @@ def run(mesh, state, destination):
             manager.poll()
         manager.wait()
         assert manager.latest() == 8
-        manager.discard_after(6)
+        manager.discard_where(lambda step, meta: step > 6)
         assert manager.steps() == [6]
         lonely = {"x": jnp.ones(3, device=jax.local_devices()[0])}
         try:

@@ -152,6 +152,11 @@ def test_every_order_of_columns_gives_the_same_gradients(name):
     check(MIXED, changes)
 
 
+def test_the_tpu_kernels_skip_within_whole_stretches(monkeypatch):
+    monkeypatch.setattr(sequence, "PIECE", 64)  # what they take at once on a TPU: all of it
+    check(MIXED, {"seq_strategy": "ring", "attention": "pallas"}, MeshConfig(fsdp=1, seq=2))
+
+
 # ---------------------------------------------------------------- training
 
 

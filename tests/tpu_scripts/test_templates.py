@@ -18,7 +18,7 @@ from trainer.recovery.cluster import VARIABLES, find_cluster
 STATUSES = {
     getattr(policy, name)
     for name in (
-        "FINISHED", "MISTAKE", "BAD_DATA", "LOST", "NO_PROGRESS", "NUMERIC", "UNWRITABLE", "RETRY",
+        "FINISHED", "MISTAKE", "BAD_DATA", "LOST", "NO_PROGRESS", "DIVERGED", "UNWRITABLE", "RETRY",
         "PREEMPTED", "SUSPECT", "RESIZE",
     )
 }  # fmt: skip

@@ -53,6 +53,11 @@ COMMANDS: dict[str, Command] = {
     "diff": Command(
         "trainer.commands.diff", "compare two checkpoints, structure and values", "Look"
     ),
+    "replay": Command(
+        "trainer.commands.replay",
+        "do steps of a run again and compare every bit, or find where two runs part",
+        "Look",
+    ),
     "bench": Command(
         "trainer.commands.bench", "time the backends of attention on this machine, in turns", "Look"
     ),

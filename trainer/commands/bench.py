@@ -1,23 +1,32 @@
 """`torus bench`: times parts of Torus on the device at hand; so far the backends of attention.
 
-Owns the shapes and masks of the command line, the timing in turns and the table.
+Owns the shapes and masks of the command line, the timing in turns and the table. For a TPU that is
+not there the kernels are compiled and counted by models/attention/estimate.py, in a process of its
+own.
 """
 
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from itertools import product
 
 from sharding.errors import UsageError, nearest
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
+from trainer.config import ROOT
 
 HELP = "time the backends of attention on this machine, in turns"
 USAGE = """\
 usage: torus bench attention [--shape SHAPES] [--mask MASKS] [--backends NAMES] [--dtype TYPE]
                              [--rounds N] [--json]
+       torus bench attention --on CHIP [--shape SHAPES] [--mask MASKS] [--json]
 
 Times forward and backward of attention on one device. The backends take turns, so that whatever
 else the machine does hits all of them. A line has the median time, the median of the ratios to the
@@ -31,8 +40,13 @@ first backend, and the temporary memory by the compiler's own count. Lists have 
   --rounds N         turns that count; one more goes before them (9)
   --json             one JSON object per line, in seconds and bytes
 
+--on v4, v5e, v5p, v6e or tpu7x estimates the Pallas kernels for one such device that is not there:
+the compiler's instruction bundles, counted, in bfloat16 and under causal, window and documents.
+Waits for memory are not in it. Needs libtpu; 10 to 60 seconds a line.
+
   torus bench attention --dtype=float32
   torus bench attention --shape=2x4096x32/8x128,1x32768x32/8x128 --mask=causal,window:1024
+  torus bench attention --on=v5e --shape=1x8192x16x128
 """
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -49,6 +63,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--on")
     args = parser.parse(argv)
     _choose("benchmark", args.subject, ["attention"])
     _choose("--dtype", args.dtype, _DTYPES)
@@ -57,6 +72,8 @@ def main(argv: list[str]) -> int:
     cases = list(product(args.shape.split(","), args.mask.split(",")))
     for shape, mask in cases:
         parse_case(shape, mask)
+    if args.on:
+        return _estimate(args.on, cases, args)
 
     from models.attention.dispatch import BACKENDS, target
     from sharding.mesh import start_runtime
@@ -73,6 +90,60 @@ def main(argv: list[str]) -> int:
             head = {"shape": shape, "mask": mask, "dtype": args.dtype}
             print(json.dumps(head | record) if args.json else _line(**record), flush=True)
     return 0
+
+
+def _estimate(chip: str, cases: list[tuple[str, str]], args: Namespace) -> int:
+    """Prints what the kernels would take on an absent chip; returns 3 if the compiler failed."""
+    from models.attention.bundles import environment
+    from sharding.topology import FAMILIES, require_libtpu
+
+    _choose("--on", chip, tuple(FAMILIES))
+    if args.dtype != "bfloat16" or args.backends:
+        raise UsageError("--on: estimated are the Pallas kernels in bfloat16")
+    shapes = []
+    for shape, mask in cases:
+        (rows, length, heads, kv_heads, size), name, number = parse_case(shape, mask)
+        if name not in ("causal", "window", "documents"):
+            raise UsageError(f"--on: `{name}` is not estimated, but causal, window and documents")
+        shapes.append({
+            "heads": rows * heads, "kv_heads": rows * kv_heads, "length": length,
+            "head_dim": size, "window": number if name == "window" else None,
+            "documents": [length // number] * number if name == "documents" else [],
+        })  # fmt: skip
+    require_libtpu()
+    request = json.dumps({"chip": chip, "shapes": shapes})
+    left = list(cases)
+    with (
+        tempfile.TemporaryDirectory(prefix="torus-bench-") as folder,
+        open(f"{folder}/log", "w+") as log,
+        progress(f"compiling for {chip}", len(cases)) as advance,
+        subprocess.Popen(
+            [sys.executable, "-m", "models.attention.estimate"], text=True, cwd=ROOT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+            env={**os.environ, **environment(f"{folder}/bundles")},
+        ) as process,
+    ):  # fmt: skip
+        try:
+            process.stdin.write(request)
+            process.stdin.close()
+            for line in process.stdout:
+                shape, mask = left.pop(0)
+                advance(1)
+                found = {"on": chip, "shape": shape, "mask": mask, **json.loads(line)}
+                print(json.dumps(found) if args.json else _estimated(**found), flush=True)
+            if left:
+                log.seek(0)
+                print(log.read(), "torus: error: compiling failed", sep="\n", file=sys.stderr)
+        finally:
+            process.kill()  # an interrupted compilation would run to its end first
+    return 3 if left else 0
+
+
+def _estimated(on, shape, mask, seconds=None, share_of_peak=None, refused="") -> str:
+    if seconds is None:
+        return f"{on} {shape}, {mask}  cannot: {refused}"
+    parts = [f"{d} {1e6 * seconds[d]:.0f} us, {share_of_peak[d]:.0%} of peak" for d in seconds]
+    return f"{on} {shape}, {mask}  estimated: {'; '.join(parts)}"
 
 
 def _choose(what: str, value: str, choices: list[str] | tuple[str, ...]) -> None:

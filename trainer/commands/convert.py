@@ -27,14 +27,16 @@ TARGET is a run of ours. Formats are found out or named before the place:
   dcp:FOLDER       torch.distributed.checkpoint, as of FSDP and torchtitan
   zero:FOLDER      a run of DeepSpeed ZeRO 1, 2 or 3, or one of its steps
   ucp:FOLDER       DeepSpeed's universal checkpoint
+  orbax:FOLDER     any tree of arrays of Orbax: an item, a step, or a manager's newest step
+  msgpack:FILE     Flax's msgpack, or EasyLM's stream
 
 All are read; torus, hf, dcp and ucp are written (TARGET without a format: torus, or hf for a run).
 TARGET must not exist: it appears whole, with the tokenizer files, or not at all. Nothing that a
 pickle names is ever imported or called.
 
   --with-optimizer carry Adam's moments and its count of updates too (not hf; ucp always does)
-  --family F       model_type, or a Python file with a table of your own (from config.json; for a
-                   run, the first family that can express its model)
+  --family F       model_type, a Python file with a table of your own, or maxtext for a tree of
+                   MaxText (from config.json; for a run, the first that can express its model)
   --step N         step of a run (the newest)
   --dtype D        store float32, float16 or bfloat16 weights instead of what the source has
   --like FOLDER    take config.json, where SOURCE has none, tokenizer files and token ids from there
@@ -51,6 +53,7 @@ tensor missing, left over or of another shape), 4 a damaged or unsafe file, 1 wr
   torus train --config=from_run:./start --workdir=runs/a
   torus convert runs/a hf:./out --like ./Llama-3.2-1B
   torus convert ./zero3_run torus:./start --with-optimizer --like ./Llama-3.2-1B
+  torus convert orbax:./maxtext/checkpoints torus:./start --family maxtext --like ./Llama-3.1-8B
   torus convert runs/a dcp:./out --with-optimizer
 """
 
@@ -108,7 +111,7 @@ def _keep_freed_memory() -> None:
 
 
 def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) -> int:
-    from checkpoint.convert import huggingface
+    from checkpoint.convert import huggingface, maxtext
     from checkpoint.convert.families import find_family
     from checkpoint.convert.sources import config_folder, open_source
 
@@ -117,11 +120,14 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
         raise UsageError(f"{source} has no config.json; name a folder that has one with --like")
     config = huggingface.read_config(beside)
     name = config.get("model_type")
-    family = find_family(args.family or str(name))
+    of_maxtext = args.family == maxtext.NAME
+    family = find_family(str(name) if of_maxtext else args.family or str(name))
     if name != family.model_type:
         raise MismatchError(f"config.json: model_type = {name!r} is not {family.model_type!r}")
     model = family.read(config)
     found = open_source(kind, source)
+    if of_maxtext:
+        family, model = maxtext.adapted(family, model, found)
 
     import numpy as np
 

@@ -26,10 +26,10 @@ HELP = "find what is wrong with this machine before it costs money"
 USAGE = """\
 usage: torus doctor [WORKDIR]
 
-Checks Python and the packages, the devices (a timed and verified matrix product on each), memory,
-the compilation cache, and the disk below WORKDIR (the current folder by default): writable, how
-fast, how full, and whether its clock agrees. One line per finding: ok, warn or FAIL, and what to
-do about it.
+Checks Python and the packages, the devices (a timed and verified matrix product on each, whether
+all compute alike and pass bytes on), memory, the compilation cache, and the disk below WORKDIR (the
+current folder by default): writable, how fast, how full, and whether its clock agrees. One line per
+finding: ok, warn or FAIL, and what to do about it.
 
 The exit status is 1 if anything FAILs, so that a job script can stop there:
 
@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
         check_versions,
         check_imports,
         check_devices,
+        check_links,
         check_memory,
         check_cache,
         lambda: check_disk("workdir", workdir),
@@ -139,6 +140,25 @@ def check_devices() -> Iterator[Finding]:
     else:
         yield Finding("ok", "devices", kind)
     yield from _check_matmuls(devices, chip.flops_bf16 if chip else None)
+
+
+def check_links() -> Iterator[Finding]:
+    """Whether all devices here compute alike and get the bytes that the others send."""
+    try:
+        import jax
+
+        from trainer.integrity import device_problem, in_a_row
+
+        devices = jax.local_devices()
+        problem = str(device_problem(in_a_row(devices)) or "")
+    except Exception as error:  # check_devices says more of a JAX that cannot start
+        problem = _first_line(error)
+    if problem:
+        advice = "take this device out of the job, or restart the machine"
+        yield Finding("FAIL", "links", problem, advice)
+    else:
+        text = f"{len(devices)} devices compute alike and pass known bytes on"
+        yield Finding("ok", "links", text)
 
 
 def check_memory() -> Iterator[Finding]:

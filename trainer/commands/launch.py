@@ -24,7 +24,8 @@ usage: torus launch [--processes N] [--grace S] [--limit PHASE=SECONDS ...] [--t
 
 Runs `torus train` with the same arguments, and starts it again after a crash, or after a hang: a
 process that stays in one phase longer than its limit has its stacks printed and is killed. The run
-goes on from its newest intact checkpoint and ends on the same bits as one that nothing disturbed.
+goes on from its newest intact checkpoint, or from a snapshot in memory that is newer (one in 10
+steps; --config.checkpoint.snapshot_every), and ends on the same bits as one that nothing disturbed.
 
   torus launch --config=quickstart --workdir=runs/a
   torus launch --processes 2 --limit step=60 --config=quickstart --workdir=runs/b
@@ -104,6 +105,7 @@ def main(argv: list[str]) -> int:
         ["train", *rest], flags["workdir"], own.processes, own.grace, limits, own.tries,
         cluster.host, cluster.hosts, cluster.address, own.patience, lease,
         _sizes(own.mesh, experiment, cluster.hosts),
+        experiment.checkpoint.snapshot_every > 0 and hasattr(os, "memfd_create"),
     )  # fmt: skip
     return Supervisor(options).run()
 

@@ -1,7 +1,8 @@
 """The console script `torus`: finds the subcommand, and turns failures into one line and a status.
 
 Exit statuses: 0 success, 1 the command found a failure, 2 the user's mistake, 3 an input that does
-not match what it should be, 4 an input that is damaged or unsafe, 130 interrupted.
+not match what it should be, 4 an input that is damaged or unsafe, 71 all rewinds are spent, 77 a
+device or host gave other bits than it must, 130 interrupted.
 Only the chosen command's module is imported; this file and the table it reads import no JAX.
 """
 
@@ -13,6 +14,7 @@ from importlib import import_module
 from checkpoint.steps import CheckpointError
 from sharding.errors import UsageError, nearest
 from trainer.commands import COMMANDS
+from trainer.recovery.health import Unhealthy
 
 USAGE = """\
 Torus trains language models on TPU, GPU and CPU with JAX: one config file, one command.
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (CheckpointError, ConnectionError) as error:  # storage that fails or does not answer
         return _fail(str(error), 1)
+    except Unhealthy as error:
+        return _fail(str(error), error.status)
     except KeyboardInterrupt:
         print("torus: interrupted", file=sys.stderr)
         return 130

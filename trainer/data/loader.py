@@ -6,6 +6,7 @@ the data is one integer, the next row. `batch_digest` tells whether two runs saw
 """
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Self
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
@@ -22,6 +24,8 @@ from trainer.data.collate import mix
 from trainer.data.rows import Identity, Rows, Steps
 
 Batch = dict[str, jax.Array]
+
+_PAUSES = (0.1, 1.0, 5.0)  # seconds between attempts to read a batch
 
 
 class Loader:
@@ -76,10 +80,25 @@ class Loader:
             self._ahead.append(self._thread.submit(self.batch, step))
 
     def batch(self, step: int) -> Batch:
-        """Returns the `step`-th batch after `start_row`: int32 (rows, columns) arrays."""
+        """Returns the `step`-th batch after `start_row`: int32 (rows, columns) arrays.
+
+        Raises:
+          ConnectionError: the storage did not answer, also not when it was asked again.
+        """
         first = self._start_row + step * self._batch_size
-        rows, first = self._dataset.step(first, self._batch_size)
-        return self._blocks[rows.seq_len].read(rows, first)
+        pauses = iter(_PAUSES)
+        while True:
+            try:
+                rows, row = self._dataset.step(first, self._batch_size)
+                return self._blocks[rows.seq_len].read(rows, row)
+            except ConnectionError:  # of remote.py, which has been patient
+                raise
+            except OSError as error:  # a file system that stalls is often back soon
+                pause = next(pauses, None)
+                if pause is None or self._closed:
+                    raise ConnectionError(f"the data cannot be read: {error}") from error
+                logging.warning("data: %s; tried again in %g s", error, pause)
+                time.sleep(pause)
 
     def __iter__(self) -> Self:
         return self

@@ -10,22 +10,23 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.recovery.health import DIVERGED
 from trainer.recovery.progress import PHASES, Progress
 
-FINISHED, MISTAKE, BAD_DATA, LOST, NO_PROGRESS, NUMERIC = 0, 64, 65, 69, 70, 71
-UNWRITABLE, RETRY, PREEMPTED, SUSPECT, RESIZE = 73, 75, 76, 77, 78
+FINISHED, MISTAKE, BAD_DATA, LOST, NO_PROGRESS = 0, 64, 65, 69, 70
+UNWRITABLE, RETRY, PREEMPTED, RESIZE = 73, 75, 76, 78
 """Exit statuses of `torus launch` (after BSD's sysexits), which tell a scheduler what to do.
 
 Do not try again: 0 done, 64 a mistake in command or config, 65 an input that is damaged or does
-not match, 70 several tries in a row without a new checkpoint, 71 the budget of rewinds is spent.
+not match, 70 several tries in a row without a new checkpoint, 71 (DIVERGED) all rewinds are spent.
 Try again: 69 too few hosts came, 73 the run's folder cannot be written, 75 this host cannot start
-trainers, 76 stopped by a signal, 77 this host computes wrongly (try without it), 78 asked to end
-for another size of job."""
+trainers, 76 stopped by a signal, 77 (SUSPECT) this host computes wrongly (try without it), 78 asked
+to end for another size of job."""
 
 STOPPED = 130  # of `torus train`: asked to stop, saved and ended
 
 # Statuses of `torus train` that no retry cures.
-_PERMANENT = {2: MISTAKE, 3: BAD_DATA, 4: BAD_DATA, NUMERIC: NUMERIC}
+_PERMANENT = {2: MISTAKE, 3: BAD_DATA, 4: BAD_DATA, DIVERGED: DIVERGED}
 COLLATERAL = (1, -signal.SIGABRT)  # what JAX makes of another process's death
 
 # How long a phase may take: until enough of its own past is known, and never less than.

@@ -17,7 +17,8 @@ from pathlib import Path
 VARIABLE = "TORUS_PROGRESS"  # the environment variable that names a trainer's page
 PHASES = ("start", "data", "restore", "compile", "step", "eval", "save", "end")
 _SIZE = 4096
-_PHASE, _STEP, _SINCE, _CHANGES = range(4)
+_PHASE, _STEP, _SINCE, _CHANGES, _START, _SOURCE = range(6)
+SOURCES = ("", "new", "disk", "memory", "peer", "parity")
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,16 @@ class Progress:
       step: updates done.
       since: when the phase began, in seconds of the monotonic clock.
       changes: how often `enter` was called: it grows as long as the trainer moves.
+      start: the step that the trainer went on from, 0 for a new run.
+      source: where it found that, one of SOURCES; "" as long as it has not.
     """
 
     phase: str
     step: int
     since: float
     changes: int
+    start: int = 0
+    source: str = ""
 
 
 class ProgressPage:
@@ -66,7 +71,14 @@ class ProgressPage:
         self._words[_PHASE] = PHASES.index(phase)
         self._words[_CHANGES] += 1
 
+    def resumed(self, step: int, source: str) -> None:
+        """Says that the trainer goes on from `step`, found in one of SOURCES."""
+        self._words[_START], self._words[_SOURCE] = step, SOURCES.index(source)
+
     def read(self) -> Progress:
         """Returns what the page says; before the first `enter`, a start at this clock's zero."""
         words = self._words
-        return Progress(PHASES[words[_PHASE]], words[_STEP], words[_SINCE] / 1e9, words[_CHANGES])
+        return Progress(
+            PHASES[words[_PHASE]], words[_STEP], words[_SINCE] / 1e9, words[_CHANGES],
+            words[_START], SOURCES[words[_SOURCE]],
+        )  # fmt: skip

@@ -21,9 +21,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from checkpoint.memory.wire import Directory
 from checkpoint.steps import complete_steps, folder_path, is_remote
+from trainer.goodput import INCIDENTS
 from trainer.recovery.cluster import VARIABLES
 from trainer.recovery.hosts import Hosts, Place
+from trainer.recovery.keeper import KeeperProcess
 from trainer.recovery.policy import (
     COLLATERAL,
     FINISHED,
@@ -41,10 +44,9 @@ from trainer.recovery.policy import (
     first_cause,
     permanent,
 )
-from trainer.recovery.progress import VARIABLE, ProgressPage
+from trainer.recovery.progress import VARIABLE, Progress, ProgressPage
 from trainer.recovery.standby import hand_over
 
-INCIDENTS = "incidents.jsonl"
 SUSPECTS = "launch/suspects"  # names of hosts to leave out, in the run's folder
 _POLL = 0.02  # seconds
 _SETTLE = 0.3  # after a first failure, for the others to fail of it
@@ -68,6 +70,7 @@ class Options:
       patience: seconds to wait for other hosts, or for a folder that cannot be written.
       lease: seconds without a sign of life after which a host counts as lost.
       sizes: of how many hosts the run may be, and what its trainers are told then in addition.
+      snapshots: keep the trainers' snapshots in memory.
     """
 
     command: list[str]
@@ -82,6 +85,7 @@ class Options:
     patience: float = 600.0
     lease: float = 15.0
     sizes: dict[int, list[str]] = field(default_factory=lambda: {1: []})
+    snapshots: bool = False
 
 
 @dataclass
@@ -118,8 +122,9 @@ class Supervisor:
             with tempfile.TemporaryDirectory(prefix="torus-launch-") as folder:
                 self._meet_in(Path(folder))
                 try:
-                    while (status := self._one_generation(Path(folder))) is None:
-                        pass
+                    with self._keeper:
+                        while (status := self._one_generation(Path(folder))) is None:
+                            pass
                 except OSError as error:  # no process, no memory, no port: perhaps elsewhere
                     self._say(f"this host cannot go on: {error}")
                     status = RETRY if self._writable() else UNWRITABLE
@@ -142,9 +147,11 @@ class Supervisor:
     def _meet_in(self, folder: Path) -> None:
         """A host that is alone has nobody to tell, and its run's folder may not be made yet."""
         given = self._options
+        place = folder if given.hosts == 1 else folder_path(given.workdir) / "launch"
+        keepers = Directory(str(place), given.host, given.hosts, given.processes, given.address)
+        self._keeper = KeeperProcess(keepers if given.snapshots else None, _die_with_parent)
         self._hosts = Hosts(
-            folder if given.hosts == 1 else folder_path(given.workdir) / "launch",
-            given.host, given.hosts, given.address,
+            place, given.host, given.hosts, given.address,
             sizes=list(given.sizes), lease=given.lease, patience=given.patience,
         )  # fmt: skip
 
@@ -191,11 +198,14 @@ class Supervisor:
         count, first = here * place.hosts, here * place.rank
         command = [*self._options.command, *self._options.sizes[place.hosts]]
         trainers = []
+        self._keeper.ensure()
         for rank in range(first, first + here):
             path = folder / f"{self._hosts.generation}.{rank}.progress"
             page = ProgressPage(path)
             page.enter("start", 0)
             environment = {VARIABLE: str(path)}
+            if place.hosts == self._options.hosts:  # keepers know hosts by their number in the job
+                environment |= self._keeper.environment
             if count > 1:
                 environment |= {
                     "JAX_COORDINATOR_ADDRESS": place.coordinator,
@@ -272,7 +282,9 @@ class Supervisor:
             for end in running:
                 self._limits.learn(seen[end.rank], end.progress)
                 seen[end.rank] = end.progress
-            self._recovered(self._step)
+            if self._keeper.ensure():
+                self._record("keeper lost")
+            self._recovered(max((end.progress for end in ends), key=lambda p: p.step))
             # The others wait for the one that did least, however long that may rightly take.
             slowest = first_cause(running)
             self._hosts.beat(slowest.progress)
@@ -321,7 +333,8 @@ class Supervisor:
 
     def _judge(self, failed: list[End]) -> int | None:
         newest = self._newest()
-        goes_on = self._budget.spend(newest)
+        found = max((end.progress.start for end in failed), default=0)  # perhaps in memory
+        goes_on = self._budget.spend(max(newest, found or newest))
         lost = self._hosts.lost()
         cause = first_cause(failed) if failed else None
         if cause is None or (lost and cause.status in COLLATERAL):
@@ -380,13 +393,15 @@ class Supervisor:
             lost, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
             self._record("resized", hosts=place.hosts, lost=lost or None, new=new or None)
 
-    def _recovered(self, step: int) -> None:
-        """Records how long the last fault cost, once the run has passed a first step again."""
-        if self._fault is None or step <= max(0, self._budget.best):
+    def _recovered(self, now: Progress) -> None:
+        """Records what the last fault cost, once the run has passed a first step again."""
+        if self._fault is None or not now.source or now.step <= now.start:
             return
         seconds, reached = time.monotonic() - self._fault[0], self._fault[1]
-        lost = max(0, reached - max(0, self._budget.best))
-        self._record("recovered", step=step, seconds=round(seconds, 2), lost_steps=lost)
+        self._record(
+            "recovered", step=now.step, seconds=round(seconds, 2), source=now.source,
+            restored=now.start, lost_steps=max(0, reached - now.start),
+        )  # fmt: skip
         self._fault = None
 
     def _stopped(self) -> int:

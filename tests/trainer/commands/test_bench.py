@@ -1,5 +1,6 @@
 """`torus bench attention`: its table, its records, and what it refuses."""
 
+import importlib.util
 import json
 
 import pytest
@@ -57,12 +58,37 @@ def test_a_backend_that_cannot_is_a_line_of_its_own(monkeypatch):
         ("--rounds 0: at least 1", "--rounds=0"),
         ("no `blockwize`; choose from blockwise, ref.*; did you mean", "--backends=blockwize"),
         ("on this device: no `triton`; choose from blockwise, reference", "--backends=triton"),
+        ("--on: no `v5`; .*; did you mean `v5p`", "--on=v5"),
         ("does not take `--masks`; did you mean `--mask`", "--masks"),
     ],
 )
 def test_refusals(message, argument):
     with pytest.raises(UsageError, match=message):
         bench.main(["attention", argument])
+
+
+@pytest.mark.parametrize(
+    ("message", "argument"),
+    [
+        ("--on: `all` is not estimated, but causal", "--mask=all"),
+        ("--on: estimated are the Pallas kernels in bfloat16", "--dtype=float32"),
+        ("--on: estimated are the Pallas kernels in bfloat16", "--backends=reference"),
+    ],
+)
+def test_what_an_absent_chip_is_not_asked(message, argument):
+    with pytest.raises(UsageError, match=message):
+        bench.main(["attention", "--on=v5e", argument])
+
+
+@pytest.mark.soak  # half a minute of compiling
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+def test_an_absent_chip_is_estimated(capfd):
+    argv = ["--on=v5e", "--shape=1x1024x2/1x128", "--mask=documents:4", "--json"]
+    assert bench.main(["attention", *argv]) == 0
+    record = json.loads(capfd.readouterr().out)
+    assert set(record["seconds"]) == {"forward", "backward"}
+    assert all(1e-7 < seconds < 1e-3 for seconds in record["seconds"].values())
+    assert all(0.05 < share <= 1 for share in record["share_of_peak"].values())
 
 
 def test_unknown_benchmark():

@@ -30,7 +30,16 @@ def test_healthy_machine(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "check_platform_packages", lambda: [])
     assert doctor.main([str(tmp_path / "not" / "yet")]) == 0
     out = capsys.readouterr().out
-    for subject in ("python", "packages", "import", "devices", "matmul", "memory", "workdir"):
+    for subject in (
+        "python",
+        "packages",
+        "import",
+        "devices",
+        "matmul",
+        "links",
+        "memory",
+        "workdir",
+    ):
         assert f" {subject} " in out
     assert "8 x cpu" in out and "FAIL" not in out
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
@@ -86,6 +95,14 @@ def test_accelerator_that_jax_does_not_use(monkeypatch):
     monkeypatch.setattr(doctor, "_idle_accelerator", lambda: "install it")
     (finding,) = doctor.check_devices()
     assert finding.status == "warn" and finding.advice == "install it"
+
+
+def test_links(monkeypatch):
+    (finding,) = doctor.check_links()
+    assert finding.status == "ok" and finding.text.startswith("8 devices compute alike")
+    monkeypatch.setattr("trainer.integrity.device_problem", lambda mesh: "device 3 of process 0: x")
+    (finding,) = doctor.check_links()
+    assert (finding.status, finding.text) == ("FAIL", "device 3 of process 0: x")
 
 
 def _device(index, platform="gpu"):

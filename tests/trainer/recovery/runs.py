@@ -15,12 +15,14 @@ from trainer.recovery.progress import Progress, ProgressPage
 
 TINY, STEPS = ROOT / "tests/tiny.py", 24
 SLOW = f"--config={ROOT}/tests/trainer/recovery/slow.py"
+_KEEPER = "trainer.recovery.keeper"
 
 
 def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen:
     command = [
         sys.executable, "-m", "trainer.commands.main", "launch", f"--config={TINY}",
         f"--workdir={workdir}", f"--config.train.steps={STEPS}", "--config.checkpoint.every=4",
+        "--config.checkpoint.snapshot_every=1",
         *arguments,
     ]  # fmt: skip
     flags = "--xla_force_host_platform_device_count=1"
@@ -36,12 +38,17 @@ def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen
 
 def trainers(supervisor: subprocess.Popen) -> list[int]:
     """Returns the process ids of the trainers, in order of rank, and then of their successors."""
-    return [
-        int(pid)
-        for pid in Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
-        .read_text()
-        .split()
-    ]
+    return [pid for pid, command in _children(supervisor) if _KEEPER not in command]
+
+
+def keeper(supervisor: subprocess.Popen) -> int:
+    """Returns the process id of the keeper."""
+    return next(pid for pid, command in _children(supervisor) if _KEEPER in command)
+
+
+def _children(supervisor: subprocess.Popen) -> list[tuple[int, str]]:
+    path = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
+    return [(int(p), Path(f"/proc/{p}/cmdline").read_text()) for p in path.read_text().split()]
 
 
 def at_step(workdir: Path, supervisor: subprocess.Popen, step: int) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from sharding.topology import compiler_environment
 
+FOLDER = "TORUS_BUNDLES"  # the environment variable that names where they are written
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2}\s*)?:\s*(?:>\s*)*\{")
 _START = re.compile(r"Start(?:/End empty)? region (\d+)")
 _BRANCH = re.compile(r"sbr\.rel \(([^)]*)\) target = \$region(\d+)")
@@ -55,6 +56,7 @@ def environment(folder: str) -> dict[str, str]:
     )
     return {
         **compiler_environment(),
+        FOLDER: folder,
         "TPU_MIN_LOG_LEVEL": "3",
         "LIBTPU_INIT_ARGS": " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]),
     }

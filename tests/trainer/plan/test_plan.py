@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +15,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs.quickstart import get_config
 from sharding.errors import UsageError
 from sharding.mesh import make_mesh
-from sharding.topology import parse_slice
+from sharding.topology import compiler_environment, parse_slice
 from trainer.commands import plan as command
-from trainer.plan import abstract_batch, bytes_per_device, parse_refusal
+from trainer.config import ROOT
+from trainer.plan import calibration
+from trainer.plan.compile import (
+    abstract_batch,
+    bytes_per_device,
+    missing_option,
+    parse_refusal,
+)
+from trainer.plan.screen import format_plan
 from trainer.state import abstract_state, make_layout
 from trainer.step import make_train_step
 
@@ -58,6 +69,12 @@ def test_other_failures_are_not_refusals():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.0M of 16.0M vmem"
     assert parse_refusal(message) is None
     assert parse_refusal("INTERNAL: Mosaic failed to compile TPU kernel") is None
+
+
+def test_an_option_that_libtpu_does_not_know():
+    message = "INVALID_ARGUMENT: No such compile option: 'xla_tpu_new_thing'"
+    assert missing_option(message) == "xla_tpu_new_thing"
+    assert missing_option("RESOURCE_EXHAUSTED: Ran out of memory") is None
 
 
 def test_bytes_per_device():
@@ -104,6 +121,9 @@ def test_the_step_is_traced_without_asking_for_devices(monkeypatch):
         (["--config=quickstart", "--on=v5e-4", "--config.mesh.tensor=3"], "mesh axis tensor = 3"),
         (["--config=quickstart", "--of=v5e-4"], "unknown flag --of"),
         (["--on=v5e-4"], "--config=FILE is missing"),
+        (["--config=quickstart", "--on=v5e-4", "--price=cheap"], "--price=cheap: a number"),
+        (["--config=quickstart", "--on=v5e-4", "--config.perf=fast"], "choose auto or off"),
+        (["--calibrate=nowhere", "--on=v5e-4"], "nowhere is not a run"),
     ],
 )
 def test_mistakes_start_no_compiler(arguments, match, monkeypatch):
@@ -125,6 +145,7 @@ def _plan(**changes):
     return {
         "config": "quickstart", "slice": "v5e-4", "chips": 4, "devices": 4,
         "mesh": {"data": 1, "fsdp": 4, "seq": 1, "tensor": 1}, "parameters": 3_214_336,
+        "remat": "none", "barriers": False, "options": {}, "forecast": None,
         "tokens_per_step": 2048, "parameter_bytes": GIB, "optimizer_bytes": 2 * GIB,
         "capacity": 16 * GIB, "needed": 12 * GIB, "argument_bytes": 3 * GIB,
         "temporary_bytes": 9 * GIB, "host_bytes": 0, "trace_seconds": 1.0,
@@ -149,13 +170,13 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_to_try():
     plan = _plan(needed=int(20.5 * GIB), fits=False, argument_bytes=None, temporary_bytes=None)
     experiment = get_config()
     experiment.mesh.zero = 1
-    text = command.format_plan(plan, experiment, parse_slice("v5e-4"))
+    text = format_plan(plan, experiment, parse_slice("v5e-4"))
     assert "does not fit: needs 4.50 GiB more than the 16.00 GiB per chip" in text
     assert text.endswith("refused in 1m11s by jax 0.10.2, libtpu 0.0.42")
     for option in ("mesh.zero=3", "model.remat=full", "train.accumulation=2"):
         assert f"  try --config.{option}" in text
-    experiment.mesh.zero, experiment.model.remat, experiment.train.batch_size = 3, "full", 4
-    assert "try a larger slice" in command.format_plan(plan, experiment, parse_slice("v5e-4"))
+    experiment.mesh.zero, experiment.train.batch_size, plan["remat"] = 3, 4, "full"
+    assert "try a larger slice" in format_plan(plan, experiment, parse_slice("v5e-4"))
 
 
 def test_a_compiler_that_crashes(monkeypatch, capsys):
@@ -164,6 +185,71 @@ def test_a_compiler_that_crashes(monkeypatch, capsys):
     assert command.main(["--config=quickstart", "--on=v5e-4"]) == 3
     captured = capsys.readouterr()
     assert captured.out == "" and "Check failed\ntorus: error: compiling failed" in captured.err
+
+
+def test_another_process_holds_libtpu(monkeypatch):
+    log = 'Internal error when accessing libtpu multi-process lockfile. Run "$ sudo rm /tmp/lock"'
+    monkeypatch.setattr(command, "require_libtpu", lambda: None)
+    monkeypatch.setattr(command, "_compile", lambda *_: (1, None, log))
+    with pytest.raises(UsageError, match="another process holds libtpu"):
+        command.main(["--config=quickstart", "--on=v5e-4"])
+
+
+FORECAST = {
+    "seconds": {"roofline": 0.7, "estimate": 0.9, "cycles": 1.0},
+    "shares": {"matmul": (0.6, 0.0), "all-reduce over fsdp": (0.1, 0.2), "copy": (0.0, 0.0001)},
+    "mfu": {"roofline": 0.7, "estimate": 0.5, "cycles": 0.45}, "tokens_per_second": 500.0,
+    "executed_flops": 1e12, "walked_peak": 12 * GIB, "holders": {"activations": 8 * GIB},
+    "held": [{"holder": "activations", "name": "4 x models/layers.py:1 mlp", "bytes": 7 * GIB}],
+    "findings": [{"rule": "synchronous", "what": "all-reduce over fsdp", "seconds": 0.1,
+                  "bytes": 1e9, "source": "models/loss.py:7 _chunk", "cure": "overlap it"}],
+    "notes": ["a loop of unknown length counted once: while"],
+}  # fmt: skip
+
+
+def test_the_screen_of_a_forecast():
+    experiment = get_config()
+    plan = _plan(forecast=FORECAST, options={"xla_a": "true"})
+    text = format_plan(plan, experiment, parse_slice("v5e-4"), price=2.0, calibration=(1.1, 3))
+    assert "0.90" not in text and "900.0 ms, between 700.0 ms (roofline) and 1.00 s" in text
+    assert "MFU 50.0%, between 70.0% and 45.0%; 500 tokens/s per chip, 2,000 in all" in text
+    assert re.search(r"100\.0 +200\.0  all-reduce over fsdp", text) and "  copy" not in text
+    assert "990.0 ms by 3 of your runs on this chip, which took 1.10 times" in text
+    # 20 x 3,214,336 tokens of 2,048 a step at 0.9 s: 7.85 hours of 4 chips at 2 an hour.
+    assert re.search(r"7\.8 hours for 20 tokens a parameter \(0\.1 billion tokens\), 63 at 2", text)
+    assert "7.00  4 x models/layers.py:1 mlp" in text and "compiler    xla_a=true" in text
+    assert "at models/loss.py:7 _chunk; overlap it" in text and "not counted: a loop" in text
+
+
+def test_own_runs_are_kept_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORUS_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    run.mkdir()
+    times = [5000.0] + 9 * [990.0]  # the first step compiled
+    records = [
+        {"kind": "train", "step": step, "time": 0.0, "step_ms": ms} for step, ms in enumerate(times)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    measured = calibration.measured_step(str(run))
+    assert measured == pytest.approx(0.99) and calibration.factor("v5e") is None
+    for _ in range(2):
+        calibration.add_run(str(run), "v5e", _plan(forecast=FORECAST), measured)
+    assert calibration.factor("v5e") == (pytest.approx(1.1), 1)
+    assert calibration.factor("v5p") is None
+    with pytest.raises(UsageError, match="has recorded no step"):
+        calibration.measured_step(str(tmp_path))
+
+
+def test_published_runs_are_whole():
+    """Each row's seconds follow from its published figure, and every estimate stands beside it."""
+    for row in calibration.published():
+        assert row["source"] and row["date"] and row["convention"], row["name"]
+        seconds = (
+            row["tokens_per_step"] / row["chips"] / row["published_tokens_per_second_per_chip"]
+        )
+        assert row["published_seconds"] == pytest.approx(seconds, rel=5e-3), row["name"]
+        assert row["estimate"]["roofline"] <= row["estimate"]["estimate"], row["name"]
+        assert row["tuned"] is False and row["fits"] is True, row["name"]
 
 
 # ---------------------------------------------------------------- with libtpu
@@ -188,3 +274,38 @@ def test_a_real_refusal(capsys):
     plan = json.loads(capsys.readouterr().out)
     assert not plan["fits"] and plan["capacity"] == int(15.75 * GIB)
     assert plan["needed"] > plan["capacity"] and plan["temporary_bytes"] is None
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+def test_an_option_reaches_the_compiler_and_an_unknown_one_is_one_line():
+    with pytest.raises(UsageError, match=r"libtpu .* has no option xla_tpu_no_such_thing: leave"):
+        command.main([*TINY, "--config.perf=off,xla_tpu_no_such_thing=true"])
+
+
+OPTIONS_ARE_KNOWN = """
+import jax, jax.numpy as jnp, json, sys
+from sharding.mesh import make_mesh
+from sharding.config import MeshConfig
+from sharding.topology import parse_slice, slice_devices
+from trainer.plan.recipe import OPTIONS
+for chip, name in (("v5e", "v5e-4"), ("v5p", "v5p-8")):
+    mesh = make_mesh(MeshConfig(), slice_devices(parse_slice(name)))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    options = {o.name: o.value for o in OPTIONS if chip in o.chips}
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=whole)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        jax.jit(lambda x: x + 1, compiler_options=options).lower(x).compile()
+    print(chip, len(options))
+"""
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+def test_every_option_of_the_recipe_is_known_to_this_libtpu():
+    """Options go out of use with new versions: then the table has to follow."""
+    environment = {**os.environ, **compiler_environment(), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OPTIONS_ARE_KNOWN]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["v5e", "4", "v5p", "6"]

@@ -1,12 +1,14 @@
-"""What a config needs on a TPU slice that is not there: the compiler's own memory per chip.
+"""What a config needs and how fast it goes on a TPU slice that is not there, by the compiler.
 
-`make_plan` builds the mesh on the slice's described devices and compiles the very step that
-`trainer/loop.py` runs, ahead of time, with libtpu on CPU. Nothing is estimated: a program that does
-not fit is refused by the compiler within seconds, with the bytes it needs. Run as a module it
-reads {"experiment", "slice"} as JSON and writes the plan, or {"refused"}: `torus plan` does so, to
-have an environment of its own and to survive a compiler that crashes.
+`make_plan` builds the mesh on the slice's described devices, compiles the very step that
+`trainer/loop.py` runs, ahead of time, with libtpu on CPU, and reads the program. Memory is the
+compiler's own; times are estimates made from its schedule. A program that does not fit is refused
+within seconds, with the bytes it needs. Run as a module it reads {"experiment", "slice", "save"}
+as JSON and writes the plan, or {"refused"}: `torus plan` does so, to have an environment of its
+own and to survive a compiler that crashes.
 """
 
+import gzip
 import importlib.metadata
 import json
 import math
@@ -27,8 +29,9 @@ from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
 from sharding.topology import FAMILIES, Slice, parse_slice, slice_devices
 from trainer.config import Experiment, check_sizes, from_dict, validate
+from trainer.plan.forecast import Forecast, forecast
 from trainer.state import abstract_state, make_layout
-from trainer.step import make_train_step
+from trainer.step import jit_train_step
 
 # The two ways in which libtpu refuses: early, by a lower bound, and late, after its allocation.
 _REFUSALS = (
@@ -47,6 +50,9 @@ class Plan:
     chips: int
     devices: int
     mesh: dict[str, int]
+    remat: str  # what is kept for the backward pass, "auto" resolved
+    barriers: bool  # config.model.barriers, as chosen
+    options: dict[str, str]  # of the compiler
     parameters: int  # of the model, without padding
     tokens_per_step: int
     parameter_bytes: int
@@ -59,6 +65,7 @@ class Plan:
     trace_seconds: float
     compile_seconds: float
     versions: dict[str, str]
+    forecast: Forecast | None  # of a program that was compiled
 
     @property
     def fits(self) -> bool:
@@ -69,8 +76,10 @@ class Plan:
         return {**asdict(self), "fits": self.fits}
 
 
-def make_plan(experiment: Experiment, target: Slice) -> Plan:
+def make_plan(experiment: Experiment, target: Slice, save: str = "") -> Plan:
     """Compiles the train step of `experiment` for `target`; takes minutes when it fits.
+
+    save: a file for the program's text, gzipped; "" keeps none.
 
     Call it in a process that was started with `sharding.topology.compiler_environment()`.
 
@@ -88,15 +97,27 @@ def make_plan(experiment: Experiment, target: Slice) -> Plan:
     start = time.perf_counter()
     # A concrete mesh would send every eager operation of the trace to devices that are not there.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        step = jax.jit(make_train_step(experiment, layout), donate_argnums=0)
+        step, choice = jit_train_step(experiment, layout)
         lowered = step.lower(state, batch)
     traced = time.perf_counter()
+    prediction = None
     try:
-        memory = lowered.compile().memory_analysis()
+        compiled = lowered.compile()
+        memory = compiled.memory_analysis()
         needed, capacity = memory.peak_memory_in_bytes, FAMILIES[target.chip].compiler_bytes
         arguments, host = memory.argument_size_in_bytes, memory.host_temp_size_in_bytes
         temporaries = needed - arguments
+        text = compiled.as_text()
+        prediction = forecast(text, choice.experiment, target, dict(mesh.shape))
+        if save:
+            with gzip.open(save, "wt") as file:
+                file.write(text)
     except jax.errors.JaxRuntimeError as error:
+        if (option := missing_option(str(error))) is not None:
+            raise UsageError(
+                f"libtpu {importlib.metadata.version('libtpu')} has no option {option}: "
+                f"leave it out with --config.perf={experiment.perf},-{option}"
+            ) from error
         if (refusal := parse_refusal(str(error))) is None:
             raise
         needed, capacity = refusal
@@ -107,6 +128,9 @@ def make_plan(experiment: Experiment, target: Slice) -> Plan:
         chips=target.chips,
         devices=mesh.size,
         mesh=dict(mesh.shape),
+        remat=choice.experiment.model.remat,
+        barriers=choice.experiment.model.barriers,
+        options=choice.options,
         parameters=spec.count(param_specs(experiment.model)),
         tokens_per_step=experiment.train.batch_size * experiment.data.seq_len,
         parameter_bytes=bytes_per_device(state.params),
@@ -119,6 +143,7 @@ def make_plan(experiment: Experiment, target: Slice) -> Plan:
         trace_seconds=round(traced - start, 2),
         compile_seconds=round(time.perf_counter() - traced, 2),
         versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        forecast=prediction,
     )
 
 
@@ -148,6 +173,12 @@ def parse_refusal(message: str) -> tuple[float, float] | None:
     return None
 
 
+def missing_option(message: str) -> str | None:
+    """Returns the compile option that a version of libtpu does not know; None: another error."""
+    match = re.search(r"No such compile option: '?(\w+)", message)
+    return match[1] if match else None
+
+
 def _bytes(text: str) -> float:
     """Reads the compiler's sizes: "15.75G", "512.0M", "640"."""
     exponent = "KMGT".find(text[-1]) + 1
@@ -159,7 +190,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     try:
         experiment = from_dict(request["experiment"])
-        answer = make_plan(experiment, parse_slice(request["slice"])).to_json()
+        answer = make_plan(experiment, parse_slice(request["slice"]), request["save"]).to_json()
     except UsageError as error:
         answer = {"refused": str(error)}
     print(json.dumps(answer))

@@ -1,0 +1,202 @@
+"""Slots, parity, messages and the agreement: what snapshots in memory rest on, without JAX."""
+
+import os
+import random
+import socket
+import struct
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoint.memory import parity, slots
+from checkpoint.memory.agreement import Agreement
+from checkpoint.memory.slots import HEADER, Slots
+from checkpoint.memory.wire import Connection
+from sharding.errors import UsageError
+
+
+def write(memory: Slots, step: int, content: bytes) -> int:
+    slot = memory.begin(step)
+    crc = memory.put(slot, HEADER, memoryview(content))
+    memory.commit(slot, step, HEADER + len(content), {"crc": crc})
+    return slot
+
+
+@pytest.fixture
+def memory():
+    made = Slots.create(10_000)
+    yield made
+    made.close()
+
+
+def test_another_mapping_sees_what_was_committed(memory):
+    assert memory.held() == {} and memory.committed == -1
+    slot = write(memory, 7, b"seven" * 1000)
+    seen = Slots.attach(memory.path)
+    assert seen.held() == {7: slot} and bytes(seen.data(slot)[HEADER : HEADER + 5]) == b"seven"
+    assert seen.index(slot) == memory.index(slot) != None  # noqa: E711
+    memory.next = 9
+    assert seen.next == 9
+
+
+def test_the_step_that_counts_is_never_overwritten(memory):
+    write(memory, 1, b"one")
+    memory.committed = 1
+    for step in range(2, 20):
+        write(memory, step, b"more")
+        assert memory.held().keys() == {1, step}
+    memory.committed = 19
+    write(memory, 20, b"more")
+    assert memory.held().keys() == {19, 20}
+
+
+def test_what_was_not_finished_is_not_held(memory):
+    """Wherever a writer is killed, the step before is held and its own is not."""
+    write(memory, 1, b"one")
+    memory.committed = 1
+    slot = write(memory, 2, b"two")
+    whole = bytes(memory.data(slot)[:HEADER])
+    for kept in range(HEADER):
+        memory.data(slot)[:HEADER] = whole[:kept] + bytes(HEADER - kept)
+        assert memory.held().keys() == ({1, 2} if kept >= 40 or not any(whole[kept:40]) else {1})
+    memory.begin(2)
+    assert memory.held().keys() == {1}
+
+
+def test_a_flipped_bit_of_header_or_index_shows(memory):
+    slot = write(memory, 3, b"three")
+    draw = random.Random(0)
+    for _ in range(200):
+        place = draw.choice([*range(36), *range(HEADER + 5, HEADER + 12)])
+        memory.data(slot)[place] ^= 1 << draw.randrange(8)
+        assert 3 not in memory.held() or memory.index(slot) is None
+        write(memory, 3, b"three")
+
+
+def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch):
+    with pytest.raises(UsageError, match=r"two snapshots of 1048576\.00 GiB do not fit into \d"):
+        Slots.create(2**50)
+    monkeypatch.setattr(slots, "free_memory", lambda: 2**30)
+    with pytest.raises(UsageError, match=r"0\.50 GiB do not fit into 1\.00 GiB of free memory"):
+        Slots.create(2**29)
+    assert slots.free_memory() == 2**30
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 8), st.data())
+def test_any_one_host_is_rebuilt_from_the_others(n, data):
+    host = st.lists(st.integers(0, 100), min_size=1, max_size=3)
+    some = st.lists(host, min_size=n, max_size=n).filter(lambda hosts: any(map(sum, hosts)))
+    sizes = data.draw(some)
+    images = [[memoryview(bytearray(os.urandom(size))) for size in parts] for parts in sizes]
+    chunk = parity.chunk_size([sum(parts) for parts in sizes])
+
+    def sent(owner: int, keeper: int) -> memoryview:
+        start = parity.chunk_number(owner, keeper) * chunk
+        return memoryview(b"".join(parity.cut(images[owner], start, chunk)))
+
+    kept = []
+    for host in range(n):
+        held = bytearray(chunk)
+        for other in range(n):
+            if other != host:
+                parity.add([memoryview(held)], 0, sent(other, host))
+        kept.append(memoryview(held))
+    lost = data.draw(st.integers(0, n - 1))
+    rebuilt = [memoryview(bytearray(size)) for size in sizes[lost]]
+    for host in range(n):
+        if host != lost:
+            start = parity.chunk_number(lost, host) * chunk
+            parity.add(rebuilt, start, kept[host])
+            for other in range(n):
+                if other not in (lost, host):
+                    parity.add(rebuilt, start, sent(other, host))
+    assert b"".join(rebuilt) == b"".join(images[lost])
+
+
+def connected(token: bytes, other: bytes) -> list:
+    """Returns what both ends of a connection get: a connection or an error."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        results = [None, None]
+
+        def accept():
+            try:
+                results[0] = Connection.accept(server.accept()[0], token, timeout=5)
+            except OSError as error:
+                results[0] = error
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            results[1] = Connection.open(server.getsockname(), other, timeout=5)
+        except OSError as error:
+            results[1] = error
+        if isinstance(results[1], Connection) and other != token:
+            results[1].__exit__()
+        thread.join()
+    return results
+
+
+def test_only_who_knows_the_token_is_heard():
+    keeper, client = connected(b"secret", b"guess")
+    assert isinstance(keeper, OSError) and isinstance(client, OSError)
+    assert "token" in str(client)
+    keeper, client = connected(b"secret", b"secret")
+    with keeper, client:
+        content = np.arange(10**6, dtype=np.uint8)
+        client.send({"op": "add"}, [memoryview(content[:3]), memoryview(content[3:])])
+        message = keeper.receive()
+        assert message == {"op": "add", "size": 10**6}
+        assert keeper.take(10**6) == content.tobytes()
+        client._socket.sendall(struct.pack(">I", 2**31))
+        with pytest.raises(OSError, match="message of 2147483648 bytes"):
+            keeper.receive()
+
+
+def test_alone_every_step_may_be_taken():
+    agreement = Agreement(1, 1)
+    assert agreement.ready([0], 5, -1) and agreement.next == 6
+    for step in range(6, 12):
+        assert agreement.done([0], step, step) and agreement.committed == step
+        assert agreement.next == step + 1
+    assert not agreement.done([0], 3, 20)
+    assert agreement.done([0], 25, 26) and (agreement.committed, agreement.next) == (25, 27)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 6), st.integers(1, 7), st.integers(0, 2**32))
+def test_processes_that_hear_late_still_agree(count, every, seed):
+    """Each hears of the named step after a delay of its own and writes it, or says that it missed.
+
+    Whatever the order, a step counts only if all hold it, and before long one does.
+    """
+    draw, agreement = random.Random(seed), Agreement(count, every)
+    for rank in draw.sample(range(count), count):
+        agreement.ready([rank], 0, -1)
+    delays, ahead = ([draw.randrange(n) for _ in range(count)] for n in (4, 2))
+    counted = 0
+    heard = [[(0, agreement.next)] for _ in range(count)]
+    tried, written = [-1] * count, [set() for _ in range(count)]
+    for step in range(1, 300):
+        for rank in draw.sample(range(count), count):
+            at = step + ahead[rank]
+            named = max(next for when, next in heard[rank] if when <= step)
+            if named <= tried[rank] or at < named:
+                continue
+            tried[rank] = named
+            if at == named or count == 1:
+                written[rank].add(at)
+                changed = agreement.done([rank], at, at)
+            else:
+                changed = agreement.missed(named, at)
+            if changed:
+                assert agreement.next % every == 0
+                for other in range(count):
+                    heard[other].append((step + delays[other], agreement.next))
+            if agreement.committed > counted:
+                counted = agreement.committed
+                assert all(counted in steps for steps in written)
+    assert counted > 150

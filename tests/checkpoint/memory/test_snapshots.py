@@ -1,0 +1,136 @@
+"""From devices into memory and back, in one process with a real keeper: any mesh, the same bits."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from checkpoint.fingerprint import box_sums, fingerprints
+from checkpoint.memory.slots import HEADER
+from checkpoint.memory.snapshots import Snapshots
+from checkpoint.memory.wire import VARIABLE, Directory
+from sharding.errors import UsageError
+from trainer.recovery.keeper import KeeperProcess
+
+SHAPES = {"a": ((16, 24), "float32"), "b": ((8, 3), "bfloat16"), "c": ((), "int32")}
+
+
+def layout(data: int, fsdp: int) -> dict[str, NamedSharding]:
+    devices = np.asarray(jax.devices()[: data * fsdp]).reshape(data, fsdp)
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp"))
+    specs = {"a": P("data", "fsdp"), "b": P("fsdp"), "c": P()}
+    return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+
+
+def arrays(seed: int, where: dict[str, NamedSharding]) -> dict:
+    draw = np.random.default_rng(seed)
+    flat = {}
+    for name, (shape, dtype) in SHAPES.items():
+        values = np.asarray(draw.integers(-99, 99, shape)).astype(jnp.dtype(dtype))
+        flat[name] = jax.device_put(values, where[name])
+    return {"x": {"a": flat["a"]}, "b": flat["b"], "c": flat["c"]}
+
+
+def abstract(where: dict[str, NamedSharding]) -> dict:
+    def leaf(name):
+        shape, dtype = SHAPES[name]
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=where[name])
+
+    return {"x": {"a": leaf("a")}, "b": leaf("b"), "c": leaf("c")}
+
+
+@pytest.fixture
+def snapshots(tmp_path, monkeypatch):
+    directory = Directory(str(tmp_path))
+    monkeypatch.setenv(VARIABLE, directory.environment()[VARIABLE])
+    with KeeperProcess(directory) as keeper, Snapshots(1) as made:
+        keeper.ensure()
+        yield made
+
+
+def take(snapshots: Snapshots, step: int, state: dict) -> None:
+    until = time.monotonic() + 20
+    while not snapshots.due(step):
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    snapshots.take(step, state, lambda: {"data": {"next_row": 8 * step}})
+    snapshots._drain.result()
+    while snapshots._slots.committed < step:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def same(one: dict, other: dict) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+@pytest.mark.parametrize("mesh", [(2, 4), (1, 8), (4, 1), (1, 1)])
+def test_a_snapshot_comes_back_on_any_mesh_though_its_buffers_were_donated(snapshots, mesh):
+    where = layout(2, 4)
+    state, kept = arrays(1, where), arrays(1, where)
+    snapshots.start(0, state, held=False)
+    take(snapshots, 1, state)
+    bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    take(snapshots, 2, state)
+    state = bump(state)  # the copy was dispatched before
+    found = snapshots.restore_newest(abstract(layout(*mesh)), None)
+    assert (found.step, found.source, found.meta) == (2, "memory", {"data": {"next_row": 16}})
+    assert same(found.state, kept)
+    assert found.state["b"].sharding == layout(*mesh)["b"]
+    assert snapshots.restore_newest(abstract(where), 3) is None  # the disk has a newer one
+    assert snapshots.restore_newest(abstract(where), 2).step == 2
+
+
+def test_damage_leads_to_the_snapshot_before(snapshots):
+    where = layout(1, 8)
+    snapshots.start(0, arrays(0, where), held=False)
+    for step in (1, 2):
+        take(snapshots, step, arrays(step, where))
+    slots = snapshots._slots
+    slots.data(slots.held()[2])[HEADER + 1] ^= 4
+    found = snapshots.restore_newest(abstract(where), None)
+    assert found.step == 1 and same(found.state, arrays(1, where))
+    slots.data(slots.held()[1])[HEADER + 2] ^= 1
+    assert snapshots.restore_newest(abstract(where), None) is None
+
+
+def test_damage_that_its_crc_hides_shows_in_the_fingerprint(snapshots, monkeypatch):
+    """The device gets other bits than the piece has: what a fault on the way there would do."""
+    where = layout(1, 8)
+    snapshots.start(0, arrays(0, where), held=False)
+    take(snapshots, 1, arrays(1, where))
+    put = jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda x, d: put(x + (x.ndim == 0), d))
+    assert snapshots.restore_newest(abstract(where), None) is None
+    monkeypatch.undo()
+
+
+def test_without_a_keeper_nothing_happens(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with Snapshots(1) as off:
+        off.start(0, {}, held=False)
+        assert not off.due(1) and off.restore_newest({}, None) is None
+
+
+def test_a_state_that_does_not_fit_is_refused(snapshots, monkeypatch):
+    state = arrays(0, layout(1, 1))
+    monkeypatch.setattr("checkpoint.memory.snapshots._SPARE_TEXT", 2**42)
+    with pytest.raises(UsageError, match=r"do not fit into .* of free memory"):
+        snapshots.start(0, state, held=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float16"])
+def test_boxes_add_up_to_the_fingerprint(dtype):
+    draw = np.random.default_rng(3)
+    whole = draw.integers(-99, 99, (6, 10, 4)).astype(jnp.dtype(dtype))
+    cuts = [(slice(0, 2), slice(2, 6)), (slice(0, 7), slice(7, 10)), (slice(0, 1), slice(1, 4))]
+    boxes = [(a, b, c) for a in cuts[0] for b in cuts[1] for c in cuts[2]]
+    firsts = [tuple(s.start for s in box) for box in boxes]
+    sums = box_sums([whole[box] for box in boxes], firsts, [whole.shape] * len(boxes))
+    total = np.add.reduce(sums, axis=0, dtype=np.uint32)
+    assert (total == np.asarray(fingerprints({"w": jnp.asarray(whole)}))[0]).all()

@@ -1,0 +1,139 @@
+"""What is chosen for a chip: options, what is kept, and that a choice changes no result."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs.quickstart import get_config
+from models.config import SAVEABLE
+from models.presets import PRESETS
+from sharding.errors import UsageError
+from sharding.mesh import make_mesh
+from sharding.rules import BATCH, SEQ
+from sharding.topology import FAMILIES
+from trainer.config import Experiment, validate
+from trainer.plan.recipe import (
+    MEMORY_TARGET,
+    OPTIONS,
+    choose,
+    compile_options,
+    fixed_bytes,
+    kept_bytes,
+    resolve_remat,
+)
+from trainer.state import init_state, make_layout
+from trainer.step import jit_train_step, loss_sums
+
+POD = {"data": 1, "fsdp": 256, "seq": 1, "tensor": 1}
+WINDOWED = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
+
+
+def llama(rows: int = 256, length: int = 2048, **changes) -> Experiment:
+    exp = Experiment(model=PRESETS["llama3-8b"](), **changes)
+    exp.data.seq_len, exp.train.batch_size = length, rows
+    return exp
+
+
+def test_options_are_those_of_the_chip_and_the_mesh():
+    auto = compile_options(llama(), "v5e", POD)
+    assert auto["xla_jf_crs_combiner_threshold_count"] == "1" and WINDOWED in auto
+    assert WINDOWED not in compile_options(llama(), "v5e", POD | {"fsdp": 64, "tensor": 4})
+    assert compile_options(llama(), "v5p", POD) and not compile_options(llama(), "v4", POD)
+    assert not set(auto) & set(compile_options(llama(), "v5p", POD))
+    assert compile_options(llama(perf="off"), "v5e", POD) == {}
+    assert all(option.reason and option.effect for option in OPTIONS)
+
+
+def test_options_are_overridden_by_name():
+    perf = "auto,-xla_enable_async_all_reduce,xla_jf_crs_combiner_threshold_count=9,xla_x=true"
+    chosen = compile_options(llama(perf=perf), "v5e", POD)
+    assert "xla_enable_async_all_reduce" not in chosen
+    assert chosen["xla_jf_crs_combiner_threshold_count"] == "9" and chosen["xla_x"] == "true"
+    assert compile_options(llama(perf="off,xla_x=1"), "v5e", POD) == {"xla_x": "1"}
+
+
+@pytest.mark.parametrize(("perf", "match"), [("fast", "choose auto or off"), ("auto,x", "neither")])
+def test_a_choice_that_cannot_be_read(perf, match):
+    exp = get_config()
+    exp.perf = perf
+    with pytest.raises(UsageError, match=match):
+        validate(exp)
+
+
+@pytest.mark.parametrize(
+    ("rows", "remat"),
+    [
+        (256, "rotated_qk,v,attention,residual,gate,up"),  # 2,048 tokens a chip: all fits
+        (1024, "rotated_qk,v,attention"),
+        (4096, "full"),
+    ],
+)
+def test_what_is_kept_follows_the_memory(rows, remat):
+    capacity = FAMILIES["v5e"].compiler_bytes
+    chosen = resolve_remat(llama(rows), capacity, POD)
+    assert chosen.model.remat == remat
+    names, _ = chosen.model.remat_names()
+    kept = sum(kept_bytes(chosen, name, POD) for name in names)
+    assert not names or fixed_bytes(chosen, POD) + kept <= MEMORY_TARGET * capacity
+
+
+def test_what_is_written_in_the_config_stays():
+    exp = llama()
+    exp.model.remat = "attention"
+    assert resolve_remat(exp, 1e12, POD) is exp
+    assert resolve_remat(llama(perf="off"), 1e12, POD).model.remat == "full"
+    assert resolve_remat(llama(), None, POD).model.remat == "full"  # no TPU
+    gelu = dataclasses.replace(llama().model, activation="gelu")
+    assert (
+        "gate" not in resolve_remat(dataclasses.replace(llama(), model=gelu), 1e13, POD).model.remat
+    )
+
+
+def test_the_loop_and_the_planner_get_one_program_on_cpu():
+    """With nothing to choose, "auto" is the program that "off" and "full" make, bit for bit."""
+    exp = get_config()
+    exp.model.remat = "auto"
+    mesh = make_mesh(exp.mesh)
+    with jax.set_mesh(mesh):
+        _, choice = jit_train_step(exp, make_layout(exp, mesh))
+    assert choice.options == {} and choice.experiment.model.remat == "full"
+    tpu = SimpleNamespace(device_kind="TPU v5e")
+    chosen = choose(llama(), tpu, POD)
+    assert chosen.experiment.model.remat.startswith("rotated_qk")
+    assert chosen.experiment.model.barriers and "; barriers; xla_" in str(chosen)
+    assert not choose(llama(perf="auto,-barriers"), tpu, POD).experiment.model.barriers
+    assert not choose(llama(perf="off"), tpu, POD).experiment.model.barriers
+
+
+def test_what_is_chosen_changes_no_result():
+    """On 8 devices: loss and gradients, six names kept and barriers against neither.
+
+    The mathematics is the same; XLA fuses otherwise, so float32 rounding is allowed.
+    """
+    exp = get_config()
+    exp.model = dataclasses.replace(exp.model, dtype="float32", layers=2)
+    exp.data.seq_len = 64
+    mesh = make_mesh(exp.mesh)
+    results = []
+    with jax.set_mesh(mesh):
+        params = init_state(exp, make_layout(exp, mesh)).params
+        shape = (exp.train.batch_size, exp.data.seq_len)
+        tokens = jax.random.randint(jax.random.key(0), shape, 0, exp.model.vocab)
+        batch = {
+            "tokens": tokens, "targets": jnp.roll(tokens, -1, 1),
+            "positions": jnp.broadcast_to(jnp.arange(shape[1]), shape),
+            "segment_ids": jnp.ones(shape, jnp.int32),
+        }  # fmt: skip
+        batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH, SEQ)))
+        for remat, barriers in (("full", False), (",".join(SAVEABLE), True)):
+            model = dataclasses.replace(exp.model, remat=remat, barriers=barriers)
+            one = dataclasses.replace(exp, model=model)
+            both = jax.value_and_grad(lambda p, b, one=one: loss_sums(p, b, one)[0])
+            results.append(jax.device_get(jax.jit(both)(params, batch)))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(one).max())

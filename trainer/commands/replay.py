@@ -1,0 +1,112 @@
+"""`torus replay`: does steps of a run again, and says whether they give the same bits."""
+
+from typing import Any
+
+from sharding.errors import UsageError
+from trainer.commands.parser import CommandParser
+from trainer.commands.progress import progress
+
+HELP = "do steps of a run again and compare every bit, or find where two runs part"
+USAGE = """\
+usage: torus replay RUN --steps A:B
+       torus replay RUN --against RUN2
+
+Restores the newest checkpoint of RUN at or before step A, does the steps up to B again and compares
+each with what the run recorded: loss and gradient norm where they were logged, and the fingerprint
+of every array at checkpoints and every config.log.fingerprint_every steps. The same mesh and kind
+of device give the same bits: a difference is hardware that erred, or files that were changed.
+Nothing is written.
+
+  torus replay runs/a --steps 400:420
+  torus replay runs/a --steps 0:20               from the very beginning
+
+With --against the records of two runs are compared first. Where they part, both are done again
+from their last common point, and the first step and array that differ are told: if the repeats
+differ too, the runs were not the same experiment; if not, the run that differs from its own repeat
+is the one that went wrong.
+
+  torus replay runs/a --against runs/b
+
+Exit status: 0 all bits are equal, 1 something differs.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Prints what was compared and the first difference; returns 1 if there is one."""
+    parser = CommandParser("replay")
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--steps", metavar="A:B")
+    parser.add_argument("--against", metavar="RUN2")
+    args = parser.parse(argv)
+    if (args.steps is None) == (args.against is None):
+        raise UsageError("give --steps A:B or --against RUN2; see torus replay --help")
+    if args.against:
+        return _bisect(args.run, args.against)
+    first, _, last = args.steps.partition(":")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise UsageError(f"--steps {args.steps}: two steps A:B, A before B")
+    from trainer.replay import base_step, evidence, first_difference
+    from trainer.run import read_experiment
+
+    read_experiment(args.run)
+    known = {s: facts for s, facts in evidence(args.run).items() if int(first) < s <= int(last)}
+    if not known:
+        raise UsageError(f"{args.run} recorded nothing of steps {args.steps}")
+    base = base_step(args.run, int(first))
+    redone = _redo(args.run, base, int(last))
+    if found := first_difference(known, redone):
+        _tell(args.run, *found, known, redone)
+        return 1
+    arrays = [step for step, facts in known.items() if len(facts) > 2]
+    print(
+        f"steps {base + 1} to {last} done again: {len(known)} were recorded, {len(arrays)} of them "
+        "with the fingerprints of all arrays; all bits are equal"
+    )
+    return 0
+
+
+def _bisect(one: str, other: str) -> int:
+    from trainer.config import differences
+    from trainer.replay import base_step, evidence, first_difference
+    from trainer.run import read_experiment
+
+    differing = differences(read_experiment(one), read_experiment(other))
+    a, b = evidence(one), evidence(other)
+    both = sorted(a.keys() & b.keys())
+    if not both:
+        raise UsageError(f"{one} and {other} have no recorded step in common")
+    found = first_difference(a, b)
+    if found is None:
+        print(f"{len(both)} recorded steps up to {both[-1]} are equal in every bit")
+        return 0
+    last = found[0]
+    common = max((step for step in both if step < last), default=0)
+    print(f"the records part at step {last} ({_names(found[1])}); equal until step {common}")
+    redone = [_redo(run, base_step(run, common), last) for run in (one, other)]
+    if parted := first_difference(*redone):
+        print(f"done again they part at step {parted[0]}, first in {_names(parted[1])}")
+        for line in differing:
+            print(f"  {line}")
+    for run, recorded, repeat in ((one, a, redone[0]), (other, b, redone[1])):
+        if wrong := first_difference(recorded, repeat):
+            _tell(run, *wrong, recorded, repeat)
+    return 1
+
+
+def _redo(run: str, base: int, last: int) -> dict[int, dict[str, Any]]:
+    from trainer.replay import redo
+
+    with progress(f"{run}: steps {base + 1} to {last}", last - base) as tick:
+        return redo(run, base, last, tick)
+
+
+def _tell(run: str, step: int, names: list[str], recorded: dict, redone: dict) -> None:
+    name = names[0]
+    was, now = recorded[step][name], redone[step][name]
+    print(f"{run} differs from its repeat first at step {step}, in {_names(names)}")
+    print(f"  {name} was {was}, is {now} when done again")
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

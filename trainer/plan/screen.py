@@ -1,0 +1,172 @@
+"""The screen of a plan: memory, time, audit and cost, in plain lines. Imports no JAX."""
+
+from typing import Any
+
+from sharding.hardware import CHIPS
+from sharding.topology import Slice
+from trainer.config import Experiment
+from trainer.console import format_duration
+
+_GIB = 2.0**30
+_OPTIMAL = 20  # tokens a parameter: compute-optimal by Hoffmann et al. 2022, arXiv:2203.15556
+
+
+def format_plan(
+    plan: dict[str, Any],
+    experiment: Experiment,
+    target: Slice,
+    price: float | None = None,
+    calibration: tuple[float, int] | None = None,
+) -> str:
+    """Returns the screen of a plan (`Plan.to_json`), without a line end.
+
+    price: of one chip for an hour. calibration: measured over estimated time of so many own runs.
+    """
+    unit = "chip" if CHIPS[target.chip].devices_per_chip == 1 else "core"
+    train = experiment.train
+    axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+    micro = f" in {train.accumulation} microbatches" if train.accumulation > 1 else ""
+    chosen = " (auto)" if experiment.model.remat == "auto" else ""
+    lines = [
+        f"{plan['config']} on {plan['slice']} ({plan['chips']:,} chips, "
+        f"{'x'.join(map(str, target.shape))})",
+        f"  mesh        {axes or 'one device'}; zero {experiment.mesh.zero}, "
+        f"remat {plan['remat']}{chosen}{', barriers' if plan['barriers'] else ''}",
+        f"  parameters  {plan['parameters']:,}",
+        f"  batch       {train.batch_size:,} rows{micro} x {experiment.data.seq_len:,} tokens = "
+        f"{plan['tokens_per_step']:,} per step",
+        *_options(plan, experiment),
+        *_memory(plan, unit),
+    ]
+    if plan["forecast"] is not None:
+        lines += _time(plan["forecast"], plan, calibration)
+        lines += _run(plan, experiment, price)
+        lines += _findings(plan["forecast"])
+    free = plan["capacity"] - plan["needed"]
+    if plan["fits"]:
+        lines.append(f"fits: {free / plan['capacity']:.0%} of a {unit}'s memory is left")
+    else:
+        lines.append(
+            f"does not fit: needs {-free / _GIB:.2f} GiB more than the "
+            f"{plan['capacity'] / _GIB:.2f} GiB per {unit}"
+        )
+        lines += [f"  try {option}" for option in _ways_out(experiment, plan)]
+    seconds = plan["trace_seconds"] + plan["compile_seconds"]
+    versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
+    done = "compiled" if plan["fits"] else "refused"
+    return "\n".join([*lines, f"{done} in {format_duration(seconds)} by {versions}"])
+
+
+def _options(plan: dict[str, Any], experiment: Experiment) -> list[str]:
+    options = [f"{name}={value}" for name, value in plan["options"].items()]
+    return [
+        f"  compiler    {option}" + (f" (config.perf={experiment.perf})" if not number else "")
+        for number, option in enumerate(options)
+    ]
+
+
+def _memory(plan: dict[str, Any], unit: str) -> list[str]:
+    parts = {
+        "parameters": plan["parameter_bytes"],
+        "optimizer": plan["optimizer_bytes"],
+        "temporaries": plan["temporary_bytes"],
+        "peak" if plan["fits"] else "needed": plan["needed"],
+        "capacity": plan["capacity"],
+        "on the host": plan["host_bytes"] or None,
+    }
+    lines = [f"  memory per {unit}, GiB"]
+    lines += [f"    {name:<12}{b / _GIB:8.2f}" for name, b in parts.items() if b is not None]
+    forecast = plan["forecast"]
+    if forecast is None:
+        return lines
+    lines.append(
+        f"  held at the peak, GiB (lifetimes walked: {forecast['walked_peak'] / _GIB:.2f}, "
+        f"{forecast['walked_peak'] / plan['needed'] - 1:+.0%} from the compiler's peak)"
+    )
+    least = plan["needed"] / 200
+    for holder, size in forecast["holders"].items():
+        if size >= least:
+            lines.append(f"    {size / _GIB:8.2f}  {holder}")
+            lines += [
+                f"    {held['bytes'] / _GIB:12.2f}  {held['name']}"
+                for held in forecast["held"]
+                if held["holder"] == holder and held["bytes"] >= 2 * least
+            ]
+    return lines
+
+
+def _time(
+    forecast: dict[str, Any], plan: dict[str, Any], calibration: tuple[float, int] | None
+) -> list[str]:
+    seconds, mfu = forecast["seconds"], forecast["mfu"]
+    low, high = min(seconds.values()), max(seconds.values())
+    lines = [
+        "  a step, by the compiler's estimate (no TPU ran)",
+        f"    {_short(seconds['estimate'])}, between {_short(low)} (roofline) and {_short(high)} "
+        "(cycle model)",
+        f"    MFU {mfu['estimate']:.1%}, between {max(mfu.values()):.1%} and "
+        f"{min(mfu.values()):.1%}; {forecast['tokens_per_second']:,.0f} tokens/s per chip, "
+        f"{forecast['tokens_per_second'] * plan['chips']:,.0f} in all",
+    ]
+    if calibration is not None:
+        ratio, runs = calibration
+        lines.append(
+            f"    {_short(ratio * seconds['estimate'])} by {runs} of your runs on this chip, which "
+            f"took {ratio:.2f} times their estimate"
+        )
+    lines.append("    ms waited, ms hidden")
+    for what, (waited, hidden) in forecast["shares"].items():
+        if waited + hidden >= 0.002 * seconds["estimate"]:
+            lines.append(f"    {1e3 * waited:9,.1f} {1e3 * hidden:9,.1f}  {what}")
+    return lines + [f"    not counted: {note}" for note in forecast["notes"]]
+
+
+def _run(plan: dict[str, Any], experiment: Experiment, price: float | None) -> list[str]:
+    """How long the whole run takes, and to 20 tokens a parameter."""
+    step, lines = plan["forecast"]["seconds"]["estimate"], []
+    targets = {
+        f"{experiment.train.steps:,} configured steps": experiment.train.steps,
+        f"{_OPTIMAL} tokens a parameter": _OPTIMAL * plan["parameters"] / plan["tokens_per_step"],
+    }
+    for name, steps in targets.items():
+        hours = steps * step / 3600
+        cost = "" if price is None else f", {hours * plan['chips'] * price:,.0f} at {price:g}"
+        lines.append(
+            f"    {_days(hours)} for {name} ({steps * plan['tokens_per_step'] / 1e9:,.1f} billion "
+            f"tokens){cost}{'' if price is None else ' a chip-hour'}"
+        )
+    return lines
+
+
+def _findings(forecast: dict[str, Any]) -> list[str]:
+    lines = []
+    for finding in forecast["findings"]:
+        size = f"{1e3 * finding['seconds']:,.1f} ms" if finding["seconds"] else ""
+        size = size or f"{finding['bytes'] / _GIB:.2f} GiB"
+        lines.append(f"    {size:>10}  {finding['rule']}: {finding['what']}")
+        lines.append(f"    {'':>10}  at {finding['source'] or 'no known line'}; {finding['cure']}")
+    return ["  audit: what costs and was not asked for", *lines] if lines else []
+
+
+def _ways_out(experiment: Experiment, plan: dict[str, Any]) -> list[str]:
+    """Options that use less memory and change no result, those that cost least first."""
+    mesh, train = plan["mesh"], experiment.train
+    rows = train.batch_size // (mesh["data"] * mesh["fsdp"])
+    options = []
+    if experiment.mesh.zero < 3 and mesh["fsdp"] > 1:
+        options.append("--config.mesh.zero=3")
+    if mesh["data"] > 1:
+        options.append("--config.mesh.data=1 --config.mesh.fsdp=-1")
+    if plan["remat"] != "full":
+        options.append("--config.model.remat=full")
+    if rows > train.accumulation:
+        options.append(f"--config.train.accumulation={rows}")
+    return options or ["a larger slice, or a larger config.mesh.tensor"]
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+def _days(hours: float) -> str:
+    return f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.1f} hours"
