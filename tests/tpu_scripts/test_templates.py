@@ -14,14 +14,15 @@ from tests.processes import ROOT
 from trainer.commands import launch
 from trainer.recovery import policy
 from trainer.recovery.cluster import VARIABLES, find_cluster
+from trainer.recovery.health import SUSPECT
 
 STATUSES = {
     getattr(policy, name)
     for name in (
         "FINISHED", "MISTAKE", "BAD_DATA", "LOST", "NO_PROGRESS", "DIVERGED", "UNWRITABLE", "RETRY",
-        "PREEMPTED", "SUSPECT", "RESIZE",
+        "PREEMPTED", "RESIZE",
     )
-}  # fmt: skip
+} | {SUSPECT}  # fmt: skip
 
 
 def told() -> dict[int, str]:
@@ -146,7 +147,7 @@ def test_jobset_does_with_each_status_what_the_help_says(jobset):
         if status in (0, 130):
             continue
         ends = "not try again" in advice or "size" in advice
-        wanted = "FailJob" if ends else None if status == policy.SUSPECT else "Ignore"
+        wanted = "FailJob" if ends else None if status == SUSPECT else "Ignore"
         assert actions.get(status) == wanted, (status, advice)
     assert {"type": "DisruptionTarget"} in job["podFailurePolicy"]["rules"][-1]["onPodConditions"]
 

@@ -25,6 +25,7 @@ from checkpoint.memory.wire import Directory
 from checkpoint.steps import complete_steps, folder_path, is_remote
 from trainer.goodput import INCIDENTS
 from trainer.recovery.cluster import VARIABLES
+from trainer.recovery.health import SUSPECT
 from trainer.recovery.hosts import Hosts, Place
 from trainer.recovery.keeper import KeeperProcess
 from trainer.recovery.policy import (
@@ -36,7 +37,6 @@ from trainer.recovery.policy import (
     RESIZE,
     RETRY,
     STOPPED,
-    SUSPECT,
     UNWRITABLE,
     Budget,
     End,
