@@ -20,7 +20,7 @@ help:
 	@echo "make test    install everything and run the tests"
 	@echo "make setup   only install: $(VENV) with everything the tests need"
 	@echo "make bench   the benchmarks of docs/benchmarks.md (paired runs, one table each)"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff and shellcheck"
 	@echo "make soak    the slow tests: many kills, long runs"
 	@echo "Variables: PYTHON=python3.12 VENV=.venv312 RUN=runs/x ARGS='--config.train.steps=200'"
 
@@ -56,6 +56,7 @@ bench: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck tpu_scripts/*.sh tpu_scripts/*.sbatch
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m soak $(ARGS)

@@ -36,8 +36,8 @@ def test_sigterm_in_any_phase_loses_nothing(supervised, calm, tmp_path, phase):
 
 
 def test_a_second_sigterm_does_not_wait(supervised, tmp_path):
-    run, job = supervised(SLOW, SLOW="data=600", TMPDIR=str(tmp_path))
-    in_phase(tmp_path, job, "data")
+    run, job = supervised(SLOW, SLOW="compile=600", TMPDIR=str(tmp_path))
+    in_phase(tmp_path, job, "compile")
     job.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert job.poll() is None
