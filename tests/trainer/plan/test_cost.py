@@ -168,6 +168,8 @@ def test_kernels_cost_what_they_must_do():
     assert seconds == pytest.approx(flops / 197e12 / 0.82)
     backward, _ = kernel_seconds("torus_attention_backward", operands, (), V5E)
     assert backward == 2.5 * flops
+    grouped = [("s32", (12,)), ("bf16", (8, 8192, 128)), ("bf16", (8, 2048, 128))]
+    assert kernel_seconds("torus_attention_backward", grouped, (), V5E)[0] == backward
     # A table of 8 blocks of 1,024 x 1,024 of 8,192 queries: the window's layer, not the global one.
     operands = [("s32", (15,)), ("bf16", (4, 8192, 128))]
     flops, _ = kernel_seconds("torus_attention_forward", operands, (960.0, 4096.0), V5E)
