@@ -60,10 +60,7 @@ def test_the_newest_step_of_all_is_found_and_a_lost_host_computed(job):
     write(job, later, {0: [0], 2: [3]})  # a trainer dies before it has written
     survey = _Survey(job.directories[0])
     assert survey.steps()[:2] == [later, step]
-    assert (
-        "parts are missing" in survey.plan(later)["problem"]
-        or "lost" in survey.plan(later)["problem"]
-    )
+    assert survey.plan(later)["problem"] == "lost with hosts 1"
     plan = survey.plan(step)
     assert (plan["source"], plan["meta"]) == ("memory", {"step": step})
     assert content(job, step, plan) == list(range(10 + step, 100 + step))
