@@ -61,7 +61,9 @@ class Directory:
         """Says where this host's keeper listens; the first host's makes the token before."""
         if self.host == 0 and not (folder_path(self.folder) / _TOKEN).exists():
             self._write(_TOKEN, secrets.token_hex(32))
-        address = "127.0.0.1" if self.hosts == 1 else _own_address(self.near)
+        address = _own_address(self.near) if self.host else self.near
+        if self.hosts == 1:
+            address = "127.0.0.1"
         self._write(f"keeper{self.host}.json", json.dumps([address, port]))
 
     @functools.cached_property

@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from checkpoint.memory import parity
 from checkpoint.memory.agreement import Agreement
 from checkpoint.memory.slots import HEADER, Slots
@@ -180,7 +182,7 @@ class Keeper:
             if welcome and adding != self._adding:
                 self._adding, self._added = adding, set()
                 self._parity_slot = self._parity.begin(adding[1])
-                self._parity.data(self._parity_slot)[:] = bytes(self._parity.capacity)
+                np.frombuffer(self._parity.data(self._parity_slot), np.uint8)[:] = 0
         for start, block in _blocks(connection, message["size"]):
             with self._lock:
                 if welcome and adding == self._adding:

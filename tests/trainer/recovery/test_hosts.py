@@ -50,7 +50,7 @@ def test_two_hosts_go_on_together(supervised, calm):
         "recovered",
     )
     assert lost["kind"] in ("crash", "host lost")
-    assert {i.get("source") for i in incidents(run)} <= {None, "memory", "parity", "disk", "new"}
+    assert recovered["source"] in ("memory", "disk")  # no host was lost by then
     assert stored_state(run, STEPS) == calm(2)
 
 
