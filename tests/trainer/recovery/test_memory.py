@@ -19,22 +19,17 @@ def found(run, kind: str) -> list[dict]:
     return [incident for incident in incidents(run) if incident["kind"] == kind]
 
 
-def test_without_a_checkpoint_memory_is_enough_also_after_a_keeper(supervised, calm):
-    """First the keeper is killed, and another takes over; then the trainer, which goes on there."""
+def test_a_run_goes_on_without_its_keeper_and_another_takes_over(supervised, calm):
     run, job = supervised(NO_DISK)
     at_step(run, job, 3)
-    os.kill(keeper(job), signal.SIGKILL)
     (trainer,) = trainers(job)
     os.kill(trainer, signal.SIGSTOP)  # its steps take less than a keeper needs to start
-    time.sleep(2)
+    os.kill(keeper(job), signal.SIGKILL)
+    time.sleep(1)
     os.kill(trainer, signal.SIGCONT)
-    at_step(run, job, 20)
-    os.kill(trainer, signal.SIGKILL)
     _, error = job.communicate(timeout=240)
     assert job.returncode == 0, error
-    assert [i["kind"] for i in incidents(run)] == ["keeper lost", "crash", "recovered"]
-    (recovered,) = found(run, "recovered")
-    assert (recovered["source"], recovered["restored"] > 3) == ("memory", True)
+    assert [i["kind"] for i in incidents(run)] == ["keeper lost"]
     assert stored_state(run, STEPS) == calm(1)
 
 
