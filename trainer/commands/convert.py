@@ -126,7 +126,7 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
     model = family.read(config)
     found = open_source(kind, source)
     if of_maxtext:
-        family, model = maxtext.adapted(family, model, found)
+        family, model = maxtext.adapted(family, model)
 
     import numpy as np
 

@@ -56,6 +56,7 @@ def test_sigusr2_saves_for_another_size(supervised, tmp_path):
     assert complete_steps(run / "checkpoints")
 
 
+@pytest.mark.soak
 def test_slow_phases_are_no_hangs(supervised, tmp_path):
     """Start, restore, compile, first batch and evaluation, each longer than a step may take."""
     slow = "start=4 restore=4 compile=4*1 eval=4*1 data=4*2"
