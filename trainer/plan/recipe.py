@@ -2,9 +2,8 @@
 
 `config.perf` says what to take: "auto" is the options of the table that pay for the mesh, "off" is
 none; after a comma `name=value` adds or replaces one and `-name` leaves one out, `-barriers` too.
-With
-`model.remat = "auto"` activations are kept, those first that cost fewest bytes per matmul saved,
-until the memory target.
+With `model.remat = "auto"` activations are kept, those first that cost fewest bytes per matmul
+saved, until the memory target.
 Train loop and planner ask the same two functions. Imports no JAX.
 """
 
