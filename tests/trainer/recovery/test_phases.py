@@ -12,12 +12,11 @@ from tests.trainer.test_resume import stored_state
 pytestmark = pytest.mark.multiprocess
 
 EVAL = "--config.eval.every=8"
-SOAK = ("start", "restore", "data", "step", "save", "compile")
+PHASES = ("start", "restore", "data", "step", "eval", "save", "compile")
 
 
-@pytest.mark.parametrize(
-    "phase", ["eval", *(pytest.param(p, marks=pytest.mark.soak) for p in SOAK)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("phase", PHASES)
 def test_sigterm_in_any_phase_loses_nothing(supervised, calm, tmp_path, phase):
     """What was trained is saved, and the same command ends on the bits of a calm run."""
     run, job = supervised(
