@@ -81,7 +81,7 @@ class Guard:
     def __init__(self, experiment: Experiment, workdir: str) -> None:
         """Raises UsageError for a schedule of faults that is none."""
         self._experiment, self._config = experiment, experiment.health
-        self._workdir = workdir
+        self._workdir, self._identity = workdir, asdict(experiment)
         self._chaos = Chaos(self._config.chaos, experiment.train.steps, workdir)
 
     def page(self) -> ProgressPage:
@@ -142,7 +142,7 @@ class Guard:
             pending = [step, *known, skipped > before]
         return {
             "data": data,
-            "experiment": asdict(self._experiment),
+            "experiment": self._identity,
             "rewinds": rewinds,
             "health": watch | {"pending": pending},
         }

@@ -58,7 +58,7 @@ def restore_newest(
     directory: Directory,
     abstract: Tree,
     disk: int | None,
-    given_up: Callable[[int, dict[str, Any]], bool] = lambda step, meta: False,
+    given_up: Callable[[int, dict[str, Any]], bool],
 ) -> Snapshot | None:
     """Returns the newest snapshot that is whole and has the bits that were written, or None.
 

@@ -61,7 +61,7 @@ class Directory:
         """Says where this host's keeper listens; the first host's makes the token before."""
         if self.host == 0 and not (folder_path(self.folder) / _TOKEN).exists():
             self._write(_TOKEN, secrets.token_hex(32))
-        address = _own_address(self.near) if self.host else self.near
+        address = own_address(self.near) if self.host else self.near
         if self.hosts == 1:
             address = "127.0.0.1"
         self._write(f"keeper{self.host}.json", json.dumps([address, port]))
@@ -199,7 +199,7 @@ def _proof(token: bytes, role: bytes, first: bytes, second: bytes) -> bytes:
     return hmac.digest(token, role + first + second, "sha256")
 
 
-def _own_address(near: str) -> str:
+def own_address(near: str) -> str:
     """Returns the address under which this host is seen from where `near` is; sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((near, 9))

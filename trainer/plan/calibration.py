@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from checkpoint.steps import write_whole
 from sharding.config import cache_folder
 from sharding.errors import UsageError
 from trainer.metrics import read_metrics
@@ -56,9 +57,7 @@ def add_run(workdir: str, chip: str, plan: dict[str, Any], measured: float) -> N
     runs = [r for r in own_runs() if r["workdir"] != run["workdir"]]
     path = cache_folder() / "calibration.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps([*runs, run], indent=1))
-    temporary.replace(path)
+    write_whole(path, json.dumps([*runs, run], indent=1).encode())
 
 
 def factor(chip: str) -> tuple[float, int] | None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.steps import write_whole
 from sharding.errors import UsageError
 
 DIVERGED, SUSPECT = 71, 77
@@ -157,9 +158,7 @@ class Rewinds:
 
     def write(self, folder: Path) -> None:
         """Puts it into the run's folder, whole or not at all."""
-        part = folder / "rewinds.json.part"
-        part.write_text(json.dumps(dataclasses.asdict(self)))
-        part.replace(folder / "rewinds.json")
+        write_whole(folder / "rewinds.json", json.dumps(dataclasses.asdict(self)).encode())
 
     def gave_up(self, step: int, meta: dict[str, Any]) -> bool:
         """Whether the run went back past a checkpoint of `step` with `meta`."""

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoint.memory.wire import own_address
+from checkpoint.steps import write_whole
 from trainer.recovery.policy import FINISHED, LOST, STOPPED, End, choose_hosts
 from trainer.recovery.progress import Progress
 
@@ -295,10 +297,7 @@ class Hosts:
             return {}
 
     def _write(self, name: str, facts: dict[str, Any]) -> None:
-        path = self._folder / name
-        part = path.with_name(f"{name}.{self._token}")
-        part.write_text(json.dumps(facts))
-        part.replace(path)
+        write_whole(self._folder / name, json.dumps(facts).encode())
 
 
 def _own_address(index: int, first: str) -> str:
@@ -306,9 +305,7 @@ def _own_address(index: int, first: str) -> str:
     if index == 0:
         return first
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
-            way.connect((first, 1))  # sends nothing
-            return way.getsockname()[0]
+        return own_address(first)
     except OSError:  # the first is not known any more
         return socket.gethostname()
 
