@@ -23,6 +23,7 @@ from trainer.run import read_experiment
 USAGE = """\
 usage: torus plan --config=CONFIG --on=SLICE [--config.PATH=VALUE ...] [--price=X] [--json]
        torus plan --config=CONFIG --on=SLICE --search [--budget=10m] [--keep=8] [--pareto]
+       torus plan --check [--config=CONFIG --on=SLICE]
        torus plan --calibrate=RUN --on=SLICE
 
 Compiles the train step of CONFIG ahead of time for a TPU slice that need not be there, on this
@@ -51,6 +52,8 @@ count cores, two a chip. Other shapes are written v5p:4x4x12, several slices 2xv
   --jobs N       of a search: compilations at a time; default by this machine's cores and memory
   --pareto       of a search: mark with * those than which nothing faster takes as little memory
   --program F    keep the compiled program's text in F, gzipped
+  --check        compare a shipped config with its stored plan; without one, all stored plans with
+                 the code, and nothing is compiled
   --calibrate R  plan what run R ran, compare with the step time that it measured, and keep both:
                  plans for that chip then also show the estimate times measured/estimated
   --json         one JSON object; sizes in bytes per device, times in seconds per step
@@ -66,8 +69,10 @@ _FAILURES = {
 
 def main(argv: list[str]) -> int:
     """Returns 0 when the config fits, 1 when it does not, 3 when the compiler failed."""
-    switches = {a for a in argv if a in ("--json", "--search", "--pareto")}
+    switches = {a for a in argv if a in ("--json", "--search", "--pareto", "--check")}
     argv, as_json = [a for a in argv if a not in switches], "--json" in switches
+    if "--check" in switches and not argv:
+        return _check_all()
     run = next((a.partition("=")[2] for a in argv if a.startswith("--calibrate=")), "")
     if run:
         experiment, measured = read_experiment(run), measured_step(run)
@@ -92,6 +97,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("--on=SLICE is missing; try --on=v5e-256")
     price = _price(flags["price"])
     target = parse_slice(flags["on"])
+    old = _stored(argv, target) if "--check" in switches else None
     if "--search" in switches:
         return _search(experiment, target, flags, switches)
     if stray := next((n for n in ("budget", "keep", "jobs") if flags.get(n)), None):
@@ -108,6 +114,10 @@ def main(argv: list[str]) -> int:
         return 3
     if "refused" in plan:
         raise UsageError(plan["refused"])
+    if old is not None:
+        from trainer.plan.stored import changes
+
+        return _report(f"{old['config']} {old['slice']}", changes(old, plan), "as stored")
     if run and plan["forecast"]:
         add_run(run, target.chip, plan, measured)
     own = factor(target.chip)
@@ -144,6 +154,31 @@ def _search(
     if found.stopped == "interrupted":
         return 130
     return 0 if found.ranked() else 1
+
+
+def _check_all() -> int:
+    """Says what of the stored plans does not follow from the code; compiles nothing."""
+    from trainer.plan.stored import stale, stored  # imports JAX
+
+    plans = stored()
+    found = [f"{' '.join(key)}: {line}" for key, plan in plans.items() for line in stale(plan)]
+    return _report(f"{len(plans)} stored plans", found, "as the code")
+
+
+def _stored(argv: list[str], target: Slice) -> dict[str, Any]:
+    from trainer.plan.stored import stored
+
+    reference = next(a.partition("=")[2] for a in argv if a.startswith("--config="))
+    plans = stored()
+    if (plan := plans.get((reference, target.name))) is None:
+        there = ", ".join(name for config, name in plans if config == reference) or "none"
+        raise UsageError(f"no plan of {reference} on {target.name} is stored (there is: {there})")
+    return plan
+
+
+def _report(what: str, found: list[str], fine: str) -> int:
+    print("\n".join([f"{what}: {fine if not found else f'{len(found)} changes'}", *found]))
+    return 1 if found else 0
 
 
 def _seconds(text: str) -> float:

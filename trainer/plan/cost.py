@@ -94,6 +94,14 @@ class Timing:
             shares[row.label][1] += max(0.0, row.seconds["estimate"] - row.exposed)
         return {k: (a, b) for k, (a, b) in sorted(shares.items(), key=lambda s: -sum(s[1]))}
 
+    def work(self) -> dict[str, tuple[float, float]]:
+        """Returns the same kinds → (FLOPs, bytes)."""
+        work: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for row in self.rows:
+            work[row.label][0] += row.flops
+            work[row.label][1] += row.bytes
+        return {label: (flops, moved) for label, (flops, moved) in work.items()}
+
 
 def time_step(module: Module, setting: Setting) -> Timing:
     """Returns the time of one run of the program's entry."""

@@ -34,7 +34,7 @@ class Candidate:
 
     experiment: Experiment
     mesh: dict[str, int]
-    seconds: float  # of a step, by formula
+    seconds: float  # of a step, by formula; infinite where memory does not last
     needed: float  # bytes of one device, by formula
 
 
@@ -95,7 +95,6 @@ def space(experiment: Experiment, target: Slice) -> Space:
     Raises:
       UsageError: no mesh divides what the config holds; the refusal of replicas alone says why.
     """
-    capacity = FAMILIES[target.chip].compiler_bytes
     fit, too_large, refusals = [], [], []
     for sizes in meshes(target):
         try:
@@ -104,7 +103,7 @@ def space(experiment: Experiment, target: Slice) -> Space:
             refusals.append(str(error))
             continue
         for candidate in found:
-            (fit if candidate.needed <= SLACK * capacity else too_large).append(candidate)
+            (fit if candidate.seconds < math.inf else too_large).append(candidate)
     if not fit and not too_large:
         raise UsageError(f"no mesh of {target.name} suits {experiment.name}: {refusals[0]}")
     return Space(
@@ -141,13 +140,16 @@ def _of_mesh(experiment: Experiment, target: Slice, sizes: dict[str, int]) -> It
                 check_sizes(one, sizes)
             except UsageError:  # a strategy for which heads or length do not divide
                 continue
+            fixed = fixed_bytes(one, sizes)
             auto = resolve_remat(one, capacity, sizes).model.remat
             for remat in _remats(experiment):
                 named = replace(one, model=replace(model, remat=remat))
                 kept = [n for part in named.model.remat_names() or ((),) for n in part]
-                needed = fixed_bytes(named, sizes) + sum(kept_bytes(one, n, sizes) for n in kept)
-                seconds = sum(step_seconds(named, setting).values())
-                if remat == auto:  # the shorter line, and what a larger chip would choose anew
+                needed = fixed + sum(kept_bytes(one, name, sizes) for name in kept)
+                seconds = math.inf
+                if needed <= SLACK * capacity:
+                    seconds = sum(step_seconds(named, setting).values())
+                if remat == auto:  # the shorter line
                     named = replace(one, model=replace(model, remat=experiment.model.remat))
                 yield Candidate(named, sizes, seconds, needed)
 
