@@ -145,8 +145,9 @@ def _search(
     require_libtpu()
     from trainer.plan.search import search  # imports JAX
 
-    with _bar(keep) as progress:
-        found = search(experiment, target, keep, budget, jobs, progress)
+    text = f"searching for the fastest mesh of {experiment.name} on {target.name}"
+    with _progress(text, keep) as show:
+        found = search(experiment, target, keep, budget, jobs, show)
     if "--json" in switches:
         print(json.dumps(found.to_json(experiment), indent=2))
     else:
@@ -198,70 +199,35 @@ def _compile(
     experiment: Experiment, target: Slice, save: str = ""
 ) -> tuple[int, dict[str, Any] | None, str]:
     """Runs trainer.plan.compile; returns exit status, answer (None when it failed) and log."""
-    text = f"compiling {experiment.name} for {target.name}"
-    with _spinner(text), Compilation(experiment, target, save) as compilation:
+    text = f"compiling {experiment.name} for {target.name}; a config that fits takes some minutes"
+    with _progress(text), Compilation(experiment, target, save) as compilation:
         return compilation.result()
 
 
 @contextlib.contextmanager
-def _spinner(text: str) -> Iterator[None]:
-    """Shows on a terminal that something goes on, and for how long; else one line."""
-    if not _on_terminal():
-        print(f"{text}; a config that fits takes some minutes", file=sys.stderr, flush=True)
-        yield
-        return
-    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+def _progress(text: str, total: int | None = None) -> Iterator[Callable[[str, int], None]]:
+    """Yields the function that shows what goes on, and how much of `total` is done.
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with _progress(*columns) as progress:
-        progress.add_task(text, total=None)
-        yield
+    On a terminal that is a bar with the time it takes, else a line each time that more is done.
+    """
+    if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        print(text, file=sys.stderr, flush=True)
+        before = [0]
 
-
-@contextlib.contextmanager
-def _bar(keep: int) -> Iterator[Callable[..., None]]:
-    """Yields the function that shows a search's progress: a bar on a terminal, else lines."""
-    if not _on_terminal():
-        said = [0]
-
-        def say(found: Any, running: int) -> None:
-            done = len(found.compiled) + len(found.failed)
-            if done > said[0]:
-                said[0] = done
-                print(f"compiled {done}; {_best(found)}", file=sys.stderr, flush=True)
+        def say(text: str, done: int) -> None:
+            if done > before[0]:
+                before[0] = done
+                print(f"{done} of {total}: {text}", file=sys.stderr, flush=True)
 
         yield say
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    with _progress(*columns, TextColumn("{task.description}", markup=False)) as progress:
-        task = progress.add_task("by formula", total=keep)
-
-        def show(found: Any, running: int) -> None:
-            text = f"{running} compiling; {_best(found)}"
-            progress.update(task, completed=len(found.ranked()), description=text)
-
-        yield show
-
-
-def _best(found: Any) -> str:
-    ranked = found.ranked()
-    if not ranked:
-        return f"none fits of {len(found.compiled)}"
-    return f"best {ranked[0][1]['forecast']['tokens_per_second']:,.0f} tokens/s per chip"
-
-
-def _on_terminal() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-
-
-@contextlib.contextmanager
-def _progress(*columns: Any) -> Iterator[Any]:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     terminal = Console(stderr=True)
-    with Progress(*columns, console=terminal, transient=True) as progress:
+    columns = (BarColumn(bar_width=24), TimeElapsedColumn())
+    words = TextColumn("{task.description}", markup=False)
+    with Progress(*columns, words, console=terminal, transient=True) as progress:
         terminal.show_cursor(True)  # a kill must not leave the terminal without one
-        yield progress
+        task = progress.add_task(text, total=total)
+        yield lambda text, done: progress.update(task, completed=done, description=text)

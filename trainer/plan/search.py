@@ -183,14 +183,14 @@ def search(
     keep: int,
     budget: float,
     jobs: int = 0,
-    progress: Callable[[Found, int], None] = lambda found, running: None,
+    show: Callable[[str, int], None] = lambda text, done: None,
 ) -> Found:
     """Compiles the best candidates until `keep` fit; Ctrl-C and the budget end it early.
 
     Args:
       budget: seconds.
       jobs: compilations at a time; 0 as many as the machine has cores and memory for.
-      progress: called a few times a second, and once more for each result.
+      show: called a few times a second with what goes on and how many fit.
     """
     found = Found(space(experiment, target))
     waiting, running = shortlist(found.space.fit), {}
@@ -210,7 +210,9 @@ def search(
             for done in [c for c in running if not c.running()]:
                 with done:
                     _record(found, running.pop(done), done)
-            progress(found, len(running))
+            ranked = found.ranked()
+            best = f"{ranked[0][1]['forecast']['tokens_per_second']:,.0f}" if ranked else "none yet"
+            show(f"{len(running)} compiling; best {best} tokens/s per chip", len(ranked))
             if running:
                 time.sleep(0.1)
     except KeyboardInterrupt:

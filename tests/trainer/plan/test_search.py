@@ -199,11 +199,11 @@ def test_the_budget_stops_what_runs(fake, monkeypatch):
 
 
 def test_an_interrupt_keeps_what_is_known(fake):
-    def interrupt(found, running):
-        if len(found.compiled) == 2:
+    def interrupt(text, done):
+        if done == 2:
             raise KeyboardInterrupt
 
-    found = search.search(gpt(), V5E, keep=9, budget=60, jobs=1, progress=interrupt)
+    found = search.search(gpt(), V5E, keep=9, budget=60, jobs=1, show=interrupt)
     assert found.stopped == "interrupted" and len(found.ranked()) == 2
     assert all(c.stopped for c in fake.started)
 
@@ -226,14 +226,14 @@ def test_the_frontier_by_definition(needed):
 
 def test_the_table(fake, monkeypatch, capsys):
     monkeypatch.setattr(command, "require_libtpu", lambda: None)
-    arguments = ["--config=llama3_8b", "--on=v5e-256", "--search", "--keep=4", "--pareto"]
+    arguments = ["--config=llama3_8b", "--on=v5e-64", "--search", "--keep=4", "--pareto"]
     assert command.main(arguments) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert re.match(r"llama3-8b on v5e-256: [\d,]+ candidates, .* 4 compiled$", lines[0])
+    assert re.match(r"llama3-8b on v5e-64: [\d,]+ candidates, .* 4 compiled$", lines[0])
     assert lines[2].startswith("*") and "1.00 s" in lines[2] and "fsdp" in lines[2]
     assert lines[-1].startswith("  --config.") and "no TPU ran" in lines[-2]
-    assert "compiled 4; best 1," in captured.err
+    assert "4 of 4: 0 compiling; best 1," in captured.err
     assert command.main([*arguments, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["ranked"]
     assert len(rows) == 4 and rows[0]["options"] == lines[-1].strip() and rows[0]["frontier"]
@@ -244,7 +244,7 @@ def test_a_search_that_is_interrupted_or_finds_nothing(fake, monkeypatch, capsys
     assert command.main(["--config=llama3_8b", "--on=v5e-4", "--search"]) == 1
     assert "nothing fits: the smallest needs" in capsys.readouterr().out
     fake.behaviour = staticmethod(lambda experiment: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert command.main(["--config=llama3_8b", "--on=v5e-256", "--search"]) == 130
+    assert command.main(["--config=llama3_8b", "--on=v5e-64", "--search"]) == 130
     assert "interrupted: there may be better ones" in capsys.readouterr().out
 
 

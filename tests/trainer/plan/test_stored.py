@@ -8,11 +8,11 @@ import pytest
 
 from sharding import hardware
 from sharding.topology import parse_slice
-from tests.benchmarks import plans as benchmark
+from tests.benchmarks.plans import PAGE, SLICES, table
 from tests.configs.test_golden import REFERENCES
 from trainer.commands import plan as command
 from trainer.plan import cost, stored
-from trainer.plan.stored import SLICES, changes, stale, table
+from trainer.plan.stored import changes, stale
 
 PLANS = stored.stored()
 ONE = PLANS[min(PLANS, key=lambda key: PLANS[key]["parameters"])]
@@ -34,7 +34,7 @@ def test_every_shipped_config_has_two_slices():
 
 
 def test_the_page_shows_the_files():
-    assert table() in benchmark.PAGE.read_text(), "run make plans"
+    assert table() in PAGE.read_text(), "run make plans"
     assert table().count("\n") == 1 + sum(map(len, SLICES.values()))
 
 
