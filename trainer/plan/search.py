@@ -24,6 +24,7 @@ from trainer.plan.process import Compilation
 from trainer.plan.recipe import GROUPS, fixed_bytes, kept_bytes, resolve_remat
 
 SLACK = 1.06  # by how much the memory formula may exceed what there is: it was up to 6% too high
+FAILURES = 3  # after which a search ends: a compiler that fails for no lack of memory does so again
 PER_MESH = 2  # candidates of one mesh that may be compiled
 COMPILER_BYTES = 4 * 2.0**30  # of this machine's memory that one compilation may take
 
@@ -203,6 +204,9 @@ def search(
                     break
                 running[Compilation(candidate.experiment, target)] = candidate
             if not running:
+                break
+            if len(found.failed) >= FAILURES:
+                found.stopped = "the compiler fails"
                 break
             if time.monotonic() > end:
                 found.stopped = "the budget is spent"
