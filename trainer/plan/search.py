@@ -198,15 +198,15 @@ def search(
     jobs, end = jobs or _jobs(), time.monotonic() + budget
     try:
         while True:
+            if len(found.failed) >= FAILURES:
+                found.stopped = "the compiler fails"
+                break
             fitting = sum(plan["fits"] for _, plan in found.compiled)
             while len(running) < min(jobs, keep - fitting):
                 if (candidate := next(waiting, None)) is None:
                     break
                 running[Compilation(candidate.experiment, target)] = candidate
             if not running:
-                break
-            if len(found.failed) >= FAILURES:
-                found.stopped = "the compiler fails"
                 break
             if time.monotonic() > end:
                 found.stopped = "the budget is spent"
