@@ -13,7 +13,7 @@ ARGS ?=
 # XLA:CPU asks for its whole temporary memory anew at every step; huge pages make that cheap.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help setup train test bench lint goldens soak clean
+.PHONY: help setup train test bench lint goldens plans soak clean
 
 help:
 	@echo "make train   install, train the quickstart, stop half-way, resume, sample, report ($(RUN))"
@@ -21,6 +21,7 @@ help:
 	@echo "make setup   only install: $(VENV) with everything the tests need"
 	@echo "make bench   the benchmarks of docs/benchmarks.md (paired runs, one table each)"
 	@echo "make lint    ruff and shellcheck"
+	@echo "make plans   compile the stored plans that are missing or stale (1 to 4 CPU minutes each)"
 	@echo "make soak    the slow tests: many kills, long runs"
 	@echo "Variables: PYTHON=python3.12 VENV=.venv312 RUN=runs/x ARGS='--config.train.steps=200'"
 
@@ -63,6 +64,9 @@ soak: $(VENV)/.installed-dev
 
 goldens: $(VENV)/.installed-dev
 	TORUS_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/configs
+
+plans: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks.plans $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .hypothesis .ruff_cache
