@@ -191,7 +191,8 @@ def host_lost(t: Trial) -> None:
     jobs[victim] = t.start(host=victim, hosts=2)
     for job in jobs:
         t.ends(job)
-    (_,) = t.incidents("crash", "host lost")
+    (found,) = t.kinds("host lost")
+    assert found["hosts"] == [victim]
     assert t.incidents("recovered")[0]["source"] in ("parity", "disk")
     t.same_bits(t.calm(*TWO))
 
@@ -227,7 +228,8 @@ def hosts_go_and_come(t: Trial) -> None:
     jobs[victim] = t.start(*flags, host=victim, hosts=2, SLOW="data=0.25")
     for job in jobs:
         t.ends(job)
-    assert [i["hosts"] for i in t.incidents("resized")] == [1, 2]
+    lost, *resized = t.kinds("host lost", "resized", "resized")
+    assert lost["hosts"] == [victim] and [i["hosts"] for i in resized] == [1, 2]
     t.near(t.calm(*TWO), 1e-3)
 
 

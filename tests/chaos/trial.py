@@ -28,7 +28,7 @@ from trainer.recovery.progress import Progress, ProgressPage
 
 STEPS, SNAPSHOT, CHECKPOINT = 30, 5, 10
 STEP = 0.1  # seconds that the data of a step takes
-PATIENCE = 240.0  # seconds for a run that two cores share with others
+PATIENCE = 400.0  # seconds for a run that two cores share with others
 FLAGS = (
     SLOW, f"--config.train.steps={STEPS}", f"--config.checkpoint.every={CHECKPOINT}",
     f"--config.checkpoint.snapshot_every={SNAPSHOT}",
@@ -150,11 +150,14 @@ class Trial:
         assert stored_state(self.run, STEPS) == stored_state(calm, STEPS), "other bits at the end"
 
     def near(self, calm: Path, tolerance: float) -> None:
-        """Compares losses, for a run that was on another mesh for a while."""
+        """Compares losses, for a run that was on another mesh for a while.
+
+        Of steps whose work was lost and came back from memory there are no records.
+        """
         mine, other = (
             {r["step"]: r["loss"] for r in read_metrics(run, "train")} for run in (self.run, calm)
         )
-        assert mine.keys() == other.keys(), "not the same steps"
+        assert mine.keys() <= other.keys() and STEPS in mine, "not the same steps"
         worst = max(abs(mine[s] / other[s] - 1) for s in mine)
         assert worst < tolerance, f"a loss is off by {worst:.1g}"
 
