@@ -3,6 +3,7 @@
     python -m tests.chaos --brief                    a dozen faults once: about five minutes
     python -m tests.chaos --seeds 10                 all of them ten times: hours on two cores
     python -m tests.chaos --faults SIGTERM,disk      those whose names contain one of these
+    python -m tests.chaos --minutes 30               no fault at all, and so no alarm
 
 The seed of a trial decides step, rank, moment and kind of damage; the same seed plays the same.
 Results are added to --out, one JSON object per trial, and printed as a table of all that it holds.
@@ -34,7 +35,9 @@ def main() -> int:
     parser.add_argument("--brief", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("chaos.json"))
+    parser.add_argument("--minutes", type=float, default=0.0)
     given = parser.parse_args()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     parts = given.faults.split(",")
     names = [
         n for n in FAULTS if any(p in n for p in parts) and (FAULTS[n].brief or not given.brief)
@@ -43,6 +46,8 @@ def main() -> int:
     os.environ["TORUS_CACHE"] = str(ROOT / ".pytest_cache/torus-chaos")
     folder = Path(tempfile.mkdtemp(prefix="torus-chaos-"))
     runs = CalmRuns(folder / "calm")
+    if given.minutes:
+        return no_alarm(Trial("no fault", 0, runs, folder / "slow"), given.minutes)
     held = json.loads(given.out.read_text()) if given.out.exists() else []
     results = {(r["fault"], r["seed"]): r for r in held}
     with ThreadPoolExecutor(given.jobs) as pool:
@@ -72,6 +77,24 @@ def one(name: str, seed: int, runs: CalmRuns, folder: Path) -> Result:
         trial.result.problem = f"{text}; see {trial.folder}"
     trial.result.seconds = round(time.monotonic() - began, 1)
     return trial.result
+
+
+def no_alarm(trial: Trial, minutes: float) -> int:
+    """Trains in two processes whose other phases take 500 times as long as a step."""
+    long, every = 50.0, 75
+    evals = max(1, round((60 * minutes - 4 * long) / (long + 0.2 * every)))
+    slow = f"data={long}*1 step=0.1 " + " ".join(
+        f"{phase}={long}" for phase in ("start", "restore", "compile", "eval")
+    )
+    began = time.monotonic()
+    job = trial.start(
+        "--processes", "2", f"--config.eval.every={every}", f"--config.train.steps={evals * every}",
+        SLOW=slow,
+    )  # fmt: skip
+    status = job.wait()
+    took = (time.monotonic() - began) / 60
+    print(f"ended with {status} after {took:.1f} minutes; incidents: {trial.incidents()}")
+    return int(status != 0 or bool(trial.incidents()))
 
 
 def table(results: list[dict]) -> str:
