@@ -181,7 +181,7 @@ def kept_bytes(experiment: Experiment, name: str, sizes: dict[str, int]) -> floa
         "rotated_qk": item * (query + key) / sizes["tensor"],
         "v": item * key / sizes["tensor"],
         "attention": (item * query + 4 * model.heads) / sizes["tensor"],
-        "residual": item * model.width,
+        "residual": item * model.width / sizes["tensor"],
         "gate": item * model.mlp / sizes["tensor"] if "glu" in model.activation else 0.0,
         "up": item * model.mlp / sizes["tensor"],
     }[name]
@@ -209,7 +209,8 @@ def fixed_bytes(experiment: Experiment, sizes: dict[str, int]) -> float:
     if logits > chunk:
         loss = ((item + 4) * head + 1.5 * chunk) / tensor
     wide = item * tokens * (5 * model.mlp + 4 * model.heads * model.head_dim) + 3 * item * layer
-    return state + item * tokens * model.width * (model.layers + 4) + max(loss, wide / tensor)
+    inputs = item * tokens * model.width * (model.layers / tensor + 4)
+    return state + inputs + max(loss, wide / tensor)
 
 
 def layer_weights(model: ModelConfig) -> int:
