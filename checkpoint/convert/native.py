@@ -78,10 +78,19 @@ class NativeTensors:
         return _chunk(shape, len(lead), dtype.itemsize)[len(lead)]
 
     def put(self, name: str, lead: tuple[int, ...], array: np.ndarray, start: int = 0) -> None:
-        """Writes array[lead] of a step made by `create_step`, or its rows from `start` on."""
+        """Writes array[lead] of a step made by `create_step`, or its rows from `start` on.
+
+        Raises OSError where the storage does not take it.
+        """
+        try:
+            self._put(name, lead, array, start)
+        except ValueError as error:  # tensorstore's, also for a full disk
+            raise OSError(str(error)) from error
+
+    def _put(self, name: str, lead: tuple[int, ...], array: np.ndarray, start: int) -> None:
         dtype, shape = self.facts[name]
         if not shape:  # the step's frame holds it already, as a zero
-            _written(self._store(name).write(array))
+            self._store(name).write(array).result()
             return
         chunk = _chunk(shape, len(lead), dtype.itemsize)
         metadata = {
@@ -91,7 +100,7 @@ class NativeTensors:
         }  # fmt: skip
         store = self._store(name, metadata)
         place = store[(*lead, slice(start, start + len(array)))]
-        _written(place.write(array, can_reference_source_data_indefinitely=True))
+        place.write(array, can_reference_source_data_indefinitely=True).result()
 
     def finish(self, sums: dict[str, np.ndarray]) -> None:
         """Writes the integrity record of a step made by `create_step`, all arrays put.
@@ -202,13 +211,6 @@ def create_step(
         node[leaf] = jax.ShapeDtypeStruct(shape, dtype)
     save_frame(folder, step, tree, meta)
     return NativeTensors(folder, step, prefix, checked=False)
-
-
-def _written(future: Any) -> None:
-    try:
-        future.result()
-    except ValueError as error:  # tensorstore's, also for a full disk
-        raise OSError(str(error)) from error
 
 
 def _chunk(shape: tuple[int, ...], lead: int, itemsize: int) -> tuple[int, ...]:
