@@ -58,7 +58,7 @@ def find_tag(
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise UnsafeInputError(f"{folder / pointer} names a folder outside of its own: {name!r}")
     tag = folder / name
-    if not tag.is_dir():
+    if name not in {path.name for path in folder.iterdir()} or not tag.is_dir():
         raise MismatchError(f"{folder / pointer} names {name}, which is not there")
     if not tag.resolve().is_relative_to(folder.resolve()):
         raise UnsafeInputError(f"{tag} is a link out of its folder")

@@ -94,6 +94,14 @@ class Timing:
             shares[row.label][1] += max(0.0, row.seconds["estimate"] - row.exposed)
         return {k: (a, b) for k, (a, b) in sorted(shares.items(), key=lambda s: -sum(s[1]))}
 
+    def work(self) -> dict[str, tuple[float, float]]:
+        """Returns the same kinds → (FLOPs, bytes)."""
+        work: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for row in self.rows:
+            work[row.label][0] += row.flops
+            work[row.label][1] += row.bytes
+        return {label: (flops, moved) for label, (flops, moved) in work.items()}
+
 
 def time_step(module: Module, setting: Setting) -> Timing:
     """Returns the time of one run of the program's entry."""
@@ -101,6 +109,18 @@ def time_step(module: Module, setting: Setting) -> Timing:
     seconds = {model: walker.run(module.entry, 1, model) for model in MODELS}
     rows = list(walker.rows.values())
     return Timing(seconds, rows, sum(row.flops for row in rows), sorted(walker.notes))
+
+
+def guessed_axes(setting: Setting, size: int) -> int:
+    """Torus axes that a collective among `size` devices uses, where the program does not say."""
+    whole = size >= setting.devices // setting.slices
+    return max(1, sum(n > 1 for n in setting.torus)) if whole else 1
+
+
+def link_bandwidth(setting: Setting, axes: int, *, one_way: bool = False) -> float:
+    """Bytes/s that each device sends in a collective over so many torus axes."""
+    bandwidth = setting.chip.ici_bandwidth * LINK_SHARE * axes
+    return bandwidth / 2 if one_way or not setting.wrap else bandwidth  # one way round only
 
 
 class _Walker:
@@ -369,13 +389,10 @@ class _Walker:
         if setting.slices > 1 and len({device // per_slice for device in group}) > 1:
             self.notes.add(f"{kind} over {axis} crosses slices: its time is not in the estimate")
             return _row(computation, op, "collective", 0.0, wire, (0.0,) * 3, label)
-        axes = inner.torus_axes or op.torus_axes
+        axes, one_way = inner.torus_axes or op.torus_axes, kind == "collective-permute"
         if axes is None:
-            used = sum(n > 1 for n in setting.torus)
-            axes = used if size >= per_slice and kind != "collective-permute" else 1
-        bandwidth = setting.chip.ici_bandwidth * LINK_SHARE * max(axes, 1)
-        if not setting.wrap or kind == "collective-permute":
-            bandwidth /= 2  # one way round only
+            axes = 1 if one_way else guessed_axes(setting, size)
+        bandwidth = link_bandwidth(setting, max(axes, 1), one_way=one_way)
         if "all-to-all" in kind:
             wire *= max(1.0, size / (4 if setting.wrap else 3) / max(axes, 1))  # mean distance
         return _row(computation, op, "collective", 0.0, wire, (wire / bandwidth,) * 3, label)
