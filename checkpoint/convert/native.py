@@ -17,6 +17,7 @@ from checkpoint.convert.mapping import aligned
 from checkpoint.fingerprint import rows_sums, sums_text
 from checkpoint.manager import save_frame
 from checkpoint.manifest import check_fingerprints, read_manifest, write_record
+from checkpoint.objects import folder_spec
 from checkpoint.steps import CheckpointError
 
 PARAMS = "params/"
@@ -45,7 +46,7 @@ class NativeTensors:
         self._prefix, self._step = prefix, (folder, step)
         path = steps.folder_path(folder) / str(step) / "state"
         self.where = f"step {step} in {folder}"
-        self._base = f"{path}/" if steps.is_remote(folder) else f"file://{path}/"
+        self._base = folder_spec(path)
         # Chunks of a run hold parts of many rows, those of a step being made hold whole ones.
         cache = {"total_bytes_limit": CACHE if checked else 0}
         # Not forced to disk chunk by chunk: who makes a step forces all of it, once, at the end.
@@ -80,7 +81,7 @@ class NativeTensors:
         """Writes array[lead] of a step made by `create_step`, or its rows from `start` on."""
         dtype, shape = self.facts[name]
         if not shape:  # the step's frame holds it already, as a zero
-            self._store(name).write(array).result()
+            _written(self._store(name).write(array))
             return
         chunk = _chunk(shape, len(lead), dtype.itemsize)
         metadata = {
@@ -90,7 +91,7 @@ class NativeTensors:
         }  # fmt: skip
         store = self._store(name, metadata)
         place = store[(*lead, slice(start, start + len(array)))]
-        place.write(array, can_reference_source_data_indefinitely=True).result()
+        _written(place.write(array, can_reference_source_data_indefinitely=True))
 
     def finish(self, sums: dict[str, np.ndarray]) -> None:
         """Writes the integrity record of a step made by `create_step`, all arrays put.
@@ -201,6 +202,13 @@ def create_step(
         node[leaf] = jax.ShapeDtypeStruct(shape, dtype)
     save_frame(folder, step, tree, meta)
     return NativeTensors(folder, step, prefix, checked=False)
+
+
+def _written(future: Any) -> None:
+    try:
+        future.result()
+    except ValueError as error:  # tensorstore's, also for a full disk
+        raise OSError(str(error)) from error
 
 
 def _chunk(shape: tuple[int, ...], lead: int, itemsize: int) -> tuple[int, ...]:
