@@ -246,6 +246,8 @@ def stale_host(t: Trial) -> None:
     t.strike(*frozen, how=signal.SIGCONT)
     for job in jobs:
         t.ends(job)
+    (found,) = t.kinds("host lost")
+    assert found["hosts"] == [victim]
     t.same_bits(t.calm(*TWO))
 
 
