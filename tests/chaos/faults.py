@@ -302,7 +302,7 @@ def disk_full(t: Trial) -> None:
     with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
         while filler.write(bytes(2**16)):
             pass
-    t.until(lambda: "launch: crash" in log.read_text())
+    t.until(lambda: "cannot be written" in log.read_text())
     t.pause(2.0)
     (disk / "filler").unlink()
     t.ends(job)
