@@ -74,6 +74,8 @@ def main(argv: list[str]) -> int:
     if "--check" in switches and not argv:
         return _check_all()
     run = next((a.partition("=")[2] for a in argv if a.startswith("--calibrate=")), "")
+    if run and switches - {"--json"}:
+        raise UsageError(f"--calibrate plans one run: not with {min(switches - {'--json'})}")
     if run:
         experiment, measured = read_experiment(run), measured_step(run)
         flags = {"on": "", "price": "", "program": ""}
@@ -100,8 +102,9 @@ def main(argv: list[str]) -> int:
     old = _stored(argv, target) if "--check" in switches else None
     if "--search" in switches:
         return _search(experiment, target, flags, switches)
-    if stray := next((n for n in ("budget", "keep", "jobs") if flags.get(n)), None):
-        raise UsageError(f"--{stray} is of a search: add --search")
+    searching = [f"--{name}" for name in ("budget", "keep", "jobs") if flags.get(name)]
+    if stray := [*searching, *(switches & {"--pareto"})]:
+        raise UsageError(f"{stray[0]} is of a search: add --search")
     check_sizes(experiment, experiment.mesh.sizes(target.devices))
     require_libtpu()
 
@@ -154,7 +157,7 @@ def _search(
         print(format_search(found.to_json(experiment), target, pareto="--pareto" in switches))
     if found.stopped == "interrupted":
         return 130
-    return 0 if found.ranked() else 1
+    return 0 if found.ranked() else 3 if found.failed else 1
 
 
 def _check_all() -> int:

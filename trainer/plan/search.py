@@ -24,6 +24,7 @@ from trainer.plan.process import Compilation
 from trainer.plan.recipe import GROUPS, fixed_bytes, kept_bytes, resolve_remat
 
 SLACK = 1.06  # by how much the memory formula may exceed what there is: it was up to 6% too high
+FAILURES = 3  # after which a search ends: a compiler that fails for no lack of memory does so again
 PER_MESH = 2  # candidates of one mesh that may be compiled
 COMPILER_BYTES = 4 * 2.0**30  # of this machine's memory that one compilation may take
 
@@ -197,6 +198,9 @@ def search(
     jobs, end = jobs or _jobs(), time.monotonic() + budget
     try:
         while True:
+            if len(found.failed) >= FAILURES:
+                found.stopped = "the compiler fails"
+                break
             fitting = sum(plan["fits"] for _, plan in found.compiled)
             while len(running) < min(jobs, keep - fitting):
                 if (candidate := next(waiting, None)) is None:

@@ -190,6 +190,13 @@ def test_what_does_not_fit_or_fails_is_not_counted(fake):
     assert [reason for _, reason in found.failed] == ["Check failed"]
 
 
+def test_a_compiler_that_always_fails_is_not_asked_again_and_again(fake):
+    fake.behaviour = staticmethod(lambda experiment: {"status": 1, "log": "no libtpu"})
+    found = search.search(gpt(), V5E, keep=8, budget=60, jobs=2)
+    assert len(found.failed) >= search.FAILURES and found.stopped == "the compiler fails"
+    assert len(fake.started) <= search.FAILURES + 2 and all(c.stopped for c in fake.started)
+
+
 def test_the_budget_stops_what_runs(fake, monkeypatch):
     clock = iter(range(0, 10_000, 10))
     monkeypatch.setattr(search.time, "monotonic", lambda: next(clock))
@@ -255,6 +262,8 @@ def test_a_search_that_is_interrupted_or_finds_nothing(fake, monkeypatch, capsys
         (["--search", "--keep=0"], r"--keep=0: a whole number"),
         (["--search", "--jobs=x"], r"--jobs=x: a whole number"),
         (["--budget=10m"], r"--budget is of a search: add --search"),
+        (["--pareto"], r"--pareto is of a search: add --search"),
+        (["--calibrate=RUN", "--search"], r"--calibrate plans one run: not with --search"),
     ],
 )
 def test_mistakes(flag, match):

@@ -91,7 +91,7 @@ def test_a_new_compilation_is_compared():
         (lambda p: p["forecast"]["seconds"].update(estimate=1e3), "estimate: "),
         (lambda p: p["forecast"].update(executed_flops=1.02 * ONE["executed_flops"]), "executed_"),
         (lambda p: p["forecast"]["work"].update({label: (0, 9e12)}), f"bytes of {label}: "),
-        (lambda p: p.update(remat="none"), "remat: "),
+        (lambda p: p.update(remat="residual"), "remat: "),
         (lambda p: p.update(forecast=None), "fits: another answer"),
     ):
         plan = compiled(ONE)
