@@ -171,8 +171,8 @@ def _read(
     from checkpoint.convert.formats import as_path
     from checkpoint.convert.sources import config_folder, open_source
 
-<<<<<<< HEAD
-    beside = source if kind == "hf" else config_folder(source) or Path(args.like or source)
+    beside = config_folder(source) if kind != "hf" else source
+    beside = beside or (as_path(args.like) if args.like else source)
     has_config = (beside / huggingface.CONFIG).exists()
     if kind == megatron.NAME and not args.family:
         found = open_source(kind, source)
@@ -181,11 +181,6 @@ def _read(
             model = megatron.read_args(found.described)
             return beside, config, *megatron.adapted(model, found), found
     if kind != "hf" and not has_config:
-=======
-    beside = config_folder(source) if kind != "hf" else source
-    beside = beside or (as_path(args.like) if args.like else source)
-    if kind != "hf" and not (beside / huggingface.CONFIG).exists():
->>>>>>> cloud
         raise UsageError(f"{source} has no config.json; name a folder that has one with --like")
     config = huggingface.read_config(beside)
     name = config.get("model_type")
