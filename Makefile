@@ -13,7 +13,7 @@ ARGS ?=
 # XLA:CPU asks for its whole temporary memory anew at every step; huge pages make that cheap.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help setup train test bench lint goldens soak clean
+.PHONY: help setup train test bench lint goldens plans chaos soak clean
 
 help:
 	@echo "make train   install, train the quickstart, stop half-way, resume, sample, report ($(RUN))"
@@ -21,7 +21,9 @@ help:
 	@echo "make setup   only install: $(VENV) with everything the tests need"
 	@echo "make bench   the benchmarks of docs/benchmarks.md (paired runs, one table each)"
 	@echo "make lint    ruff and shellcheck"
-	@echo "make soak    the slow tests: many kills, long runs"
+	@echo "make plans   compile the stored plans that are missing or stale (1 to 4 CPU minutes each)"
+	@echo "make chaos   a dozen faults, each in a small run that must survive it (about 15 minutes)"
+	@echo "make soak    the slow tests, every fault ten times, half an hour without a fault: hours"
 	@echo "Variables: PYTHON=python3.12 VENV=.venv312 RUN=runs/x ARGS='--config.train.steps=200'"
 
 $(VENV)/bin/python:
@@ -58,11 +60,19 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck tpu_scripts/*.sh tpu_scripts/*.sbatch
 
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.chaos --brief --out build/chaos.json $(ARGS)
+
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/python -m tests.chaos --seeds 10 --out build/chaos.json
+	$(BIN)/python -m tests.chaos --minutes 30
 
 goldens: $(VENV)/.installed-dev
 	TORUS_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/configs
+
+plans: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks.plans $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -10,6 +10,7 @@ Letters as in models/layers.py, and L layers, V vocabulary.
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,9 @@ from models.attention.mask import Mask
 from models.attention.sequence import Rows, plan_for, sequence_attention
 from models.config import ModelConfig
 from models.spec import ParamSpec, Tree
-from sharding.rules import BATCH, SEQ
+from sharding.rules import BATCH, SEQ, STREAM
 
-X_BTD = P(BATCH, SEQ, None)  # every residual stream
+X_BTD = P(BATCH, SEQ, None)  # the residual stream as blocks and loss see it
 
 # What each remat name of the config means among the names given to values in the code.
 REMAT_VALUES = {"attention": ("attention_out", "attention_lse")}
@@ -169,6 +170,7 @@ def _layer(
     params = gathered(params, jnp.dtype(config.dtype))
     before = config.norm_placement in ("pre", "sandwich")
     after = config.norm_placement in ("post", "sandwich")
+    stream = jax.typeof(x_BTD).sharding.spec
 
     h_BTD = layers.norm(x_BTD, params["attention_norm"], config) if before else x_BTD
     tables = context.tables[kind] if context.tables is not None else None
@@ -181,7 +183,7 @@ def _layer(
         }
         k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[n], layer, 0, False) for n in "kv")
     out_BTNH = _attend(q_BTNH, k_BSKH, v_BSKH, context, kind, config)
-    y_BTD = layers.matmul(out_BTNH, params["attention"]["wo"], 2, X_BTD)
+    y_BTD = layers.matmul(out_BTNH, params["attention"]["wo"], 2, stream)
     if config.out_bias:
         y_BTD = y_BTD + params["attention"]["bo"]
     if after:
@@ -191,7 +193,7 @@ def _layer(
     h_BTD = input_BTD if config.parallel_residual else x_BTD
     if before:
         h_BTD = layers.norm(h_BTD, params["mlp_norm"], config)
-    y_BTD = layers.mlp(layers.apart(h_BTD, config), params["mlp"], config, X_BTD)
+    y_BTD = layers.mlp(layers.apart(h_BTD, config), params["mlp"], config, stream)
     if after:
         y_BTD = layers.norm(y_BTD, params["mlp_post_norm"], config)
     return x_BTD + y_BTD, cache
@@ -314,13 +316,16 @@ def forward(
         model's prompt); not with rows spread over `seq`.
     """
     dtype = jnp.dtype(config.dtype)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    spread = tokens_BT.shape[1] % math.prod(sizes[axis] for axis in STREAM) == 0
+    stream = P(BATCH, STREAM, None) if spread and sizes["tensor"] > 1 else X_BTD
     embedding_VD = gathered({"embedding": params["embedding"]}, dtype)["embedding"]
-    x_BTD = embedding_VD.at[tokens_BT].get(out_sharding=X_BTD)
+    x_BTD = embedding_VD.at[tokens_BT].get(out_sharding=stream)
     if config.scale_embeddings:
         x_BTD = x_BTD * jnp.asarray(config.width**0.5, dtype)
     if config.position == "learned":
         table_PD = gathered({"positions": params["positions"]}, dtype)["positions"]
-        x_BTD = x_BTD + table_PD.at[positions_BT].get(out_sharding=X_BTD)
+        x_BTD = x_BTD + table_PD.at[positions_BT].get(out_sharding=stream)
     tables = None
     if config.position == "rope":
         tables = {k: layers.rope_tables(positions_BT, config, k) for k in set(config.pattern)}
@@ -330,7 +335,8 @@ def forward(
     context = Context(tables, positions_BT, segments_BT, shared, prefix_BT)
     layer_cache = {"k": cache["k"], "v": cache["v"]} if cache is not None else None
     x_BTD, layer_cache = _stack(x_BTD, params["layers"], context, layer_cache, config)
-    x_BTD = layers.apart(layers.norm(x_BTD, params["final_norm"], config), config)
+    x_BTD = reshard(layers.norm(x_BTD, params["final_norm"], config), X_BTD)
+    x_BTD = layers.apart(x_BTD, config)
     return x_BTD, ({**cache, **layer_cache} if cache is not None else None)
 
 

@@ -11,11 +11,12 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig, RopeConfig
 from models.spec import ParamSpec, Tree
+from sharding.rules import SEQ, STREAM
 
 # ---------------------------------------------------------------- norms
 
@@ -118,7 +119,9 @@ def matmul(x: jax.Array, w: jax.Array, contracted: int = 1, spec: P | None = Non
 
     The gradients are spelled out because JAX's own for the weight comes out transposed, and
     XLA:CPU then transposes an activation for it: a quarter of the time of a layer. `spec` is the
-    sharding of the result, needed where a contracted dimension is sharded.
+    sharding of the result, needed where a contracted dimension is sharded. Operands whose tokens
+    are spread over STREAM are gathered here and kept spread for the backward pass, where their
+    gradient is reduced and spread in one step (sequence parallelism, arXiv:2205.05198).
     """
     batch = x.ndim - contracted
     return _dot(x, w, range(batch, x.ndim), range(contracted), spec)
@@ -141,9 +144,18 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def _dot(a: jax.Array, b: jax.Array, a_axes, b_axes, spec: P | None) -> jax.Array:
     sharding = None if spec is None else NamedSharding(jax.sharding.get_abstract_mesh(), spec)
+    a, b = _with_all_tokens(a), _with_all_tokens(b)
     return jax.lax.dot_general(
         a, b, ((tuple(a_axes), tuple(b_axes)), ((), ())), out_sharding=sharding
     )
+
+
+def _with_all_tokens(x: jax.Array) -> jax.Array:
+    spec = jax.typeof(x).sharding.spec
+    if STREAM not in spec:
+        return x
+    with jax.named_scope("all_tokens"):  # trainer/plan/audit.py knows it by this
+        return reshard(x, P(*(SEQ if axis == STREAM else axis for axis in spec)))
 
 
 # ---------------------------------------------------------------- attention projections

@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "positions": (),
 }
 BATCH, SEQ = RULES["batch"], RULES["seq"][0]  # what every activation is sharded over
+STREAM = (SEQ, "tensor")  # tokens between the blocks, where nothing else is split over tensor
 
 # A size of 1 on these is replicated instead of refused (multi-query attention has one KV head).
 REPLICATE_SINGLE = frozenset({"kv_heads"})

@@ -11,6 +11,7 @@ LIGHT = (  # importable before JAX: what a refused command line needs
     "sharding/errors.py", "sharding/config.py", "models/config.py", "checkpoint/config.py",
     "checkpoint/steps.py", "trainer/data/config.py", "trainer/metrics.py", "trainer/config.py",
     "trainer/plan/recipe.py", "trainer/plan/calibration.py", "trainer/plan/screen.py",
+    "trainer/plan/process.py", "trainer/commands/plan.py",
     "trainer/run.py", "trainer/packages.py", "trainer/commands/__init__.py",
     "trainer/commands/main.py", "trainer/commands/train.py", "trainer/commands/prepare.py",
     "trainer/data/prepare.py", "trainer/data/readers.py", "trainer/data/clean.py",

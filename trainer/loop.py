@@ -92,14 +92,14 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
             guard.begin(start, layout, journal, checkpoints)
 
             def evaluated(step: int) -> dict[str, float]:
-                progress.enter("eval")
+                progress.enter("eval", step)
                 with journal.paused(state.step):
                     result = evaluate(eval_step, state.params, held_out, batch_size, rows, batches)
                 journal.eval(step, result)
                 return result
 
             def save(step: int) -> None:
-                progress.enter("save")
+                progress.enter("save", step)
                 meta = guard.meta(loader.state())()
                 with journal.paused(state.step):
                     if checkpoints.save(step, to_stored(state), meta, force=True):

@@ -8,7 +8,7 @@ per parameter. The weights taken are always the masters; DeepSpeed is imported b
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,12 @@ _KEYS = {"fp32": PARAMS, **MOMENTS}
 GROUPS = 64  # DeepSpeed leaves parameter groups beyond those in the file unread, without a word
 
 
-def find_tag(folder: Path, pointer: str, wanted: re.Pattern) -> Path:
+def find_tag(
+    folder: Path, pointer: str, wanted: re.Pattern, spell: Callable[[str], str] = str
+) -> Path:
     """Returns the folder of one step: `folder` itself, or the one that the file `pointer` names.
+
+    spell: makes the folder's name of what the file says.
 
     Raises:
       MismatchError: there is none.
@@ -50,7 +54,7 @@ def find_tag(folder: Path, pointer: str, wanted: re.Pattern) -> Path:
         return folder
     if not (folder / pointer).exists():
         raise MismatchError(f"{folder} has no file `{pointer}`, and holds no step itself")
-    name = inside(folder, pointer).read_text(errors="replace")[:200].strip()
+    name = spell(inside(folder, pointer).read_text(errors="replace")[:200].strip())
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise UnsafeInputError(f"{folder / pointer} names a folder outside of its own: {name!r}")
     tag = folder / name

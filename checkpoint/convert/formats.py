@@ -4,6 +4,7 @@
     torus   a run, a folder of steps, or a step of ours    dcp    torch.distributed.checkpoint
     zero    a run of DeepSpeed ZeRO, or one of its steps   ucp    DeepSpeed's universal checkpoint
     orbax   an item, step or manager's folder of Orbax     msgpack  a file of Flax or EasyLM
+    megatron  a run of Megatron, torch_dist or a file per rank, or one of its iterations
 
 Imports no JAX. A later format is one more name here and a function in sources.py.
 """
@@ -14,7 +15,7 @@ from checkpoint.objects import SENDING
 from checkpoint.steps import folder_path, is_remote, pick_step
 from sharding.errors import StorageError, UsageError, nearest
 
-FORMATS = ("hf", "torus", "torch", "dcp", "zero", "ucp", "orbax", "msgpack")
+FORMATS = ("hf", "torus", "torch", "dcp", "zero", "ucp", "orbax", "msgpack", "megatron")
 WRITTEN = ("hf", "torus", "dcp", "ucp")
 REMOTE = ("hf", "torus", "orbax")  # read from gs:// and s3://; the first two are written there
 TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
@@ -89,6 +90,9 @@ def _of_torch(path: Path) -> str:
     """Returns the format of a folder that torch or DeepSpeed wrote, "" for another one."""
     if any(path.glob("*.safetensors*")):
         return ""
+    of_megatron = ("latest_checkpointed_iteration.txt", "common.pt", "mp_rank_*/model_optim_rng.pt")
+    if any(any(path.glob(name)) for name in of_megatron):
+        return "megatron"
     if (path / ".metadata").exists():
         return "dcp"
     if (path / "latest").is_file() or any(path.glob("*zero_pp_rank_*_optim_states.pt")):

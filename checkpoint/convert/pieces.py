@@ -15,7 +15,7 @@ import numpy as np
 
 from checkpoint.convert.safetensors import RANK_LIMIT
 from checkpoint.convert.torchfiles import Strided
-from sharding.errors import UnsafeInputError, UsageError
+from sharding.errors import MismatchError, UnsafeInputError, UsageError
 
 LARGEST = 2**62  # of any size that a file gives
 
@@ -54,6 +54,18 @@ class Pieces:
                 place = (slice(begin, begin + size) for begin, size in sides)
                 out[(slice(a - first, b - first), *place)] = piece.read(a - at, b - at)
         return out.reshape(rows)
+
+    def at(self, axis: int, index: int) -> "Pieces":
+        """Returns one layer of a stack along `axis`; raises MismatchError if it is stored flat."""
+        if self.flat:
+            raise MismatchError("a tensor that is stored flat cannot be taken apart")
+        found = []
+        for offsets, piece in self.pieces:
+            inside = index - offsets[axis]
+            if 0 <= inside < piece.shape[axis]:
+                rest = (*offsets[:axis], *offsets[axis + 1 :])
+                found.append((rest, piece.at(axis, inside)))
+        return Pieces(self.dtype, (*self.shape[:axis], *self.shape[axis + 1 :]), tuple(found))
 
 
 @contextmanager

@@ -25,13 +25,15 @@ class Source:
     """Tensors by part (params, mu, nu), the count of updates, and what else there is.
 
     Each part has `facts` (name → dtype, shape), `read` and `close`. `optimizer` are settings of
-    Adam as they are called there; `left` names what is there and not read.
+    Adam as they are called there; `left` names what is there and not read; `described`, what the
+    files themselves say of the model.
     """
 
     parts: dict[str, Any]
     step: int | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+    described: dict[str, Any] | None = None
 
     @property
     def facts(self) -> dict[str, tuple]:
@@ -75,6 +77,10 @@ def open_source(kind: str, path: Path) -> Source:
         from checkpoint.convert.torch_dcp import read_dcp
 
         return read_dcp(path)
+    if kind == "megatron":
+        from checkpoint.convert.megatron import read_megatron
+
+        return read_megatron(path)
     if kind == "orbax":
         from checkpoint.convert.orbax_trees import read_orbax
 

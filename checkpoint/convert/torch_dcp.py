@@ -43,6 +43,8 @@ _CLASSES = frozenset(
     [_METADATA + name for name in (
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
         "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")]
+    + ["torch.distributed.checkpoint.planner." + name for name in (  # of Megatron's saver
+        "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")]
     + [_STORED, _LAYOUT, "pathlib.PosixPath", "pathlib._local.PosixPath", "pathlib.WindowsPath"]
 )  # fmt: skip
 _STATE = re.compile(r"(?:optim(?:izer)?\.)?state\.(.+)\.(exp_avg|exp_avg_sq|step)")
@@ -60,7 +62,7 @@ class _Chunk:
     shape: tuple[int, ...]
 
     @cached_property
-    def _tensor(self) -> Strided:
+    def tensor(self) -> Strided:
         found = self.value()
         facts = (found.dtype, found.shape) if isinstance(found, Strided) else found
         if facts != (self.dtype, self.shape):
@@ -71,7 +73,26 @@ class _Chunk:
         return read_torch(self.file, offset=self.offset, length=self.length)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return self._tensor.read(start, stop)
+        return self.tensor.read(start, stop)
+
+    def at(self, axis: int, index: int) -> "_Layer":
+        return _Layer(self, axis, index)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of a chunk that holds several; the archive is looked into when it is read."""
+
+    chunk: _Chunk
+    axis: int
+    index: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.chunk.shape[: self.axis], *self.chunk.shape[self.axis + 1 :])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.chunk.tensor.at(self.axis, self.index).read(start, stop)
 
 
 def read_dcp(folder: Path) -> Source:
@@ -80,7 +101,7 @@ def read_dcp(folder: Path) -> Source:
     Raises:
       UnsafeInputError: damaged or hostile files. MismatchError: steps that differ.
     """
-    tensors, values = _index(folder)
+    tensors, values = read_index(folder)
     parts: dict[str, dict[str, Pieces]] = {PARAMS: {}}
     steps, left = set(), [name for name in values if not _SETTING.fullmatch(name)]
     for name, tensor in tensors.items():
@@ -104,8 +125,8 @@ def read_dcp(folder: Path) -> Source:
     )  # fmt: skip
 
 
-def _index(folder: Path) -> tuple[dict[str, Pieces], dict[str, _Chunk]]:
-    """Returns the tensors of a folder and its other values, by name."""
+def read_index(folder: Path) -> tuple[dict[str, Pieces], dict[str, _Chunk]]:
+    """Returns the tensors of a folder and its other values, by name; raises UnsafeInputError."""
     path = inside(folder, INDEX)
     if path.stat().st_size > LIMIT:
         raise UnsafeInputError(f"{path} has {path.stat().st_size:,} bytes; the limit is {LIMIT:,}")

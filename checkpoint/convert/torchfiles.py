@@ -53,9 +53,9 @@ class Strided:
     stride: tuple[int, ...]
 
     def part(self, start: int, stop: int) -> "Strided":
-        """Returns elements start to stop of a tensor with one axis."""
+        """Returns rows start to stop."""
         offset = self.offset + start * self.stride[0] * self.dtype.itemsize
-        return replace(self, offset=offset, shape=(stop - start,))
+        return replace(self, offset=offset, shape=(stop - start, *self.shape[1:]))
 
     def at(self, axis: int, index: int) -> "Strided":
         """Returns one layer of a stack along `axis`."""

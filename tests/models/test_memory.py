@@ -63,3 +63,22 @@ def test_no_value_is_quadratic_in_the_length(pattern, remat):
     # One (T, S) matrix of one head would already be length²; a layer's largest value is far below.
     largest = max(_shapes(jaxpr), key=math.prod)
     assert math.prod(largest) < length**2 / 4, largest
+
+
+@pytest.mark.parametrize("length", [64, 63])
+def test_the_stream_between_blocks_is_spread_over_tensor_where_it_divides(length):
+    config = ModelConfig(vocab=64, layers=3, width=32, mlp=64, remat="full", dtype="float32")
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    params = spec.abstract(param_specs(config), spec.shardings(param_specs(config), mesh))
+    rows = NamedSharding(mesh, P(BATCH, SEQ))
+    tokens = jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=rows)
+
+    def total(params, tokens_BT):
+        return jnp.sum(forward(params, tokens_BT, tokens_BT, tokens_BT, config)[0])
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(total)).lower(params, tokens).compile().as_text()
+    # What goes into each layer is kept for the backward pass, stacked: of one device, one row.
+    kept = {64: "f32[3,1,16,32]", 63: "f32[3,1,63,32]"}
+    assert kept[length] in program
+    assert all(other not in program for n, other in kept.items() if n != length)

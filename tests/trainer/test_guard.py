@@ -107,8 +107,9 @@ def test_sustained_trouble_rewinds_past_its_data(tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("stop", [10, 16, 22, 30])
+@pytest.mark.parametrize("stop", [8, 16, 22, 30])
 def test_a_run_stopped_between_rewinds_ends_on_the_same_bits(tmp_path, stop):
+    """At 10 the stop would leave a newer good step, which the rewind rightly goes back to."""
     train(sustained(), str(tmp_path / "a"))
     exp = sustained()
     exp.train.stop_at = stop

@@ -18,7 +18,10 @@ from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
 
 if TYPE_CHECKING:
+    from checkpoint.convert.families import Family
     from checkpoint.convert.moves import Move
+    from checkpoint.convert.sources import Source
+    from models.config import ModelConfig
 
 USAGE = """\
 usage: torus convert SOURCE TARGET [--with-optimizer] [--family NAME|FILE.py] [--step N] [--dtype D]
@@ -35,6 +38,7 @@ TARGET is a run of ours. Formats are found out or named before the place:
   ucp:FOLDER       DeepSpeed's universal checkpoint
   orbax:FOLDER     any tree of arrays of Orbax: an item, a step, or a manager's newest step
   msgpack:FILE     Flax's msgpack, or EasyLM's stream
+  megatron:FOLDER  a run of Megatron-LM or megatron-core, or one of its iterations
 
 torus:, hf: and orbax: are read from gs://… and s3://… too, no more of them than is needed; torus:
 and hf: are written there, by way of $TORUS_CACHE/converting, which needs room for all of it.
@@ -64,6 +68,7 @@ there, refuses access or does not answer, 1 writing failed.
   torus convert runs/a hf:./out --like ./Llama-3.2-1B
   torus convert ./zero3_run torus:./start --with-optimizer --like ./Llama-3.2-1B
   torus convert orbax:./maxtext/checkpoints torus:./start --family maxtext --like ./Llama-3.1-8B
+  torus convert ./megatron_run torus:./start --with-optimizer
   torus convert runs/a dcp:./out --with-optimizer
   torus convert gs://bucket/Llama-3.2-1B gs://bucket/start
 """
@@ -157,15 +162,25 @@ def _keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) -> int:
-    from checkpoint.convert import huggingface, maxtext
+def _read(
+    args: argparse.Namespace, kind: str, source: Path
+) -> "tuple[Path, dict[str, Any], Family, ModelConfig, Source]":
+    """Returns the folder beside a source, its config.json, the table, the model and the tensors."""
+    from checkpoint.convert import huggingface, maxtext, megatron
     from checkpoint.convert.families import find_family
     from checkpoint.convert.formats import as_path
     from checkpoint.convert.sources import config_folder, open_source
 
     beside = config_folder(source) if kind != "hf" else source
     beside = beside or (as_path(args.like) if args.like else source)
-    if kind != "hf" and not (beside / huggingface.CONFIG).exists():
+    has_config = (beside / huggingface.CONFIG).exists()
+    if kind == megatron.NAME and not args.family:
+        found = open_source(kind, source)
+        if found.described is not None:
+            config = huggingface.read_config(beside) if has_config else {}
+            model = megatron.read_args(found.described)
+            return beside, config, *megatron.adapted(model, found), found
+    if kind != "hf" and not has_config:
         raise UsageError(f"{source} has no config.json; name a folder that has one with --like")
     config = huggingface.read_config(beside)
     name = config.get("model_type")
@@ -177,10 +192,18 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
     found = open_source(kind, source)
     if of_maxtext:
         family, model = maxtext.adapted(family, model)
+    elif kind == megatron.NAME and not args.family:
+        family, model = megatron.adapted(model, found)
+    return beside, config, family, model, found
+
+
+def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) -> int:
+    beside, config, family, model, found = _read(args, kind, source)
 
     import numpy as np
 
-    from checkpoint.convert import engine, moves, native
+    from checkpoint.convert import engine, huggingface, moves, native
+    from checkpoint.convert.families import FAMILIES
     from checkpoint.convert.fields import NEUTRAL
     from checkpoint.fingerprint import rows_sums
     from trainer.config import Experiment, to_json
@@ -191,7 +214,8 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
     if args.dry_run:
         return _report(todo, args, left, carried)
     neutral = {k: v for k, v in config.items() if k in NEUTRAL | family.neutral}
-    meta = {"source": {"format": kind, "family": family.model_type, "config": neutral}}
+    known = family.model_type if args.family or family.model_type in FAMILIES else ""
+    meta = {"source": {"format": kind, "family": known, "config": neutral}}
     facts = {
         moves.PREFIXES[m.part] + name: fact for m in todo for name, fact in m.plan.target.items()
     }

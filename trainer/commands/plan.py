@@ -1,29 +1,29 @@
 """`torus plan`: fit, speed and cost of a config on a TPU slice, asked before anything is paid.
 
-The compiler runs in a process of its own (trainer/plan/compile.py as a module): it needs another
-environment than a command has, takes minutes in which Ctrl-C must still work, and may crash.
-Everything that can be refused without it is refused before it starts.
+Everything that can be refused without the compiler is refused before one starts
+(trainer/plan/process.py).
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sharding.errors import UsageError
-from sharding.topology import Slice, compiler_environment, parse_slice, require_libtpu
-from trainer.config import ROOT, Experiment, check_sizes, parse_flags
+from sharding.topology import Slice, parse_slice, require_libtpu
+from trainer.config import Experiment, check_sizes, parse_flags
 from trainer.plan.calibration import add_run, factor, measured_step
-from trainer.plan.screen import format_plan
+from trainer.plan.process import Compilation
+from trainer.plan.screen import format_plan, format_search
 from trainer.run import read_experiment
 
 USAGE = """\
 usage: torus plan --config=CONFIG --on=SLICE [--config.PATH=VALUE ...] [--price=X] [--json]
+       torus plan --config=CONFIG --on=SLICE --search [--budget=10m] [--keep=8] [--pareto]
+       torus plan --check [--config=CONFIG --on=SLICE]
        torus plan --calibrate=RUN --on=SLICE
 
 Compiles the train step of CONFIG ahead of time for a TPU slice that need not be there, on this
@@ -36,12 +36,26 @@ is refused in seconds, with how much it lacks. Needs libtpu: pip install 'torus-
   torus plan --config=llama3_8b --on=v5p-128 --config.mesh.tensor=4
   torus plan --config=gemma3_1b --on=v6e-16 --config.model.remat=attention,residual
   torus plan --config=llama3_8b --on=v5e-256 --config.perf=off
+  torus plan --config=llama3_8b --on=v5e-256 --search --budget=20m
+
+--search compares meshes, microbatches, what the backward pass keeps and the ways to spread long
+rows: all by formula, the best ones compiled. It prints them by tokens per second and chip, and the
+options that the best one takes. Ctrl-C ends it with what is known; what was compiled is kept, so
+that the same search goes on where it stopped.
 
 SLICE is a name of the cloud's: v5e-256 and v6e-256 count chips; v4-128, v5p-128 and tpu7x-128
 count cores, two a chip. Other shapes are written v5p:4x4x12, several slices 2xv5e-256.
 
   --price X      what one chip costs an hour; prints the cost of the whole run
+  --budget T     of a search: how long to compile, as 90s, 10m (default) or 2h
+  --keep N       of a search: how many that fit to compile (default 8)
+  --jobs N       of a search: compilations at a time; default by this machine's cores and memory
+  --pareto       of a search: mark with * those than which nothing faster takes as little memory
   --program F    keep the compiled program's text in F, gzipped
+  --explain F    draw the program as one HTML page F: roofline, the step by stream with the memory
+                 held meanwhile, collectives by mesh axis
+  --check        compare a shipped config with its stored plan; without one, all stored plans with
+                 the code, and nothing is compiled
   --calibrate R  plan what run R ran, compare with the step time that it measured, and keep both:
                  plans for that chip then also show the estimate times measured/estimated
   --json         one JSON object; sizes in bytes per device, times in seconds per step
@@ -57,12 +71,16 @@ _FAILURES = {
 
 def main(argv: list[str]) -> int:
     """Returns 0 when the config fits, 1 when it does not, 3 when the compiler failed."""
-    as_json = "--json" in argv
-    argv = [a for a in argv if a != "--json"]
+    switches = {a for a in argv if a in ("--json", "--search", "--pareto", "--check")}
+    argv, as_json = [a for a in argv if a not in switches], "--json" in switches
+    if "--check" in switches and not argv:
+        return _check_all()
     run = next((a.partition("=")[2] for a in argv if a.startswith("--calibrate=")), "")
+    if run and switches - {"--json"}:
+        raise UsageError(f"--calibrate plans one run: not with {min(switches - {'--json'})}")
     if run:
         experiment, measured = read_experiment(run), measured_step(run)
-        flags = {"on": "", "price": "", "program": ""}
+        flags = {"on": "", "price": "", "program": "", "explain": ""}
         for argument in argv:
             name, _, value = argument.removeprefix("--").partition("=")
             if name not in (*flags, "calibrate"):
@@ -74,16 +92,28 @@ def main(argv: list[str]) -> int:
             on="TPU slice to plan for, as v5e-256",
             price="of one chip for an hour",
             program="file for the program's text",
+            explain="file for the page",
             calibrate="run to compare with",
+            budget="time for a search",
+            keep="how many a search compiles",
+            jobs="how many at a time",
         )
     if not flags["on"]:
         raise UsageError("--on=SLICE is missing; try --on=v5e-256")
     price = _price(flags["price"])
     target = parse_slice(flags["on"])
+    old = _stored(argv, target) if "--check" in switches else None
+    if "--search" in switches:
+        return _search(experiment, target, flags, switches)
+    searching = [f"--{name}" for name in ("budget", "keep", "jobs") if flags.get(name)]
+    if stray := [*searching, *(switches & {"--pareto"})]:
+        raise UsageError(f"{stray[0]} is of a search: add --search")
+    for name in ("program", "explain"):
+        _check_file(name, flags[name])
     check_sizes(experiment, experiment.mesh.sizes(target.devices))
     require_libtpu()
 
-    status, plan, log = _compile(experiment, target, flags["program"])
+    status, plan, log = _compile(experiment, target, flags["program"], flags["explain"])
     if plan is None:
         if known := next((text for sign, text in _FAILURES.items() if sign in log), ""):
             raise UsageError(known)
@@ -92,6 +122,10 @@ def main(argv: list[str]) -> int:
         return 3
     if "refused" in plan:
         raise UsageError(plan["refused"])
+    if old is not None:
+        from trainer.plan.stored import changes
+
+        return _report(f"{old['config']} {old['slice']}", changes(old, plan), "as stored")
     if run and plan["forecast"]:
         add_run(run, target.chip, plan, measured)
     own = factor(target.chip)
@@ -100,6 +134,14 @@ def main(argv: list[str]) -> int:
     else:
         print(format_plan(plan, experiment, target, price, own))
     return 0 if plan["fits"] else 1
+
+
+def _check_file(name: str, path: str) -> None:
+    """Raises UsageError where no file can be written, before minutes are spent on what goes in."""
+    if path and not os.path.isdir(folder := os.path.dirname(path) or "."):
+        raise UsageError(f"--{name}={path}: there is no folder {folder}")
+    if path and os.path.isdir(path):
+        raise UsageError(f"--{name}={path} is a folder; name a file")
 
 
 def _price(text: str) -> float | None:
@@ -111,48 +153,97 @@ def _price(text: str) -> float | None:
     return float(text)
 
 
+def _search(
+    experiment: Experiment, target: Slice, flags: dict[str, str], switches: set[str]
+) -> int:
+    budget, keep = _seconds(flags["budget"] or "10m"), _count("keep", flags["keep"] or "8")
+    jobs = _count("jobs", flags["jobs"]) if flags["jobs"] else 0
+    require_libtpu()
+    from trainer.plan.search import search  # imports JAX
+
+    text = f"searching for the fastest mesh of {experiment.name} on {target.name}"
+    with _progress(text, keep) as show:
+        found = search(experiment, target, keep, budget, jobs, show)
+    if "--json" in switches:
+        print(json.dumps(found.to_json(experiment), indent=2))
+    else:
+        print(format_search(found.to_json(experiment), target, pareto="--pareto" in switches))
+    if found.stopped == "interrupted":
+        return 130
+    return 0 if found.ranked() else 3 if found.failed else 1
+
+
+def _check_all() -> int:
+    """Says what of the stored plans does not follow from the code; compiles nothing."""
+    from trainer.plan.stored import stale, stored  # imports JAX
+
+    plans = stored()
+    found = [f"{' '.join(key)}: {line}" for key, plan in plans.items() for line in stale(plan)]
+    return _report(f"{len(plans)} stored plans", found, "as the code")
+
+
+def _stored(argv: list[str], target: Slice) -> dict[str, Any]:
+    from trainer.plan.stored import stored
+
+    reference = next(a.partition("=")[2] for a in argv if a.startswith("--config="))
+    plans = stored()
+    if (plan := plans.get((reference, target.name))) is None:
+        there = ", ".join(name for config, name in plans if config == reference) or "none"
+        raise UsageError(f"no plan of {reference} on {target.name} is stored (there is: {there})")
+    return plan
+
+
+def _report(what: str, found: list[str], fine: str) -> int:
+    print("\n".join([f"{what}: {fine if not found else f'{len(found)} changes'}", *found]))
+    return 1 if found else 0
+
+
+def _seconds(text: str) -> float:
+    """Returns the seconds of "90s", "10m" or "2h"."""
+    if not (match := re.fullmatch(r"(\d*\.?\d+)([smh])", text)):
+        raise UsageError(f"--budget={text}: a number and s, m or h, as 10m")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _count(name: str, text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise UsageError(f"--{name}={text}: a whole number of at least 1")
+    return int(text)
+
+
 def _compile(
-    experiment: Experiment, target: Slice, save: str = ""
+    experiment: Experiment, target: Slice, save: str, page: str
 ) -> tuple[int, dict[str, Any] | None, str]:
     """Runs trainer.plan.compile; returns exit status, answer (None when it failed) and log."""
-    environment = {**os.environ, **compiler_environment()}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    request = {"experiment": dataclasses.asdict(experiment), "slice": target.name, "save": save}
-    with (
-        _spinner(f"compiling {experiment.name} for {target.name}"),
-        subprocess.Popen(
-            [sys.executable, "-m", "trainer.plan.compile"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        ) as process,
-    ):
-        try:
-            answer, log = process.communicate(json.dumps(request))
-        finally:
-            process.kill()  # an interrupted compilation would run to its end first
-    if process.returncode:
-        return process.returncode, None, log
-    return 0, json.loads(answer.splitlines()[-1]), log
+    text = f"compiling {experiment.name} for {target.name}; a config that fits takes some minutes"
+    with _progress(text), Compilation(experiment, target, save, page) as compilation:
+        return compilation.result()
 
 
 @contextlib.contextmanager
-def _spinner(text: str) -> Iterator[None]:
-    """Shows on a terminal that something goes on, and for how long; else one line."""
+def _progress(text: str, total: int | None = None) -> Iterator[Callable[[str, int], None]]:
+    """Yields the function that shows what goes on, and how much of `total` is done.
+
+    On a terminal that is a bar with the time it takes, else a line each time that more is done.
+    """
     if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
-        print(f"{text}; a config that fits takes some minutes", file=sys.stderr, flush=True)
-        yield
+        print(text, file=sys.stderr, flush=True)
+        before = [0]
+
+        def say(text: str, done: int) -> None:
+            if done > before[0]:
+                before[0] = done
+                print(f"{done} of {total}: {text}", file=sys.stderr, flush=True)
+
+        yield say
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     terminal = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=terminal, transient=True) as progress:
+    columns = (BarColumn(bar_width=24), TimeElapsedColumn())
+    words = TextColumn("{task.description}", markup=False)
+    with Progress(*columns, words, console=terminal, transient=True) as progress:
         terminal.show_cursor(True)  # a kill must not leave the terminal without one
-        progress.add_task(text, total=None)
-        yield
+        task = progress.add_task(text, total=total)
+        yield lambda text, done: progress.update(task, completed=done, description=text)

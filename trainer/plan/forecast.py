@@ -24,6 +24,7 @@ class Forecast:
 
     seconds: by model of trainer/plan/cost.py: roofline, estimate, cycles.
     shares: what the time goes to → (seconds that the step waits for it, seconds hidden).
+    work: the same → (FLOPs of one device, bytes through its memory or over its links).
     mfu: by model: model FLOPs (models/flops.py) over peak, for these seconds.
     tokens_per_second: of one chip, for the estimate.
     executed_flops: of one device, recomputation included.
@@ -31,6 +32,7 @@ class Forecast:
 
     seconds: dict[str, float]
     shares: dict[str, tuple[float, float]]
+    work: dict[str, tuple[float, float]]
     mfu: dict[str, float]
     tokens_per_second: float
     executed_flops: float
@@ -71,6 +73,7 @@ def forecast(text: str, experiment: Experiment, target: Slice, mesh: dict[str, i
     return Forecast(
         seconds=timing.seconds,
         shares=timing.shares(),
+        work=timing.work(),
         mfu={model: needed / seconds / peak for model, seconds in timing.seconds.items()},
         tokens_per_second=tokens / timing.seconds["estimate"] / target.chips,
         executed_flops=timing.flops,

@@ -181,11 +181,11 @@ def kept_bytes(experiment: Experiment, name: str, sizes: dict[str, int]) -> floa
         "rotated_qk": item * (query + key) / sizes["tensor"],
         "v": item * key / sizes["tensor"],
         "attention": (item * query + 4 * model.heads) / sizes["tensor"],
-        "residual": item * model.width,
+        "residual": item * model.width / sizes["tensor"],
         "gate": item * model.mlp / sizes["tensor"] if "glu" in model.activation else 0.0,
         "up": item * model.mlp / sizes["tensor"],
     }[name]
-    return per_token * _tokens(experiment, sizes) * model.layers
+    return per_token * device_tokens(experiment, sizes) * model.layers
 
 
 def fixed_bytes(experiment: Experiment, sizes: dict[str, int]) -> float:
@@ -194,7 +194,7 @@ def fixed_bytes(experiment: Experiment, sizes: dict[str, int]) -> float:
     State and gradients, what goes into each layer, and the larger of two moments: the loss (head,
     its gradient, a chunk of logits and of their gradient) and one layer's backward pass.
     """
-    model, tokens = experiment.model, _tokens(experiment, sizes)
+    model, tokens = experiment.model, device_tokens(experiment, sizes)
     item = 2 if model.dtype == "bfloat16" else 4
     tensor, shards = sizes["tensor"], sizes["tensor"] * sizes["fsdp"]
     layer = layer_weights(model)
@@ -209,7 +209,8 @@ def fixed_bytes(experiment: Experiment, sizes: dict[str, int]) -> float:
     if logits > chunk:
         loss = ((item + 4) * head + 1.5 * chunk) / tensor
     wide = item * tokens * (5 * model.mlp + 4 * model.heads * model.head_dim) + 3 * item * layer
-    return state + item * tokens * model.width * (model.layers + 4) + max(loss, wide / tensor)
+    inputs = item * tokens * model.width * (model.layers / tensor + 4)
+    return state + inputs + max(loss, wide / tensor)
 
 
 def layer_weights(model: ModelConfig) -> int:
@@ -218,7 +219,7 @@ def layer_weights(model: ModelConfig) -> int:
     return attention + (3 if "glu" in model.activation else 2) * model.width * model.mlp
 
 
-def _tokens(experiment: Experiment, sizes: dict[str, int]) -> float:
+def device_tokens(experiment: Experiment, sizes: dict[str, int]) -> float:
     """Tokens of one device in a microbatch."""
     rows = experiment.train.batch_size / experiment.train.accumulation
     return rows * experiment.data.seq_len / (sizes["data"] * sizes["fsdp"] * sizes["seq"])

@@ -1,9 +1,10 @@
 """The screen of a plan: memory, time, audit and cost, in plain lines. Imports no JAX."""
 
+import re
 from typing import Any
 
 from sharding.hardware import CHIPS
-from sharding.topology import Slice
+from sharding.topology import FAMILIES, Slice
 from trainer.config import Experiment
 from trainer.console import format_duration
 
@@ -24,13 +25,12 @@ def format_plan(
     """
     unit = "chip" if CHIPS[target.chip].devices_per_chip == 1 else "core"
     train = experiment.train
-    axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
     micro = f" in {train.accumulation} microbatches" if train.accumulation > 1 else ""
     chosen = " (auto)" if experiment.model.remat == "auto" else ""
     lines = [
         f"{plan['config']} on {plan['slice']} ({plan['chips']:,} chips, "
         f"{'x'.join(map(str, target.shape))})",
-        f"  mesh        {axes or 'one device'}; zero {experiment.mesh.zero}, "
+        f"  mesh        {_axes(plan['mesh'])}; zero {experiment.mesh.zero}, "
         f"remat {plan['remat']}{chosen}{', barriers' if plan['barriers'] else ''}",
         f"  parameters  {plan['parameters']:,}",
         f"  batch       {train.batch_size:,} rows{micro} x {experiment.data.seq_len:,} tokens = "
@@ -55,6 +55,48 @@ def format_plan(
     versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
     done = "compiled" if plan["fits"] else "refused"
     return "\n".join([*lines, f"{done} in {format_duration(seconds)} by {versions}"])
+
+
+def format_search(found: dict[str, Any], target: Slice, *, pareto: bool = False) -> str:
+    """Returns the table of a search (`Found.to_json`), without a line end."""
+    capacity = FAMILIES[target.chip].compiler_bytes
+    lines = [
+        f"{found['config']} on {target.name}: {found['candidates']:,} candidates, "
+        f"{found['too_large']:,} too large by formula, {len(found['refused'])} by the compiler, "
+        f"{len(found['ranked'])} compiled"
+        + (f"; {found['stopped']}: there may be better ones" if found["stopped"] else "")
+    ]
+    if found["ranked"]:
+        lines.append("  tokens/s/chip    step   GiB free  mesh, microbatches, what is kept")
+    for row in found["ranked"]:
+        plan = row["plan"]
+        strategy = "".join(re.findall(r"seq_strategy=(\w+)", row["options"]))
+        lines.append(
+            f"{'*' if pareto and row['frontier'] else ' '} "
+            f"{plan['forecast']['tokens_per_second']:13,.0f} "
+            f"{_short(plan['forecast']['seconds']['estimate']):>8} "
+            f"{(plan['capacity'] - plan['needed']) / _GIB:9.2f}  "
+            f"{_axes(row['mesh'])}{f' ({strategy})' if strategy else ''}; "
+            f"{row['accumulation']}; {plan['remat']}"
+        )
+    lines += [
+        f"  refused, {(row['plan']['needed'] - capacity) / _GIB:.2f} GiB too much: {row['options']}"
+        for row in found["refused"]
+    ]
+    lines += [f"  failed, {row['reason']}: {row['options']}" for row in found["failed"]]
+    if found["ranked"]:
+        lines += ["the first one, by the compiler's estimate (no TPU ran):",
+                  f"  {found['ranked'][0]['options'] or 'the config as it is'}"]  # fmt: skip
+    elif found["smallest"] is not None and found["candidates"] == found["too_large"]:
+        lines.append(
+            f"nothing fits: the smallest needs {found['smallest'] / _GIB:.2f} GiB by formula, of "
+            f"{capacity / _GIB:.2f}; a larger slice, or a smaller config.train.batch_size"
+        )
+    return "\n".join(lines)
+
+
+def _axes(mesh: dict[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
 
 
 def _options(plan: dict[str, Any], experiment: Experiment) -> list[str]:

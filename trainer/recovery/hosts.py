@@ -71,8 +71,11 @@ class Hosts:
         }  # fmt: skip
         self._seen = [_Seen() for _ in range(count)]
         self._plan: dict[str, Any] = {}
+        self._joined: dict[str, str] = {}  # tokens of the generation that this host joined last
         self._coordinator = ""
-        self._next = 0.0
+        self.gone: list[int] = []  # members of the generation before that did not come again
+        self.inherits = False  # the one that led it is among them, and this host is the next
+        self._next = self._looked = 0.0
 
     @property
     def current(self) -> bool:
@@ -85,8 +88,16 @@ class Hosts:
 
     @property
     def leads(self) -> bool:
-        """Whether this host is the lowest of its generation that lives."""
-        return self.current and not any(self._alive(n) for n in self.members if n < self.index)
+        """Whether this host is the lowest of its generation that lives.
+
+        Not so when another led because this one was silent, and has gathered all ends already.
+        """
+        judged = (self._seen[n].facts.get("judged", -1) for n in self._peers() if self._stays(n))
+        return (
+            self.current
+            and self.generation not in judged
+            and not any(self._stays(n) for n in self.members if n < self.index)
+        )
 
     @property
     def elastic(self) -> bool:
@@ -180,6 +191,8 @@ class Hosts:
                 break
             self.beat()
             time.sleep(min(0.05, self._lease / BEATS))
+        if self.leads:
+            self._own["judged"] = self.generation
         self._next = 0.0
         self.beat()
         found = list(ends)
@@ -192,8 +205,8 @@ class Hosts:
         return found
 
     def lost(self) -> list[int]:
-        """Returns the members of this generation that no longer live."""
-        return [n for n in self._peers() if not self._alive(n)]
+        """Returns the members of this generation that no longer live, also if they are back."""
+        return [n for n in self._peers() if not self._stays(n)]
 
     def leave(self, status: int, how: int | None, *, all_end: bool) -> None:
         """Takes leave; with `all_end` the others learn that the run ended with `status`.
@@ -231,6 +244,11 @@ class Hosts:
             })  # fmt: skip
 
     def _join(self, plan: dict[str, Any]) -> Place:
+        before, now = self._joined, plan["tokens"]
+        stayed = [n for n in self.members if now.get(str(n)) == before.get(str(n))]
+        self.gone = sorted(set(self.members) - set(stayed))
+        self.inherits = self.members[0] in self.gone and stayed[:1] == [self.index]
+        self._joined = now
         self.generation, self.members = plan["generation"], plan["members"]
         self._coordinator = plan["coordinator"]
         self._own |= {"ends": [], "how": None, "slowest": None}
@@ -250,7 +268,12 @@ class Hosts:
 
     def _alive(self, number: int) -> bool:
         seen = self._seen[number]
-        return time.monotonic() - seen.at <= self._lease and not seen.facts.get("gone")
+        # As of the last look: after a time without any, all would seem to have been silent.
+        return self._looked - seen.at <= self._lease and not seen.facts.get("gone")
+
+    def _stays(self, number: int) -> bool:
+        """Whether the supervisor that joined this generation lives, not one that took its place."""
+        return self._alive(number) and self._named(number, self._plan)
 
     def _named(self, number: int, plan: dict[str, Any]) -> bool:
         facts = self._own if number == self.index else self._seen[number].facts
@@ -279,11 +302,12 @@ class Hosts:
     # ------------------------------------------------------------ files
 
     def _look(self) -> None:
+        self._looked = time.monotonic()
         for number in self._others():
             facts, seen = self._read(f"host{number}.json"), self._seen[number]
             if facts and facts != seen.facts:
                 # One that is known by its file alone may be of the past: it lives when it changes.
-                self._seen[number] = _Seen(facts, time.monotonic(), seen.changes + 1)
+                self._seen[number] = _Seen(facts, self._looked, seen.changes + 1)
         self._plan = self._read(_PLAN) or self._plan
 
     def _put(self, plan: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import select
 import sys
+import traceback
 from typing import IO
 
 
@@ -32,5 +33,19 @@ def main() -> int:
     return torus(arguments)
 
 
+def _run() -> int:
+    """Runs `main`; a process that failed ends at once: a save may have left threads that wait."""
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status not in (0, 130):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_run())

@@ -113,6 +113,7 @@ class Supervisor:
         self._members: list[int] = []  # of the last generation
         self._loaded: dict[int, tuple[subprocess.Popen, TextIO | None]] = {}  # to be trainers
         self._fault: tuple[float, int] | None = None  # when, and the step reached then
+        self._unjudged: list[End] | None = None  # what failed, for the host that led to judge
 
     def run(self) -> int:
         """Supervises the run to its end; returns one of the exit statuses of policy.py, or 130."""
@@ -167,6 +168,9 @@ class Supervisor:
         if isinstance(met, int):
             self._say("too few hosts came" if met == LOST else "another host ended the run")
             return met
+        if self._unjudged is not None and self._hosts.inherits:
+            self._judge(self._unjudged, self._hosts.gone)
+        self._unjudged = None
         self._tell_members(met)
         trainers = self._start(folder, met)
         try:
@@ -185,7 +189,9 @@ class Supervisor:
             self._hosts.gather([], STOPPED)
             return None if self._hosts.elastic else self._stopped()
         failed = self._hosts.gather(failed)
-        status = self._judge(failed) if self._hosts.leads else None
+        leads = self._hosts.leads
+        status = self._judge(failed, self._hosts.lost()) if leads else None
+        self._unjudged = None if leads else failed
         if any(end.status == SUSPECT for end in failed if end.rank in {t.rank for t in trainers}):
             self._suspect()
             return SUSPECT
@@ -331,11 +337,10 @@ class Supervisor:
 
     # ------------------------------------------------------------ verdicts
 
-    def _judge(self, failed: list[End]) -> int | None:
+    def _judge(self, failed: list[End], lost: list[int]) -> int | None:
         newest = self._newest()
         found = max((end.progress.start for end in failed), default=0)  # perhaps in memory
         goes_on = self._budget.spend(max(newest, found or newest))
-        lost = self._hosts.lost()
         cause = first_cause(failed) if failed else None
         if cause is None or (lost and cause.status in COLLATERAL):
             status, facts = None, {"kind": "host lost", "hosts": lost or None}
@@ -363,7 +368,7 @@ class Supervisor:
     def _writable(self) -> bool:
         """Whether the run's folder can be written, at the latest when patience is over."""
         folder = folder_path(self._options.workdir)
-        until = time.monotonic() + self._options.patience
+        until, told = time.monotonic() + self._options.patience, False
         while not self._signal:
             try:
                 if folder.exists():
@@ -371,8 +376,11 @@ class Supervisor:
                     (folder / ".launch").unlink()
                 return True
             except OSError as error:
+                if not told:
+                    wait = f"waiting for at most {self._options.patience:g} s"
+                    self._say(f"{self._options.workdir} cannot be written: {error}; {wait}")
+                told = True
                 if time.monotonic() > until:
-                    self._say(f"{self._options.workdir} cannot be written: {error}")
                     return False
                 self._hosts.beat()
                 time.sleep(0.5)

@@ -17,16 +17,19 @@ SLOW = f"--config={ROOT}/tests/trainer/recovery/slow.py"
 _KEEPER = "trainer.recovery.keeper"
 
 
-def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen:
-    command = [
+def command(workdir: Path, *arguments: str) -> list[str]:
+    return [
         sys.executable, "-m", "trainer.commands.main", "launch", f"--config={TINY}",
         f"--workdir={workdir}", f"--config.train.steps={STEPS}", "--config.checkpoint.every=4",
         "--config.checkpoint.snapshot_every=1",
         *arguments,
     ]  # fmt: skip
+
+
+def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
-        command, env=environment(**variables), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        command(workdir, *arguments), env=environment(**variables), cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 

@@ -1,11 +1,13 @@
 """The tiny config, in trainers whose phases last longer.
 
-SLOW is like "data=0.1 compile=5*1": seconds to wait in a phase, and how often (always).
+SLOW is like "data=0.1 compile=5*1": seconds to wait in a phase, and how often (always); "sync=3"
+is a disk that takes so long to be done with a checkpoint.
 """
 
 import os
 import time
 
+from checkpoint import steps
 from tests import tiny
 from trainer.config import Experiment
 from trainer.recovery.progress import VARIABLE, ProgressPage
@@ -28,5 +30,7 @@ def get_config() -> Experiment:
                 time.sleep(wait[0])
 
         ProgressPage.enter = enter_slowly
+        sync_step, wait = steps.sync_step, slow.get("sync", [0.0])[0]
+        steps.sync_step = lambda *step: (time.sleep(wait), sync_step(*step))
         time.sleep(slow.get("start", [0.0])[0])  # the supervisor enters it
     return tiny.get_config()

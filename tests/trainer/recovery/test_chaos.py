@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.trainer.recovery.runs import STEPS, incidents, launch
+from tests.trainer.recovery.runs import SLOW, STEPS, incidents, launch
 from tests.trainer.test_resume import stored_state
 from trainer.goodput import measure
 from trainer.metrics import read_metrics
@@ -74,3 +74,24 @@ def test_two_processes_rewind_alike_killed_or_not(tmp_path):
         assert {(e["step"], e["to"]) for e in rewinds} == {(16, 8), (11, 8)}
         states.append(stored_state(tmp_path / name, STEPS))
     assert states[0] == states[1]
+
+
+def test_a_schedule_played_again_gives_the_same(own_cache, tmp_path):
+    """The same incidents, but for their times, and the same bits at the end."""
+    schedule = "kill@?13/rank1,nan@12,kill@?9/rank0/data"
+    found = []
+    for name in ("once", "again"):
+        job = launch(
+            tmp_path / name, SLOW, "--processes", "2", "--config.checkpoint.every=0",
+            "--config.checkpoint.snapshot_every=6", f"--config.health.chaos={schedule}",
+            SLOW="data=0.3",
+        )  # fmt: skip
+        _, error = job.communicate(timeout=250)
+        assert job.returncode == 0, error
+        told = [
+            {key: i[key] for key in i.keys() - {"time", "seconds", "ending"}}
+            for i in incidents(tmp_path / name)
+        ]
+        found.append((told, stored_state(tmp_path / name, STEPS)))
+    assert found[0] == found[1]
+    assert [i["kind"] for i in found[0][0]] == ["crash", "recovered"] * 2

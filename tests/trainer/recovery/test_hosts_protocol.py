@@ -46,6 +46,7 @@ class Host:
                 return self.hosts.leave(self.status, None, all_end=True)
             if not self.ended.is_set():
                 self.gathered = self.hosts.gather(self.failing, how)
+                self.led, self.lost = self.hosts.leads, self.hosts.lost()
                 self.failing = []
 
     def pauses(self) -> bool:
@@ -100,8 +101,10 @@ def agreed(hosts: list[Host], members: list[int]) -> bool:
 
 
 def test_a_lost_host_is_replaced_by_a_spare_and_comes_back_as_one(meeting):
-    hosts = meeting(0, 1, 2, 3, count=4)
-    until(lambda: agreed(hosts[:3], [0, 1, 2]))
+    hosts = meeting(0, 1, 2, count=4)
+    until(lambda: agreed(hosts, [0, 1, 2]))
+    hosts += meeting(3, count=4)
+    time.sleep(LEASE)  # until it waits
     hosts[1].die()
     until(lambda: agreed([hosts[0], hosts[2], hosts[3]], [0, 2, 3]))
     (again,) = meeting(1, count=4)
@@ -114,9 +117,11 @@ def test_fewer_hosts_go_on_and_grow_when_one_is_back(meeting):
     until(lambda: agreed(hosts, [0, 1]))
     hosts[0].die()  # the one that led
     until(lambda: agreed(hosts[1:], [1]))
+    assert (hosts[1].hosts.inherits, hosts[1].hosts.gone) == (True, [0])
     hosts[0] = meeting(0, count=2, sizes=(2, 1))[0]
     until(lambda: agreed(hosts, [0, 1]))
     assert hosts[1].hosts.generation == 2
+    assert not any(host.hosts.inherits for host in hosts)
 
 
 def test_one_that_is_back_and_leads_does_not_wait_for_all(meeting):
@@ -149,12 +154,35 @@ def test_one_that_was_frozen_finds_that_it_was_given_up(meeting):
     assert hosts[1].hosts.generation == 2
 
 
+def test_one_that_was_frozen_judges_nobody(meeting):
+    """Another did so meanwhile; and it has not seen the others because it did not look."""
+    hosts = meeting(0, 1, count=2, sizes=(2,))
+    until(lambda: agreed(hosts, [0, 1]))
+    hosts[0].frozen.set()
+    until(lambda: hasattr(hosts[1], "led"))
+    assert (hosts[1].led, hosts[1].lost) == (True, [0])
+    hosts[0].frozen.clear()
+    until(lambda: agreed(hosts, [0, 1]) and hosts[0].hosts.generation == 1)
+    assert (hosts[0].led, hosts[0].lost) == (False, [])
+
+
 def test_the_first_cause_is_told_to_the_one_that_leads(meeting):
     hosts = meeting(0, 1, count=2, sizes=(2,))
     until(lambda: agreed(hosts, [0, 1]))
     hosts[1].failing = [End(1, -9, Progress("step", 5, 0.0, 9))]
     until(lambda: hosts[0].hosts.generation == 1)
     assert hosts[0].gathered == [End(1, -9, Progress("step", 5, 0.0, 9))]
+
+
+def test_when_the_one_that_leads_is_back_at_once_another_judges(meeting):
+    """The new supervisor knows nothing of what failed, and its host counts as lost."""
+    hosts = meeting(0, 1, count=2, sizes=(2,))
+    until(lambda: agreed(hosts, [0, 1]))
+    hosts[0].die()
+    hosts[0] = meeting(0, count=2, sizes=(2,))[0]
+    until(lambda: agreed(hosts, [0, 1]))
+    assert hosts[1].hosts.generation == 1
+    assert (hosts[1].led, hosts[1].lost) == (True, [0])
 
 
 def test_a_wall_clock_that_jumps_means_nothing(meeting, monkeypatch):

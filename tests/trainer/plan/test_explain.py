@@ -1,0 +1,50 @@
+"""The page of a program: its parts, what the timeline adds up to, and the memory over it."""
+
+import html
+import re
+
+import pytest
+
+from tests.trainer.plan.test_cost import MESH, TINY, experiment, stored
+from trainer.plan.cost import time_step
+from trainer.plan.explain import write_page
+from trainer.plan.hlo import parse
+from trainer.plan.memory import memory_at_peak, memory_course
+
+
+@pytest.fixture(scope="module", params=["042", "051"])
+def text(request):
+    return stored(request.param)
+
+
+def test_spans_fill_the_step(text):
+    """What computes or waits in the entry, loops with all their turns included, is the step."""
+    timing, module = time_step(parse(text), TINY), parse(text)
+    spans = timing.spans[module.entry.name]
+    held = sum(s.end - s.start for s in spans if s.stream in ("compute", "wait"))
+    assert held == pytest.approx(timing.seconds["estimate"], rel=1e-6)
+    for name, inside in timing.spans.items():
+        steps = [s for s in inside if s.stream in ("compute", "wait")]
+        assert all(a.end <= b.start + 1e-12 for a, b in zip(steps, steps[1:], strict=False)), name
+
+
+def test_memory_over_the_schedule_has_its_peak(text):
+    module = parse(text)
+    course = memory_course(module)
+    assert max(course.values()) == memory_at_peak(module).peak
+    assert {op for name, op in course if name == module.entry.name} == set(module.entry.ops)
+
+
+def test_the_page(text):
+    plan = {"config": "tiny <x>", "slice": "v5e-4", "mesh": MESH, "remat": "attention,gate",
+            "needed": 2**30, "capacity": 2**34}  # fmt: skip
+    page = write_page(text, plan, experiment(), TINY).decode()
+    titles = [html.unescape(t) for t in re.findall("<h2>(.*?)</h2>", page)]
+    assert titles[:2] == ["Roofline", "The step"] and titles[-2:] == ["Collectives", "Audit"]
+    assert any(re.match(r"One of 3 turns of ", t) for t in titles)
+    assert "tiny &lt;x&gt; on v5e-4" in page and "nothing ran on a TPU" in page
+    assert page.count("<svg") == len(titles) - 2
+    loaded = re.findall(r'(?:src|href)="(?!#)([^"]*)"|url\((?!#)([^)]*)\)', page)
+    assert not loaded, "the page must need nothing else"
+    collectives = page[page.index("<h2>Collectives") : page.index("<h2>Audit")]
+    assert "over tensor" in collectives and "over fsdp" in collectives

@@ -1,0 +1,154 @@
+"""A step's time by formula, in microseconds of work: which meshes are worth a compilation.
+
+Rooflines of the matmuls of one layer and of the head, attention at what the kernels reach, bytes
+through memory, bytes over the links by mesh axis. Chips, links and kernels are those of cost.py;
+docs/plan.md says how far the formula lies from compiled programs. It ranks; it is never shown as
+an estimate.
+"""
+
+from models.attention.sequence_plan import Sizes, estimate, sequence_plan
+from models.attention.tpu_cost import PEAK_SHARE
+from models.flops import visible_keys
+from trainer.config import Experiment
+from trainer.plan.cost import Setting, guessed_axes, link_bandwidth
+from trainer.plan.recipe import compile_options, device_tokens, layer_weights
+
+MATMUL_SHARE = 0.87  # of peak that large matmuls reach by XLA's cycles
+TILE = 128  # of the matrix unit: shorter dimensions are padded to it
+# Passes through memory of one token's activations in a layer, forward and backward: of arrays as
+# wide as the model, as the MLP, as queries with keys and values.
+PASSES = (30, 12, 12)
+UPDATE = 36  # bytes a weight that the optimizer reads and writes
+HIDDEN = 0.6  # of a gradient reduction, with the options of trainer/plan/recipe.py
+
+
+def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
+    """Returns seconds of one step by what they go to; remat must be chosen.
+
+    Weights that are gathered hide behind the arithmetic of their layer, activations that are summed
+    over tensor hide behind nothing.
+    """
+    model, sizes, chip = experiment.model, setting.mesh, setting.chip
+    tokens, item = device_tokens(experiment, sizes), 2 if model.dtype == "bfloat16" else 4
+    tensor, kept = sizes["tensor"], _kept(experiment)
+    forward = _matmuls(experiment, tensor)
+    again = [name for name in forward if name not in kept and name != "down"]
+    matmul = sum(
+        (3 + (name in again)) * _roofline(tokens, *shape, item, setting)
+        for name, shape in forward.items()
+    )
+    attention = _attention(experiment, setting, tokens, again="attention" not in kept)
+    weights, wide = layer_weights(model) / tensor, (3 + 2 * model.kv_heads / model.heads)
+    passes = (
+        PASSES[0] * model.width
+        + PASSES[1] * model.mlp / tensor
+        + PASSES[2] * wide * model.heads * model.head_dim / tensor / 4
+    )
+    memory = item * (tokens * passes + 5 * weights) / chip.hbm_bandwidth
+
+    gathered = 0.0
+    if experiment.mesh.zero == 3:
+        gathered = 2 * _ring(item * weights, sizes["fsdp"], setting)
+    summed = 4 + (again.count("o") > 0)
+    over_tensor = summed * 2 * _ring(item * tokens * model.width, tensor, setting)
+    over_seq = _sequence(experiment, setting, again="attention" not in kept)
+    reduced = _reduced(item * weights, setting)
+    if compile_options(experiment, chip.name, sizes):
+        reduced *= 1 - HIDDEN
+    work = matmul + attention + memory
+    layer = {
+        "matmul": matmul, "attention": attention, "memory": memory,
+        "gathers": max(0.0, gathered - work), "tensor": over_tensor, "seq": over_seq,
+        "gradients": reduced,
+    }  # fmt: skip
+
+    head = model.padded_vocab * model.width
+    logits = 4 * tokens * model.padded_vocab / tensor
+    once = {
+        "matmul": 3 * _roofline(tokens, model.width, model.padded_vocab / tensor, item, setting),
+        "memory": (4 * logits + 6 * item * head / tensor) / chip.hbm_bandwidth,
+        "tensor": 4 * _ring(item * tokens * model.width, tensor, setting),
+        "gradients": _reduced(item * head / tensor, setting),
+    }
+    seconds = {
+        name: experiment.train.accumulation * (model.layers * value + once.get(name, 0.0))
+        for name, value in layer.items()
+    }
+    count = layer_weights(model) * model.layers + head * (1 if model.tie_embeddings else 2)
+    seconds["memory"] += UPDATE * count / tensor / sizes["fsdp"] / chip.hbm_bandwidth
+    return seconds
+
+
+def _kept(experiment: Experiment) -> set[str]:
+    """Returns the names of `_matmuls`, and "attention", that the backward pass does not repeat."""
+    names = experiment.model.remat_names()
+    if names is None:
+        return {"q", "k", "v", "o", "gate", "up", "attention"}
+    kept = {name for part in names for name in part}
+    groups = {"q": "rotated_qk", "k": "rotated_qk", "o": "residual"}
+    return kept | {matmul for matmul, name in groups.items() if name in kept}
+
+
+def _matmuls(experiment: Experiment, tensor: int) -> dict[str, tuple[float, float]]:
+    """Returns name → (rows, columns) of one device's weights of a layer."""
+    model = experiment.model
+    query = model.heads * model.head_dim / tensor
+    key = max(model.head_dim, model.kv_heads * model.head_dim / tensor)
+    inner, width = model.mlp / tensor, model.width
+    shapes = {
+        "q": (width, query), "k": (width, key), "v": (width, key), "o": (query, width),
+        "gate": (width, inner), "up": (width, inner), "down": (inner, width),
+    }  # fmt: skip
+    if "glu" not in model.activation:
+        del shapes["gate"]
+    return shapes
+
+
+def _roofline(tokens: float, rows: float, columns: float, item: int, setting: Setting) -> float:
+    """Seconds of one matmul of `tokens` rows with weights of these sizes."""
+    sides = [max(side, TILE) for side in (tokens, rows, columns)]
+    flops = 2 * sides[0] * sides[1] * sides[2]
+    moved = item * (tokens * rows + tokens * columns + rows * columns)
+    peak = MATMUL_SHARE * setting.chip.flops_bf16
+    return max(flops / peak, moved / setting.chip.hbm_bandwidth)
+
+
+def _attention(experiment: Experiment, setting: Setting, tokens: float, *, again: bool) -> float:
+    """Seconds of the attention of one mean layer."""
+    model = experiment.model
+    keys = [visible_keys(model, kind, experiment.data.seq_len) for kind in model.pattern]
+    pairs = tokens * sum(keys) / len(keys)
+    product = 2 * pairs * model.head_dim * max(1, model.heads / setting.mesh["tensor"])
+    forward, backward = PEAK_SHARE[setting.chip.name]
+    return product * (2 * (1 + again) / forward + 5 / backward) / setting.chip.flops_bf16
+
+
+def _ring(size: float, devices: int, setting: Setting) -> float:
+    """Seconds in which each of `devices` gathers `size` bytes whole."""
+    bandwidth = link_bandwidth(setting, guessed_axes(setting, devices))
+    return size * (devices - 1) / devices / bandwidth
+
+
+def _reduced(size: float, setting: Setting) -> float:
+    """Seconds in which gradients of `size` bytes are summed over all that hold other tokens.
+
+    Over a whole slice, and over data x fsdp at once, libtpu spells the sum as an all-reduce.
+    """
+    mesh = setting.mesh
+    replicas = mesh["data"] * mesh["seq"]
+    scattered = _ring(size, mesh["fsdp"], setting)
+    if replicas == 1:
+        whole = mesh["fsdp"] >= setting.devices // setting.slices
+        return scattered * (2 if whole else 1)
+    return scattered + 2 * _ring(size / mesh["fsdp"], replicas, setting)
+
+
+def _sequence(experiment: Experiment, setting: Setting, *, again: bool) -> float:
+    """Seconds that one layer waits for the links of the seq axis, both passes."""
+    if setting.mesh["seq"] == 1:
+        return 0.0
+    model, mesh = experiment.model, setting.mesh
+    sizes = Sizes.of(model, mesh, experiment.data.seq_len, setting.chip)
+    rows = experiment.train.batch_size / experiment.train.accumulation
+    rows /= mesh["data"] * mesh["fsdp"]
+    return rows * (3 + again) * estimate(sequence_plan(model, sizes), sizes)
