@@ -18,6 +18,9 @@ TILE = 128  # of the matrix unit: shorter dimensions are padded to it
 # Passes through memory of one token's activations in a layer, forward and backward: of arrays as
 # wide as the model, as the MLP, as queries with keys and values.
 PASSES = (30, 12, 12)
+# Times that the tokens of a layer are gathered or scattered over tensor, as XLA spells it: once for
+# each matmul, in steps that go one way round. Read from the program of a 32B model on v5p-128.
+TRANSFERS = 24
 UPDATE = 36  # bytes a weight that the optimizer reads and writes
 HIDDEN = 0.6  # of a gradient reduction, with the options of trainer/plan/recipe.py
 
@@ -25,7 +28,7 @@ HIDDEN = 0.6  # of a gradient reduction, with the options of trainer/plan/recipe
 def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
     """Returns seconds of one step by what they go to; remat must be chosen.
 
-    Weights that are gathered hide behind the arithmetic of their layer, activations that are summed
+    Weights that are gathered hide behind the arithmetic of their layer, tokens that are gathered
     over tensor hide behind nothing.
     """
     model, sizes, chip = experiment.model, setting.mesh, setting.chip
@@ -40,7 +43,7 @@ def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
     attention = _attention(experiment, setting, tokens, again="attention" not in kept)
     weights, wide = layer_weights(model) / tensor, (3 + 2 * model.kv_heads / model.heads)
     passes = (
-        PASSES[0] * model.width
+        PASSES[0] * model.width / tensor  # tokens are spread between the blocks
         + PASSES[1] * model.mlp / tensor
         + PASSES[2] * wide * model.heads * model.head_dim / tensor / 4
     )
@@ -49,8 +52,7 @@ def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
     gathered = 0.0
     if experiment.mesh.zero == 3:
         gathered = 2 * _ring(item * weights, sizes["fsdp"], setting)
-    summed = 4 + (again.count("o") > 0)
-    over_tensor = summed * 2 * _ring(item * tokens * model.width, tensor, setting)
+    over_tensor = (TRANSFERS + len(again)) * _ring(item * tokens * model.width, tensor, setting)
     over_seq = _sequence(experiment, setting, again="attention" not in kept)
     reduced = _reduced(item * weights, setting)
     if compile_options(experiment, chip.name, sizes):

@@ -43,7 +43,7 @@ def case(seed: int) -> tuple[Experiment, str, list[Candidate]]:
     best: dict[tuple[int, ...], Candidate] = {}
     for candidate in shortlist(space(exp, parse_slice(name)).fit):
         best.setdefault(tuple(candidate.mesh.values()), candidate)
-    pool = draw.sample(list(best.values()), min(POOL, len(best)))
+    pool = draw.sample([best[mesh] for mesh in sorted(best)], min(POOL, len(best)))
     return exp, name, sorted(pool, key=lambda c: c.seconds)
 
 
