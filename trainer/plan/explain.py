@@ -118,7 +118,8 @@ def _roofline(timing: Timing, module: Module, setting: Setting) -> str:
         place = row.flops / row.bytes, row.flops / row.seconds["estimate"]
         axes.annotate(_source(module, row), place, fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte of device memory", ylabel="FLOP/s")
-    axes.legend(frameon=False)
+    if rows:
+        axes.legend(frameon=False)
     return _svg(figure)
 
 

@@ -1,11 +1,13 @@
 """The page of a program: its parts, what the timeline adds up to, and the memory over it."""
 
 import html
+import itertools
 import re
 
 import pytest
 
 from tests.trainer.plan.test_cost import MESH, TINY, experiment, stored
+from tests.trainer.plan.test_hlo import LOOPS
 from trainer.plan.cost import time_step
 from trainer.plan.explain import write_page
 from trainer.plan.hlo import parse
@@ -25,7 +27,7 @@ def test_spans_fill_the_step(text):
     assert held == pytest.approx(timing.seconds["estimate"], rel=1e-6)
     for name, inside in timing.spans.items():
         steps = [s for s in inside if s.stream in ("compute", "wait")]
-        assert all(a.end <= b.start + 1e-12 for a, b in zip(steps, steps[1:], strict=False)), name
+        assert all(a.end <= b.start + 1e-12 for a, b in itertools.pairwise(steps)), name
 
 
 def test_memory_over_the_schedule_has_its_peak(text):
@@ -35,13 +37,23 @@ def test_memory_over_the_schedule_has_its_peak(text):
     assert {op for name, op in course if name == module.entry.name} == set(module.entry.ops)
 
 
+PLAN = {"config": "tiny <x>", "slice": "v5e-4", "mesh": MESH, "remat": "attention,gate",
+        "needed": 2**30, "capacity": 2**34}  # fmt: skip
+
+
+def titles_of(page: str) -> list[str]:
+    return [html.unescape(title) for title in re.findall("<h2>(.*?)</h2>", page)]
+
+
+def test_a_loop_has_a_picture_of_one_turn():
+    page = write_page(LOOPS.replace("STEP", "2"), PLAN, experiment(), TINY).decode()
+    assert titles_of(page)[1:3] == ["The step", "One of 16 turns of body"]
+
+
 def test_the_page(text):
-    plan = {"config": "tiny <x>", "slice": "v5e-4", "mesh": MESH, "remat": "attention,gate",
-            "needed": 2**30, "capacity": 2**34}  # fmt: skip
-    page = write_page(text, plan, experiment(), TINY).decode()
-    titles = [html.unescape(t) for t in re.findall("<h2>(.*?)</h2>", page)]
+    page = write_page(text, PLAN, experiment(), TINY).decode()
+    titles = titles_of(page)
     assert titles[:2] == ["Roofline", "The step"] and titles[-2:] == ["Collectives", "Audit"]
-    assert any(re.match(r"One of 3 turns of ", t) for t in titles)
     assert "tiny &lt;x&gt; on v5e-4" in page and "nothing ran on a TPU" in page
     assert page.count("<svg") == len(titles) - 2
     loaded = re.findall(r'(?:src|href)="(?!#)([^"]*)"|url\((?!#)([^)]*)\)', page)
