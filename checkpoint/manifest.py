@@ -10,7 +10,6 @@ without a word. Comparing with the record is what keeps it from returning other 
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from checkpoint import steps
@@ -112,34 +111,6 @@ def read_manifest(folder: str | os.PathLike, step: int, *, checked: bool = True)
     return manifest
 
 
-def describe(folder: str | os.PathLike) -> dict[str, Any]:
-    """Returns what a checkpoint folder holds, as plain JSON values.
-
-    The result has `folder`, `interrupted` (names of unfinished saves) and `steps`: for each its
-    `step`, `bytes`, `saved` (UTC), `arrays` (name → shape, dtype) and `meta`, or an `error`.
-
-    Raises:
-        UsageError: there is no complete step.
-    """
-    steps.pick_step(folder)
-    return {
-        "folder": str(steps.folder_path(folder)),
-        "interrupted": steps.interrupted_saves(folder),
-        "steps": [_describe_step(folder, step) for step in steps.complete_steps(folder)],
-    }
-
-
-def _describe_step(folder: str | os.PathLike, step: int) -> dict[str, Any]:
-    facts = {"step": step, "bytes": _total_bytes(steps.folder_path(folder) / str(step))}
-    try:
-        manifest = read_manifest(folder, step)
-        facts |= {"saved": manifest["saved"], "arrays": manifest["arrays"]}
-        facts["meta"] = read_meta(folder, step)
-    except CheckpointError as error:
-        facts["error"] = str(error)
-    return facts
-
-
 def _read(folder: str | os.PathLike, step: int, item: str) -> dict[str, Any]:
     path = steps.folder_path(folder) / str(step) / item / "data.json"
     try:
@@ -185,10 +156,3 @@ def _digest(content: dict[str, Any]) -> str:
     plain = json.loads(json.dumps(content))  # keys as they will be read: always strings
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _total_bytes(path: Path) -> int:
-    if path.is_dir():
-        return sum(_total_bytes(child) for child in path.iterdir())
-    stat = path.stat()
-    return stat.length if steps.is_remote(path) else stat.st_size

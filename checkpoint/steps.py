@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from checkpoint.objects import ObjectPath
 from sharding.errors import UsageError
 
 TEMPORARY = ".orbax-checkpoint-tmp"
@@ -28,12 +29,10 @@ class CheckpointError(RuntimeError):
 
 
 def folder_path(folder: str | os.PathLike) -> Path:
-    """Returns an absolute path object; addresses such as gs://... become etils paths."""
+    """Returns an absolute path object; gs:// and s3:// become ObjectPaths, other URLs refused."""
     if not is_remote(folder):
         return Path(folder).expanduser().absolute()
-    from etils import epath  # only object stores need it: 0.1 s
-
-    return epath.Path(folder)
+    return ObjectPath.parse(os.fspath(folder))  # type: ignore[return-value]
 
 
 def is_remote(folder: str | os.PathLike) -> bool:

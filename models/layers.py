@@ -152,7 +152,10 @@ def _dot(a: jax.Array, b: jax.Array, a_axes, b_axes, spec: P | None) -> jax.Arra
 
 def _with_all_tokens(x: jax.Array) -> jax.Array:
     spec = jax.typeof(x).sharding.spec
-    return reshard(x, P(*(SEQ if axis == STREAM else axis for axis in spec)))
+    if STREAM not in spec:
+        return x
+    with jax.named_scope("all_tokens"):  # trainer/plan/audit.py knows it by this
+        return reshard(x, P(*(SEQ if axis == STREAM else axis for axis in spec)))
 
 
 # ---------------------------------------------------------------- attention projections

@@ -25,6 +25,12 @@ class UnsafeInputError(UsageError):
     status = 4
 
 
+class StorageError(UsageError, OSError):
+    """An object store that has no such bucket, refuses access, or does not answer."""
+
+    status = 5
+
+
 def nearest(value: str, choices: Iterable[str]) -> str:
     """Returns "; did you mean `x`?" for the choice closest to `value`, or "" when none is close."""
     match = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.6)

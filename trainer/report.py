@@ -320,17 +320,18 @@ def _say(axes: Any, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
 
 
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+p { margin: .2rem 0 1.2rem; color: #5b6068; } img { width: 100%; height: auto; }
+table { border-collapse: collapse; width: 100%; } tr + tr { border-top: 1px solid #e4e6ea; }
+th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0; }
+th { font-weight: 600; white-space: nowrap; width: 1%; } td { overflow-wrap: anywhere; }
+.alert td, .alert th { color: #c0262d; } pre { font-size: 13px; overflow-x: auto; }
+"""
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px;
-  margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; margin: 0; }} h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
-p {{ margin: .2rem 0 1.2rem; color: #5b6068; }} img {{ width: 100%; height: auto; }}
-table {{ border-collapse: collapse; width: 100%; }} tr + tr {{ border-top: 1px solid #e4e6ea; }}
-th, td {{ text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0; }}
-th {{ font-weight: 600; white-space: nowrap; width: 1%; }} td {{ overflow-wrap: anywhere; }}
-.alert td, .alert th {{ color: #c0262d; }} pre {{ font-size: 13px; overflow-x: auto; }}
-</style></head><body>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>{style}</style></head><body>
 <h1>{title}</h1><p>{status}</p>
 <img alt="Curves of the run: loss, learning rate, gradient norm, step time, tokens per second, MFU
 and data wait over steps" src="data:image/png;base64,{picture}">
@@ -355,6 +356,7 @@ def render_html(run: Run, picture: bytes, now: float) -> str:
     )
     settings = html.escape(json.dumps(run.experiment, indent=1))
     return _PAGE.format(
+        style=STYLE,
         title=html.escape(str(run.experiment.get("name") or run.folder.resolve().name)),
         status=html.escape(run.status(now)),
         picture=base64.b64encode(picture).decode(),

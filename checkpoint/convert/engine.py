@@ -25,7 +25,7 @@ import numpy as np
 from checkpoint.convert.families import Family
 from checkpoint.convert.mapping import BLOCK, Element, Row, build, to_ours, to_theirs
 from checkpoint.fingerprint import rows_sums
-from checkpoint.steps import CheckpointError
+from checkpoint.steps import CheckpointError, reason
 from models.config import ModelConfig
 from sharding.errors import MismatchError, UsageError
 
@@ -328,6 +328,7 @@ def staged(target: Path) -> Iterator[Path]:
     Raises:
       UsageError: there is something at `target`, another conversion is writing it, or the place
         cannot be written.
+      CheckpointError: it cannot be written any more, or the source not be read.
     """
     target = target.expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -350,8 +351,10 @@ def staged(target: Path) -> Iterator[Path]:
         _sync(staging)
         staging.replace(target)
         _sync_one(target.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, UsageError):
+            raise CheckpointError(f"converting to {target} failed: {reason(error)}") from error
         raise
     finally:
         os.close(descriptor)

@@ -11,11 +11,13 @@ Imports no JAX. A later format is one more name here and a function in sources.p
 
 from pathlib import Path
 
-from checkpoint.steps import pick_step
-from sharding.errors import UsageError, nearest
+from checkpoint.objects import SENDING
+from checkpoint.steps import folder_path, is_remote, pick_step
+from sharding.errors import StorageError, UsageError, nearest
 
 FORMATS = ("hf", "torus", "torch", "dcp", "zero", "ucp", "orbax", "msgpack", "megatron")
 WRITTEN = ("hf", "torus", "dcp", "ucp")
+REMOTE = ("hf", "torus", "orbax")  # read from gs:// and s3://; the first two are written there
 TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -26,43 +28,58 @@ def split_format(place: str) -> tuple[str, Path]:
       UsageError: a format that is not known.
     """
     name, colon, path = place.partition(":")
-    if not colon or "/" in name:
-        return "", Path(place).expanduser()
+    if not colon or "/" in name or path.startswith("//"):
+        return "", as_path(place)
     if name not in FORMATS:
         raise UsageError(
             f"{place}: no format {name!r}; known: {', '.join(FORMATS)}{nearest(name, FORMATS)}"
         )
-    return name, Path(path).expanduser()
+    return name, as_path(path)
+
+
+def as_path(place: str) -> Path:
+    """Returns the path of a place on the command line, without a format before it."""
+    return folder_path(place) if is_remote(place) else Path(place).expanduser()
 
 
 def open_place(place: str) -> tuple[str, Path]:
     """Returns (format, path) of something that exists, its format found out where not given.
 
     Raises:
-      UsageError: there is nothing, or nothing that is known.
+      UsageError: there is nothing, or nothing that is known. StorageError: the store does not say.
     """
     name, path = split_format(place)
     if not path.exists():
+        if is_remote(path):
+            raise StorageError(f"{path}: there is no such bucket, or nothing by this name in it")
         raise UsageError(f"{path} does not exist")
-    if name:
-        return name, path
+    if is_remote(path) and (path / SENDING).exists():
+        raise UsageError(f"{path} is not all there: a conversion writes it, or was killed")
+    name = name or _found_out(path)
+    if is_remote(path) and name not in REMOTE:
+        raise UsageError(f"{name}:{path}: in buckets {', '.join(REMOTE)} are read; copy it to disk")
+    return name, path
+
+
+def _found_out(path: Path) -> str:
+    """Returns the format of what is there."""
     if any((path / part).exists() for part in ("experiment.json", "checkpoints", "manifest")):
-        return "torus", path
+        return "torus"
     if path.is_file() and path.suffix in TORCH_FILES:
-        return "torch", path
+        return "torch"
     if path.is_dir() and (found := _of_torch(path)):
-        return found, path
+        return found
     if path.is_file() and path.suffix == ".msgpack":
-        return "msgpack", path
+        return "msgpack"
     if path.is_dir() and _of_orbax(path):
-        return "orbax", path
+        return "orbax"
     if path.suffix == ".safetensors" or (path / "config.json").exists():
-        return "hf", path
+        return "hf"
     if path.is_dir():
         if any(child.name.isdigit() for child in path.iterdir()):
-            return "torus", path
+            return "torus"
         if any(path.glob("*.safetensors*")):
-            return "hf", path
+            return "hf"
     raise UsageError(
         f"{path} is neither a run or step of ours nor of another known format; name one of "
         f"{', '.join(f'{name}:' for name in FORMATS)} before it"

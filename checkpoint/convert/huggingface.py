@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from checkpoint.convert.safetensors import Stored, Tensors, create, read_header, read_json
+from checkpoint.objects import ObjectPath
 from sharding.errors import MismatchError, UnsafeInputError
 
 CONFIG = "config.json"
@@ -33,6 +34,10 @@ def inside(folder: Path, name: str) -> Path:
     """
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise UnsafeInputError(f"{folder} names a file outside of itself: {name[:80]!r}")
+    if isinstance(folder, ObjectPath):
+        if not (folder / name).is_file():
+            raise MismatchError(f"{folder} has no {name}")
+        return folder / name
     path, root = folder / name, folder.resolve()
     if not path.exists() and not path.is_symlink():
         raise MismatchError(f"{folder} has no {name}")

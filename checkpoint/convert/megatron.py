@@ -20,26 +20,25 @@ from checkpoint.convert.sources import MOMENTS, PARAMS, Source, adam_settings
 from checkpoint.convert.torch_dcp import read_index
 from checkpoint.convert.torchfiles import Strided, read_torch
 from models.config import ModelConfig, RopeConfig
-from sharding.errors import MismatchError, UnsafeInputError, UsageError
+from sharding.errors import MismatchError, UnsafeInputError, UsageError, nearest
 
 NAME = "megatron"
 POINTER = "latest_checkpointed_iteration.txt"
 COMMON = "common.pt"
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
+_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _FILE = "model_optim_rng.pt"
 _LAYERS = 2**14  # most that a stack may hold
 # Beside tensors: arguments, states of random numbers and of the rerun machinery.
-_CLASSES = frozenset({
+CLASSES = frozenset([
     "argparse.Namespace", "types.SimpleNamespace", "signal.Signals", "pathlib.PosixPath",
-    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
-    "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-    "_codecs.encode", "megatron.core.enums.ModelType", "megatron.core.enums.Fp8Recipe",
-    "megatron.core.enums.Fp4Recipe", "megatron.core.transformer.enums.AttnBackend",
-    "megatron.core.transformer.enums.AttnMaskType",
-    "megatron.core.transformer.enums.CudaGraphScope",
-    "megatron.core.rerun_state_machine.RerunDiagnostic",
-    "megatron.core.rerun_state_machine.RerunMode", "megatron.core.rerun_state_machine.RerunState",
-})  # fmt: skip
+    "_codecs.encode", "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    *("megatron.core." + name for name in (
+        "enums.ModelType", "enums.Fp8Recipe", "enums.Fp4Recipe", "transformer.enums.AttnBackend",
+        "transformer.enums.CudaGraphScope", "rerun_state_machine.RerunDiagnostic",
+        "rerun_state_machine.RerunMode", "rerun_state_machine.RerunState")),
+])  # fmt: skip
 _STATE = re.compile(r"optimizer\.state\.(exp_avg|exp_avg_sq|fp32_param|param)\.(.+)")
 _OTHER = re.compile(r"optimizer\.|chained_\d+\.")
 _MASTERS = "masters"
@@ -68,9 +67,7 @@ def read_megatron(folder: Path) -> Source:
     with sound(f"{tag} is not a checkpoint of Megatron"):
         read = _read_dist if (tag / ".metadata").exists() else _read_legacy
         parts, common, left = read(tag)
-        masters = parts.pop(_MASTERS, {})
-        if masters.keys() == parts[PARAMS].keys():
-            parts[PARAMS] = masters
+        parts[PARAMS].update(parts.pop(_MASTERS, {}))
         args = common.get("args")
         return Source(
             {part: PieceTensors(found) for part, found in parts.items() if found},
@@ -109,7 +106,7 @@ def _plain_name(name: str) -> str:
 
 def _read_dist(tag: Path) -> tuple[dict[str, Tensors], dict, list[str]]:
     """Returns the tensors of every part, what `common.pt` holds, and the names of other values."""
-    common = read_torch(inside(tag, COMMON), _CLASSES)
+    common = read_torch(inside(tag, COMMON), CLASSES)
     tensors, values = read_index(tag)
     parts: dict[str, Tensors] = {PARAMS: {}}
     left = [name for name in values if "_extra_state" not in name]
@@ -138,51 +135,50 @@ def _layers(name: str, tensor: Pieces) -> Tensors:
 
 def _read_legacy(tag: Path) -> tuple[dict[str, Tensors], dict, list[str]]:
     """Returns as `_read_dist`, put together from the files of all ranks."""
-    ranks = {(int(m[1]), int(m[2] or 0)): path
-             for path in sorted(tag.iterdir()) if (m := _RANK.fullmatch(path.name))}  # fmt: skip
-    tensor, pipeline = (1 + max(rank[axis] for rank in ranks) for axis in (0, 1))
-    if len(ranks) != tensor * pipeline:
-        raise MismatchError(f"{tag} has {len(ranks)} files of {tensor} × {pipeline} ranks")
+    places = {(int(m[1]), int(m[2] or 0)): path
+              for path in sorted(tag.iterdir()) if (m := _RANK.fullmatch(path.name))}  # fmt: skip
+    tensor, pipeline = (1 + max(rank[axis] for rank in places) for axis in (0, 1))
+    if len(places) != tensor * pipeline:
+        raise MismatchError(f"{tag} has {len(places)} files of {tensor} × {pipeline} ranks")
+    for place in places.values():
+        if not place.resolve().is_relative_to(tag.resolve()):
+            raise UnsafeInputError(f"{place} is a link out of its folder")
+    states = {r: read_torch(inside(place, _FILE), CLASSES) for r, place in places.items()}
+    common = states[0, 0]
+    _check_files(tag, list(states.values()), tensor, pipeline)
+    gated = bool(common["args"].state.get("swiglu"))
     parts: dict[str, Tensors] = {}
     first = 0
     for stage in range(pipeline):
-        states = []
-        for rank in range(tensor):
-            place = ranks[rank, stage]
-            if not place.resolve().is_relative_to(tag.resolve()):
-                raise UnsafeInputError(f"{place} is a link out of its folder")
-            states.append(read_torch(inside(place, _FILE), _CLASSES))
-        common = states[0]
-        _check_file(common, f"{tag}: stage {stage}", tensor, pipeline)
-        found = [_parts(state) for state in states]
-        args = common["args"].state
-        count = 0
-        for part in found[0]:
-            for name in found[0][part]:
-                pieces = [one[part][name] for one in found]
-                merged = _merge(name, pieces, gated=bool(args.get("swiglu")))
-                layer = re.search(r"(?<=decoder\.layers\.)\d+", name)
-                if layer:
-                    count = max(count, 1 + int(layer[0]))
-                    name = f"{name[: layer.start()]}{first + int(layer[0])}{name[layer.end() :]}"
-                parts.setdefault(part, {})[_plain_name(name)] = merged
-        first += count
-    left = [name for name in ("opt_param_scheduler", "rng_state") if name in common]
-    return parts, common, left
+        found = [_parts(states[rank, stage]) for rank in range(tensor)]
+        for part, tensors in found[0].items():
+            if any(one[part].keys() != tensors.keys() for one in found):
+                raise MismatchError(f"{tag}: ranks of stage {stage} hold other tensors")
+            for name in tensors:
+                merged = _merge(name, [one[part][name] for one in found], gated=gated)
+                parts.setdefault(part, {})[_plain_name(_LAYER.sub(
+                    lambda m, first=first: str(first + int(m[0])), name))] = merged  # fmt: skip
+        first += 1 + max((int(m[0]) for m in map(_LAYER.search, found[0][PARAMS]) if m), default=-1)
+    rest = {"opt_param_scheduler", "rng_state", *(() if len(parts) > 1 else ("optimizer",))}
+    return parts, common, [name for name in common if name in rest]
 
 
-def _check_file(state: dict, where: str, tensor: int, pipeline: int) -> None:
-    """Refuses what the layout of one rank's file does not tell by itself."""
-    version, args = state.get("checkpoint_version", 0), state["args"].state
-    if version != 3.0:
-        raise MismatchError(f"{where}: checkpoint_version {version} is not read, only 3.0: "
-                            "queries, keys and values were in another order before")  # fmt: skip
-    if "model" not in state:
-        raise MismatchError(f"{where}: virtual pipeline stages (`model0`, …) are not read")
-    for name, found in (("tensor", tensor), ("pipeline", pipeline)):
-        if args.get(f"{name}_model_parallel_size", found) != found:
-            raise MismatchError(f"{where}: there are the files of {found} {name} parallel ranks, "
-                                "not all")  # fmt: skip
+def _check_files(tag: Path, states: list[dict], tensor: int, pipeline: int) -> None:
+    """Refuses what the files of ranks do not tell by their tensors."""
+    for state in states:
+        version, args = state.get("checkpoint_version", 0), state["args"].state
+        if version != 3.0:
+            raise MismatchError(f"{tag}: checkpoint_version {version} is not read, only 3.0; "
+                                "before, queries, keys and values lay otherwise")  # fmt: skip
+        if "model" not in state:
+            raise MismatchError(f"{tag}: virtual pipeline stages (`model0`, …) are not read")
+        for name, found in (("tensor", tensor), ("pipeline", pipeline)):
+            if args.get(f"{name}_model_parallel_size", found) != found:
+                raise MismatchError(f"{tag}: there are files of {found} {name} parallel ranks, "
+                                    "not of all")  # fmt: skip
+    steps = {(s.get("iteration"), _progress(s.get("optimizer"))[0]) for s in states}
+    if len(steps) > 1:
+        raise MismatchError(f"{tag}: its ranks are at several steps")
 
 
 def _parts(state: dict) -> dict[str, dict[str, Strided]]:
@@ -199,11 +195,12 @@ def _parts(state: dict) -> dict[str, dict[str, Strided]]:
     if not inner.get("state"):
         return found  # none, or Megatron's distributed optimizer with a file of its own
     names = sorted(weights, key=lambda name: len(weights[name].shape) < 2)
-    state = inner["state"]
+    decaying = sum(len(tensor.shape) > 1 for tensor in weights.values())
+    if [len(g["params"]) for g in inner["param_groups"]] != [decaying, len(names) - decaying]:
+        raise MismatchError("the optimizer's groups are not those with and without weight decay")
     for key, part in MOMENTS.items():
-        found[part] = {name: state[index][key] for index, name in enumerate(names)}
-    masters = [t for group in optimizer.get("fp32_from_fp16_params", ()) for t in group]
-    if masters:
+        found[part] = {name: inner["state"][index][key] for index, name in enumerate(names)}
+    if masters := [t for group in optimizer.get("fp32_from_fp16_params", ()) for t in group]:
         found[_MASTERS] = dict(zip(names, masters, strict=True))
     for part, tensors in found.items():
         for name, tensor in tensors.items():
@@ -272,6 +269,7 @@ PLAIN = """
 layers/mlp/up: L D F      = decoder.layers.{L}.mlp.linear_fc1.weight: F D
 layers/mlp/up_bias: L F   = decoder.layers.{L}.mlp.linear_fc1.bias: F
 """
+POSITIONS = {"rope": "rope", "learned_absolute": "learned"}
 # Arguments that have to be as here, or absent: any other value is another computation.
 ONLY = {
     "activation_func_clamp_value": None, "apply_layernorm_1p": False,
@@ -294,9 +292,9 @@ def adapted(model: ModelConfig, found: Source) -> tuple[Family, ModelConfig]:
     Megatron fills its vocabulary up and sums over all of it in its loss, so all of it is kept.
     """
     table = TABLE + (GATED if model.activation in ("swiglu", "geglu") else PLAIN)
-    rows = [s[0] for n, (_, s) in found.facts.items() if n.endswith(".word_embeddings.weight")]
-    vocab = rows[0] if rows else model.vocab
-    return (Family(NAME, "GPTModel", "", table, ()), dataclasses.replace(model, vocab=vocab))
+    rows = [s[0] for n, (_, s) in found.facts.items() if n.endswith("word_embeddings.weight")]
+    model = dataclasses.replace(model, vocab=rows[0] if rows else model.vocab)
+    return Family(NAME, "GPTModel", "", table, ()), model
 
 
 def read_args(args: dict[str, Any]) -> ModelConfig:
@@ -308,20 +306,21 @@ def read_args(args: dict[str, Any]) -> ModelConfig:
     theirs = Theirs(args)
     theirs.where = "args of the checkpoint: "
     take = theirs.take
+
+    def flag(name: str) -> bool:
+        return take(name, bool, False)
+
     for name, value in ONLY.items():
         Constant(name, value).read(theirs, {})
     width, heads = take("hidden_size", int), take("num_attention_heads", int)
-    gated, biases = take("swiglu", bool, False), take("add_bias_linear", bool, True)
+    gated, biases = flag("swiglu"), take("add_bias_linear", bool, True)
     norm = _choice(theirs, "normalization", {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"})
-    position = _choice(theirs, "position_embedding_type",
-                       {"rope": "rope", "learned_absolute": "learned"})  # fmt: skip
-    qk_norm = take("qk_layernorm", bool, False)
-    if (gated and biases) or (qk_norm and norm != "rmsnorm"):
-        name = "swiglu" if gated and biases else "qk_layernorm"
-        raise MismatchError(f"{theirs.where}{name} = True with biases is not supported")
+    for name, refused in (("swiglu", biases), ("qk_layernorm", norm == "layernorm")):
+        if refused and flag(name):
+            raise MismatchError(f"{theirs.where}{name} = True with biases is not supported")
     # Megatron's fused GELU, and the one named after OpenAI, are the tanh form.
-    tanh = not gated and (take("openai_gelu", bool, False) or take("bias_gelu_fusion", bool))
-    scaled = take("use_rope_scaling", bool, False)
+    tanh = not gated and (flag("openai_gelu") or take("bias_gelu_fusion", bool))
+    grouped, scaled = flag("group_query_attention"), flag("use_rope_scaling")
     rope = RopeConfig(
         theta=take("rotary_base", float, 10_000.0), fraction=take("rotary_percent", float, 1.0),
         scaling="llama3" if scaled else "none",
@@ -329,16 +328,15 @@ def read_args(args: dict[str, Any]) -> ModelConfig:
     )  # fmt: skip
     model = ModelConfig(
         vocab=take("padded_vocab_size", int), layers=take("num_layers", int), width=width,
-        heads=heads, mlp=take("ffn_hidden_size", int, 4 * width),
-        kv_heads=take("num_query_groups", int) if take("group_query_attention", bool, False)
-        else heads,
+        heads=heads, kv_heads=take("num_query_groups", int) if grouped else heads,
         head_dim=take("kv_channels", int, max(1, width // heads)),
-        max_length=take("max_position_embeddings", int), norm=norm, position=position, rope=rope,
-        norm_eps=take("norm_epsilon", float, 1e-5),
-        qkv_bias=biases or take("add_qkv_bias", bool, False),
-        out_bias=biases, qk_norm="head" if qk_norm else "none",
+        mlp=take("ffn_hidden_size", int, 4 * width), rope=rope,
+        max_length=take("max_position_embeddings", int), norm=norm,
+        norm_eps=take("norm_epsilon", float, 1e-5), qkv_bias=biases or flag("add_qkv_bias"),
+        position=_choice(theirs, "position_embedding_type", POSITIONS), out_bias=biases,
+        qk_norm="head" if flag("qk_layernorm") else "none",
         activation="swiglu" if gated else "gelu" if tanh else "gelu_exact",
-        tie_embeddings=not take("untie_embeddings_and_output_weights", bool, False),
+        tie_embeddings=not flag("untie_embeddings_and_output_weights"),
     )  # fmt: skip
     try:
         model.validate()
@@ -351,5 +349,5 @@ def _choice(theirs: Theirs, name: str, known: dict[str, str]) -> str:
     found = theirs.take(name, str)
     if found not in known:
         raise MismatchError(f"{theirs.where}{name} = {found!r} is not supported; known: "
-                            f"{', '.join(known)}")  # fmt: skip
+                            f"{', '.join(known)}{nearest(found, known)}")  # fmt: skip
     return known[found]

@@ -17,6 +17,7 @@ from checkpoint.convert.mapping import aligned
 from checkpoint.fingerprint import rows_sums, sums_text
 from checkpoint.manager import save_frame
 from checkpoint.manifest import check_fingerprints, read_manifest, write_record
+from checkpoint.objects import folder_spec
 from checkpoint.steps import CheckpointError
 
 PARAMS = "params/"
@@ -45,7 +46,7 @@ class NativeTensors:
         self._prefix, self._step = prefix, (folder, step)
         path = steps.folder_path(folder) / str(step) / "state"
         self.where = f"step {step} in {folder}"
-        self._base = f"{path}/" if steps.is_remote(folder) else f"file://{path}/"
+        self._base = folder_spec(path)
         # Chunks of a run hold parts of many rows, those of a step being made hold whole ones.
         cache = {"total_bytes_limit": CACHE if checked else 0}
         # Not forced to disk chunk by chunk: who makes a step forces all of it, once, at the end.
@@ -77,7 +78,16 @@ class NativeTensors:
         return _chunk(shape, len(lead), dtype.itemsize)[len(lead)]
 
     def put(self, name: str, lead: tuple[int, ...], array: np.ndarray, start: int = 0) -> None:
-        """Writes array[lead] of a step made by `create_step`, or its rows from `start` on."""
+        """Writes array[lead] of a step made by `create_step`, or its rows from `start` on.
+
+        Raises OSError where the storage does not take it.
+        """
+        try:
+            self._put(name, lead, array, start)
+        except ValueError as error:  # tensorstore's, also for a full disk
+            raise OSError(str(error)) from error
+
+    def _put(self, name: str, lead: tuple[int, ...], array: np.ndarray, start: int) -> None:
         dtype, shape = self.facts[name]
         if not shape:  # the step's frame holds it already, as a zero
             self._store(name).write(array).result()

@@ -24,6 +24,8 @@ from checkpoint.convert.pieces import LARGEST, sound
 from checkpoint.convert.safetensors import RANK_LIMIT, read_json
 from checkpoint.convert.sources import Source
 from checkpoint.convert.trees import Keys, source_of
+from checkpoint.objects import folder_spec
+from checkpoint.steps import COMMITTED, is_remote
 from sharding.errors import MismatchError, UnsafeInputError, UsageError
 
 METADATA = "_METADATA"
@@ -93,7 +95,8 @@ def _items(folder: Path) -> list[Path]:
 
 def _newest(folder: Path) -> Path:
     steps = [(int(m[1]), child) for child in folder.iterdir()
-             if (m := _STEP.fullmatch(child.name[-64:])) and _items(child)]  # fmt: skip
+             if (m := _STEP.fullmatch(child.name[-64:])) and _items(child)
+             and (not is_remote(child) or (child / COMMITTED).exists())]  # fmt: skip
     if not steps:
         raise MismatchError(f"{folder} holds no {METADATA} of Orbax, nor do its items or steps")
     return max(steps)[1]
@@ -137,6 +140,8 @@ def _read_item(item: Path) -> tuple[dict[Keys, Stored], list[Keys]]:
 
 def _size(item: Path) -> int:
     """Returns the bytes of all files of an item; raises UnsafeInputError for a link out of it."""
+    if is_remote(item):
+        return LARGEST  # stores do not say, and have no links
     total, root = 0, item.resolve()
     for place, folders, files in os.walk(item):
         for path in (Path(place) / name for name in (*folders, *files)):
@@ -149,13 +154,14 @@ def _size(item: Path) -> int:
 def _open(
     item: Path, facts: dict[str, Any], names: list[str], cache: int
 ) -> dict[str, ts.TensorStore]:
-    base, packed = f"file://{item.resolve()}/", (item / STORE).exists()
+    packed = (item / STORE).exists()
+    base = folder_spec(item if is_remote(item) else item.resolve())
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
     complete = facts.get("store_array_data_equal_to_fill_value") is True
 
     def spec(name: str) -> dict[str, Any]:
         store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-        plain = {"driver": "file", "path": f"{item.resolve()}/{name}/"}
+        plain = base | {"path": f"{base['path']}{name}/"}
         return {
             "driver": "zarr3" if facts.get("use_zarr3") else "zarr",
             "kvstore": store if packed else plain, "fill_missing_data_reads": not complete,

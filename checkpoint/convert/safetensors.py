@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoint.convert.mapping import aligned
+from checkpoint.objects import ObjectPath, reaches, read_part
 from sharding.errors import UnsafeInputError
 
 HEADER_LIMIT = 100 * 2**20  # what the reference library accepts
@@ -70,7 +71,7 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object of a small file; raises UnsafeInputError as `parse_json` does."""
-    if path.stat().st_size > JSON_LIMIT:
+    if reaches(path, JSON_LIMIT + 1):
         raise UnsafeInputError(f"{path} is larger than {JSON_LIMIT >> 20} MiB")
     return parse_json(path.read_bytes(), str(path))
 
@@ -81,16 +82,15 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     Raises:
       UnsafeInputError: the file is truncated, or its header is malformed or contradicts the file.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise UnsafeInputError(
-                f"{path} is not a safetensors file, or truncated: it has {size} bytes and declares "
-                f"a header of {length}"
-            )
-        header = parse_json(file.read(length), f"{path}: the header")
+    head = read_part(path, 0, 8)
+    length = struct.unpack("<Q", head)[0] if head else 0
+    text = read_part(path, 8, 8 + length) if 2 <= length <= HEADER_LIMIT else b""
+    if not text:
+        raise UnsafeInputError(
+            f"{path} is not a safetensors file, or truncated: it declares a header of {length} "
+            "bytes"
+        )
+    header = parse_json(text, f"{path}: the header")
     metadata = header.pop("__metadata__", {})
     start, end, tensors = 8 + length, 0, {}
     spans = []
@@ -102,9 +102,9 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
         if first != start + end:
             raise UnsafeInputError(f"{path}: `{name}` overlaps another tensor or leaves a gap")
         end = last - start
-    if start + end != size:
+    if not reaches(path, start + end) or reaches(path, start + end + 1):
         raise UnsafeInputError(
-            f"{path} has {size} bytes, its header describes {start + end}: truncated or padded"
+            f"{path} has not the {start + end} bytes that its header describes: truncated or padded"
         )
     return tensors, metadata if isinstance(metadata, dict) else {}
 
@@ -137,7 +137,9 @@ class Tensors:
     def __init__(self, tensors: dict[str, Stored], mode: int = os.O_RDONLY) -> None:
         self.tensors = tensors
         files = dict.fromkeys(stored.file for stored in tensors.values())
-        self._files = {file: os.open(file, mode) for file in files}
+        self._files = {
+            file: file if isinstance(file, ObjectPath) else os.open(file, mode) for file in files
+        }
         self._writing = threading.Lock()
 
     @property
@@ -148,17 +150,25 @@ class Tensors:
     def close(self) -> None:
         """Closes the files."""
         for descriptor in self._files.values():
-            os.close(descriptor)
+            if isinstance(descriptor, int):
+                os.close(descriptor)
         self._files = {}
 
     def read(self, name: str, lead: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        """Returns rows start to stop; raises UnsafeInputError if the file has become shorter."""
+        """Returns rows start to stop; raises UnsafeInputError if the file is cut or gone."""
         stored = self.tensors[name]
         row = stored.nbytes // max(1, stored.shape[0])
         array = aligned((stop - start, *stored.shape[1:]), stored.dtype)
         view, offset = memoryview(array.reshape(-1).view(np.uint8)), stored.offset + start * row
+        file = self._files[stored.file]
+        if isinstance(file, ObjectPath):
+            try:
+                view[:] = file.read_bytes(slice(offset, offset + len(view)))
+            except (EOFError, FileNotFoundError) as error:
+                raise UnsafeInputError(f"{file} ends inside `{name}`, or is gone") from error
+            return array
         while view:
-            count = os.preadv(self._files[stored.file], [view], offset)
+            count = os.preadv(file, [view], offset)
             if count == 0:
                 raise UnsafeInputError(f"{stored.file} ends inside `{name}`")
             view, offset = view[count:], offset + count

@@ -10,6 +10,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -187,8 +188,8 @@ def _load(directory: Directory, step: int, plan: dict, abstract: Tree) -> tuple[
     wanted = flatten(abstract)
     if pieces.keys() != wanted.keys():
         raise _Unusable(f"it holds other arrays: {listing(pieces.keys() ^ wanted.keys())}")
-    arrays = {}
-    for name, leaf in wanted.items():
+
+    def placed_array(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         parts = list(pieces[name].values())
         if jnp.dtype(parts[0].dtype) != leaf.dtype:
             raise _Unusable(f"`{name}` is {parts[0].dtype}, wanted {leaf.dtype}")
@@ -200,11 +201,15 @@ def _load(directory: Directory, step: int, plan: dict, abstract: Tree) -> tuple[
             start = tuple(s.start or 0 for s in index)
             if start not in whole:
                 whole[start] = reader.box(parts, start, shape)
-            placed.append(jax.device_put(whole[start], device))
-        arrays[name] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
+            # A copy: the box may be the keeper's memory itself, which later steps are written to.
+            placed.append(jax.device_put(whole[start], device, may_alias=False))
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
+
+    with ThreadPoolExecutor() as pool:  # checksums and copies take all cores of the host
+        arrays = list(pool.map(placed_array, wanted, wanted.values()))
     me, count = jax.process_index(), jax.process_count()
     mine = [(name, p) for name, ps in pieces.items() for p in ps.values() if p.rank % count == me]
-    state = jax.tree.unflatten(jax.tree.structure(abstract), arrays.values())
+    state = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
     return state, {(name, p.start): reader.piece(p) for name, p in mine}
 
 
@@ -260,9 +265,11 @@ class _Reader:
     def box(
         self, pieces: Iterable[_Piece], start: tuple[int, ...], shape: tuple[int, ...]
     ) -> np.ndarray:
-        """Returns a box of an array, copied out of the pieces that it overlaps."""
+        """Returns a box of an array: the piece that is all of it, or copied out of several."""
         content = None
         for piece in pieces:
+            if (piece.start, piece.shape) == (start, shape):
+                return self.piece(piece)
             low = [max(a, b) for a, b in zip(start, piece.start, strict=True)]
             high = [
                 min(a + n, b + m)

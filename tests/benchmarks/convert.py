@@ -1,16 +1,20 @@
 """Memory and speed of `torus convert` on a synthetic model, both ways, beside `cp`.
 
     python -m tests.benchmarks.convert --gib 2 --rounds 2
+    python -m tests.benchmarks.convert --gib 1 --rounds 2 --maxtext PYTHON
 
 Prints the peak of resident memory above the imports, the limit of 1.5 × the largest tensor +
 300 MB, and the time as a multiple of `cp` and `sync` of the source's files, taken in turns. A
-conversion writes and reads back; `cp` only writes.
+conversion writes and reads back; `cp` only writes. With --maxtext, the interpreter of an
+environment that has MaxText, its own converter takes turns with ours on the same folder instead:
+seconds of the whole process and its largest resident memory, imports included on both sides.
 """
 
 import argparse
 import dataclasses
 import filecmp
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -37,8 +41,33 @@ status = main(sys.argv[1:])
 print(json.dumps({"status": status, "peak": memory("VmHWM") - before}))
 """
 
+# MaxText knows models by name: its Llama 3.1 is given the sizes of the folder. No network is asked.
+MAXTEXT = """
+import json, sys
+from pathlib import Path
+import jax, maxtext
+jax.config.update("jax_default_prng_impl", "unsafe_rbg")
+from maxtext.checkpoint_conversion import to_maxtext
+from maxtext.checkpoint_conversion.utils.hf_model_configs import HF_MODEL_CONFIGS
 
-def make_source(folder: Path, gib: float) -> int:
+source, target, devices = sys.argv[1:]
+config = json.loads((Path(source) / "config.json").read_text())
+HF_MODEL_CONFIGS["llama3.1-8b"].update({k: config[k] for k in (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim")})
+sizes = dict(vocab_size=config["vocab_size"], base_emb_dim=config["hidden_size"],
+    base_mlp_dim=config["intermediate_size"], base_num_decoder_layers=config["num_hidden_layers"],
+    base_num_query_heads=config["num_attention_heads"], head_dim=config["head_dim"],
+    base_num_kv_heads=config["num_key_value_heads"])
+fields = dict(sizes, model_name="llama3.1-8b", override_model_config=True, scan_layers=True,
+    base_output_directory=target, run_name="run", hardware="cpu", skip_jax_distributed_system=True)
+base = Path(maxtext.__file__).parent / "configs/base.yml"
+to_maxtext.main(["", str(base), *(f"{k}={v}" for k, v in fields.items())],
+    hf_model_path=source, simulated_cpu_devices_count=int(devices))
+"""
+
+
+def make_source(folder: Path, gib: float, vocab: int = 128256) -> int:
     """Writes a Llama of about `gib` GiB in bfloat16; returns the bytes of its largest tensor."""
     import ml_dtypes
 
@@ -48,9 +77,9 @@ def make_source(folder: Path, gib: float) -> int:
     from checkpoint.convert.safetensors import Tensors
     from models.presets import PRESETS
 
-    model = dataclasses.replace(PRESETS["llama3.2-1b"](), tie_embeddings=False)
+    model = dataclasses.replace(PRESETS["llama3.2-1b"](), tie_embeddings=False, vocab=vocab)
     per_layer = 2 * (2048 * 2048 * 2 + 2 * 2048 * 512 + 3 * 2048 * 8192)
-    head = 2 * 2 * 128256 * 2048
+    head = 2 * 2 * vocab * 2048
     layers = max(1, round((gib * 2**30 - head) / per_layer))
     model = dataclasses.replace(model, layers=layers)
     family = find_family("llama")
@@ -79,6 +108,35 @@ def convert(*arguments: str) -> tuple[float, int]:
     return seconds, facts["peak"]
 
 
+def whole(command: list[str], **environment: str) -> tuple[float, int]:
+    """Returns (seconds, largest resident bytes) of a process, imports and all."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, **environment}
+        )
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if status:
+            log.seek(0)
+            raise RuntimeError(log.read().decode()[-3000:])
+    return time.perf_counter() - start, used.ru_maxrss * 1024
+
+
+def beside_maxtext(folder: Path, python: str, devices: int) -> None:
+    """Converts the folder by both, in turns, and prints what it took."""
+    ours = [sys.executable, "-m", "trainer.commands.main", "convert"]
+    theirs = [python, "-c", MAXTEXT, f"{folder}/hf", f"{folder}/maxtext", str(devices)]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    for name, found in (
+        ("ours", whole([*ours, f"{folder}/hf", f"torus:{folder}/start"])),
+        ("MaxText's", whole(theirs, XLA_FLAGS=flags, JAX_PLATFORMS="cpu", PYTHONPATH="")),
+    ):
+        print(f"  {name}: {found[0]:.1f} s, {found[1] / 1e6:.0f} MB")
+    shutil.rmtree(folder / "start")
+    shutil.rmtree(folder / "maxtext")
+
+
 def copy(source: Path, target: Path) -> float:
     """Returns the seconds of `cp` of a folder, until the bytes are on the disk."""
     shutil.rmtree(target, ignore_errors=True)
@@ -95,16 +153,20 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", default=None, help="where to work; needs 3 × GIB of disk")
+    parser.add_argument("--maxtext", default=None, help="a Python that has MaxText")
+    parser.add_argument("--devices", type=int, default=16, help="that MaxText simulates (its 16)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as work:
         folder = Path(work)
-        largest = make_source(folder / "hf", args.gib)
+        largest = make_source(folder / "hf", args.gib, 32_768 if args.maxtext else 128_256)
         size = sum(p.stat().st_size for p in (folder / "hf").iterdir())
         limit = 1.5 * largest + 300e6
         print(
             f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, limit {limit / 1e6:.0f}"
         )
-        for _ in range(args.rounds):
+        for _ in range(args.rounds if args.maxtext else 0):
+            beside_maxtext(folder, args.maxtext, args.devices)
+        for _ in range(0 if args.maxtext else args.rounds):
             base = copy(folder / "hf", folder / "copy")
             there = convert(f"{folder}/hf", f"torus:{folder}/start")
             shutil.rmtree(folder / "copy", ignore_errors=True)

@@ -9,9 +9,9 @@ import statistics
 import sys
 
 from sharding.topology import parse_slice
-from trainer.commands.plan import _compile
 from trainer.config import parse_flags
 from trainer.plan.calibration import PUBLISHED, published
+from trainer.plan.process import Compilation
 
 
 def main() -> None:
@@ -20,7 +20,8 @@ def main() -> None:
         if sys.argv[1:] and row["name"] not in sys.argv[1:]:
             continue
         experiment, _ = parse_flags(row["flags"])
-        status, plan, log = _compile(experiment, parse_slice(row["slice"]))
+        with Compilation(experiment, parse_slice(row["slice"])) as compilation:
+            status, plan, log = compilation.result()
         if plan is None or "refused" in plan:
             sys.exit(f"{row['name']}: status {status}: {plan or log[-2000:]}")
         row["fits"], row["versions"] = plan["fits"], plan["versions"]

@@ -62,7 +62,7 @@ def run(what: str, jobs: dict, folder: Path, saved: list[str] | None = None) -> 
     found = {}
     for processes, devices, meshes in jobs.values():
         arguments = [what, folder, json.dumps(meshes), json.dumps(saved)]
-        results = run_processes(JOB, processes, devices, arguments, timeout=280)
+        results = run_processes(JOB, processes, devices, arguments, timeout=1500)
         line = next(x for x in results[0].stdout.splitlines() if x.startswith("RESULT "))
         found |= json.loads(line.removeprefix("RESULT "))
     return found

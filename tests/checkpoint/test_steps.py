@@ -84,18 +84,6 @@ def test_deleting_hides_the_step_before_it_goes(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
-def test_object_store_goes_by_the_marker(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "is_remote", lambda _: True)
-    fill(tmp_path, "1", "2", "3")
-    for step in "12":
-        (tmp_path / step / steps.COMMITTED).write_text("")
-    assert steps.complete_steps(tmp_path) == [1, 2]
-    assert steps.interrupted_saves(tmp_path) == ["3"]
-    steps.delete_step(tmp_path, 1)
-    assert steps.clean_interrupted(tmp_path) == ["3"]
-    assert [path.name for path in tmp_path.iterdir()] == ["2"]
-
-
 def test_addresses_and_paths():
     assert steps.is_remote("gs://bucket/run") and not steps.is_remote("/tmp/run")
     assert str(steps.folder_path("gs://bucket/run") / "3") == "gs://bucket/run/3"

@@ -54,13 +54,14 @@ def test_one_process_to_two_and_back(tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_killed_at_any_moment(tmp_path):
+@pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.soak)])  # of 2 kills
+def test_killed_at_any_moment(tmp_path, rounds):
     shapes = {"w": (1024, 1024), "v": (1024,)}
     abstract = abstract_of(shapes)
     abstract["b"] = {"v": abstract.pop("v")}
-    chance = random.Random(20)
+    chance = random.Random(rounds)
     newest = {tmp_path / name: 0 for name in "ab"}
-    for _ in range(2):
+    for _ in range(rounds):
         with contextlib.ExitStack() as stack:
             victims = {folder: start_victim(folder, stack) for folder in newest}
             last = {

@@ -2,10 +2,17 @@
 
 import argparse
 import ctypes
+import hashlib
 import json
+import math
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoint.steps import COMMITTED, is_remote
+from sharding.config import cache_folder
 from sharding.errors import MismatchError, UsageError
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
@@ -33,6 +40,9 @@ TARGET is a run of ours. Formats are found out or named before the place:
   msgpack:FILE     Flax's msgpack, or EasyLM's stream
   megatron:FOLDER  a run of Megatron-LM or megatron-core, or one of its iterations
 
+torus:, hf: and orbax: are read from gs://… and s3://… too, no more of them than is needed; torus:
+and hf: are written there, by way of $TORUS_CACHE/converting, which needs room for all of it.
+
 All are read; torus, hf, dcp and ucp are written (TARGET without a format: torus, or hf for a run).
 TARGET must not exist: it appears whole, with the tokenizer files, or not at all. Nothing that a
 pickle names is ever imported or called.
@@ -43,14 +53,15 @@ pickle names is ever imported or called.
   --step N         step of a run (the newest)
   --dtype D        store float32, float16 or bfloat16 weights instead of what the source has
   --like FOLDER    take config.json, where SOURCE has none, tokenizer files and token ids from there
-  --shard-size GB  largest file for Hugging Face (5)
+  --shard-size GB  largest file for Hugging Face (5; in a bucket half of --max-memory)
   --max-memory MIB most bytes of tensors in flight; the process holds some 500 MB beside them
                    (256, or what the largest tensor needs)
   --dry-run        check everything, print the plan row by row, write nothing
   --json           print the plan and the result as JSON
 
 Exit status: 2 a wrong command, 3 the source is not what its config or table says (unknown field,
-tensor missing, left over or of another shape), 4 a damaged or unsafe file, 1 writing failed.
+tensor missing, left over or of another shape), 4 a damaged or unsafe file, 5 a bucket that is not
+there, refuses access or does not answer, 1 writing failed.
 
   torus convert ./Llama-3.2-1B torus:./start
   torus train --config=from_run:./start --workdir=runs/a
@@ -59,6 +70,7 @@ tensor missing, left over or of another shape), 4 a damaged or unsafe file, 1 wr
   torus convert orbax:./maxtext/checkpoints torus:./start --family maxtext --like ./Llama-3.1-8B
   torus convert ./megatron_run torus:./start --with-optimizer
   torus convert runs/a dcp:./out --with-optimizer
+  torus convert gs://bucket/Llama-3.2-1B gs://bucket/start
 """
 
 
@@ -74,13 +86,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--step", type=int)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--like", default="")
-    parser.add_argument("--shard-size", type=float, default=5.0)
+    parser.add_argument("--shard-size", type=float)
     parser.add_argument("--with-optimizer", action="store_true")
     parser.add_argument("--max-memory", type=float)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse(argv)
-    if not args.shard_size > 0:
+    if args.shard_size is not None and not args.shard_size > 0:
         raise UsageError(f"--shard-size {args.shard_size}: more than 0")
     args.memory = None if args.max_memory is None else int(args.max_memory * 2**20)
     return args
@@ -88,7 +100,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Converts; raises UsageError or one of its kinds before anything is written."""
-    from checkpoint.convert.formats import WRITTEN, open_place, split_format
+    from checkpoint.convert.formats import REMOTE, WRITTEN, open_place, split_format
 
     args = _arguments(argv)
     kind, source = open_place(args.source)
@@ -100,10 +112,46 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"{target_kind} is only read; written are {', '.join(WRITTEN)}")
     if args.with_optimizer and "hf" in (kind, target_kind):
         raise UsageError("--with-optimizer: Hugging Face folders hold no optimizer")
+    args.sent = is_remote(target)
+    if args.sent and target_kind not in REMOTE:
+        raise UsageError(f"{target}: {target_kind} is not written to buckets; torus and hf are")
     _keep_freed_memory()
+    todo = partial(_to_ours, args, kind, source)
     if kind == "torus":
-        return _to_theirs(args, source, target_kind, target)
-    return _to_ours(args, kind, source, target)
+        todo = partial(_to_theirs, args, source, target_kind)
+    return _send(args, kind, source, target, todo) if args.sent else todo(target)
+
+
+def _send(
+    args: argparse.Namespace, kind: str, source: Path, target: Any, convert: Callable[[Path], int]
+) -> int:
+    """Converts into a folder of the cache and sends that; what was converted is not done again."""
+    from checkpoint import objects
+    from checkpoint.convert.formats import find_step
+    from checkpoint.convert.huggingface import CONFIG
+
+    objects.check_free(target)
+    if args.dry_run:
+        return convert(target)
+    if kind == "torus":
+        steps, step = find_step(source, args.step)
+        source = steps / str(step)
+    what = json.dumps([sorted(vars(args).items()), objects.state_of(source)])
+    local = cache_folder() / "converting" / hashlib.sha256(what.encode()).hexdigest()[:16]
+    local /= target.name or target.bucket
+    if not local.exists():
+        convert(local)
+    elif not args.json:
+        print(f"converted before, in {local}")
+    if kind != "torus":
+        (local / "checkpoints/0" / COMMITTED).touch()  # how a step in a bucket is told
+    sizes = [path.stat().st_size for path in local.rglob("*") if path.is_file()]
+    with progress(f"sending to {target}", sum(sizes), in_bytes=True) as advance:
+        objects.send(local, target, CONFIG if kind == "torus" else COMMITTED, advance)
+    shutil.rmtree(local.parent)
+    if not args.json:
+        print(f"{target}: {len(sizes)} objects, {sum(sizes):,} bytes, sent and read back")
+    return 0
 
 
 def _keep_freed_memory() -> None:
@@ -120,9 +168,11 @@ def _read(
     """Returns the folder beside a source, its config.json, the table, the model and the tensors."""
     from checkpoint.convert import huggingface, maxtext, megatron
     from checkpoint.convert.families import find_family
+    from checkpoint.convert.formats import as_path
     from checkpoint.convert.sources import config_folder, open_source
 
-    beside = source if kind == "hf" else config_folder(source) or Path(args.like or source)
+    beside = config_folder(source) if kind != "hf" else source
+    beside = beside or (as_path(args.like) if args.like else source)
     has_config = (beside / huggingface.CONFIG).exists()
     if kind == megatron.NAME and not args.family:
         found = open_source(kind, source)
@@ -198,7 +248,7 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
 
 
 def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) -> int:
-    from checkpoint.convert.formats import find_step
+    from checkpoint.convert.formats import as_path, find_step
     from checkpoint.manifest import read_meta
     from trainer.run import read_experiment
 
@@ -216,7 +266,7 @@ def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) 
     config = family.write(model)
     neutral, extras = origin.get("config", {}), source / "tokenizer"
     if args.like:
-        extras = Path(args.like)
+        extras = as_path(args.like)
         neutral = huggingface.read_config(extras)
     known = (NEUTRAL | family.neutral) - {"dtype"}
     config = {k: v for k, v in neutral.items() if k in known} | config
@@ -226,6 +276,7 @@ def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) 
     todo = moves.to_theirs(found, family, model, dtype)
     plan = todo[0].plan
     memory = max(engine.memory_limit(move.plan, args.memory) for move in todo)
+    shard_bytes = _shard_bytes(args, plan)
     config["torch_dtype"] = max((str(d) for d, _ in plan.target.values()), key=_width)
     carried = {"step": found.step} if optimizer else None
     if args.dry_run:
@@ -235,7 +286,7 @@ def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) 
         huggingface.copy_extras(extras, folder)
         if kind == "hf":
             entries = [(name, *facts) for name, facts in plan.target.items()]
-            files = huggingface.create_folder(folder, config, entries, int(args.shard_size * 1e9))
+            files = huggingface.create_folder(folder, config, entries, shard_bytes)
             peak = _run(todo, {PARAMS: files}, advance, memory)
             files.close()
         else:
@@ -266,6 +317,25 @@ def _writer(kind: str, folder: Path, step: int | None) -> Any:
     from checkpoint.convert.deepspeed import UcpWriter
 
     return UcpWriter(folder, step)
+
+
+def _shard_bytes(args: argparse.Namespace, plan: Any) -> int:
+    """Returns the largest file for Hugging Face: in a bucket half of the memory, sent as a whole.
+
+    Raises:
+      UsageError: --shard-size, or the largest tensor, is more than that.
+    """
+    from checkpoint.convert.engine import MEMORY
+
+    if not args.sent:
+        return int((args.shard_size or 5) * 1e9)
+    largest = max(math.prod(shape) * dtype.itemsize for dtype, shape in plan.target.values())
+    room = (args.memory or max(MEMORY, 2 * largest)) // 2
+    wanted = int(args.shard_size * 1e9) if args.shard_size else room
+    if max(largest, wanted) > room:
+        needed = -(-2 * max(largest, wanted) // 2**20)
+        raise UsageError(f"files are sent to a bucket as a whole: this needs --max-memory {needed}")
+    return wanted
 
 
 def _width(dtype: str) -> int:

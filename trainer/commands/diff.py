@@ -18,7 +18,8 @@ Compares two checkpoints: runs (their newest steps) or single steps of ours; or 
 and what torch or DeepSpeed wrote, under the names that are in the files. Says which arrays only one
 of them has or have another shape or dtype; for every array that differs the largest absolute and
 relative difference, the largest distance in units in the last place (0: only the sign of a zero
-differs) and the first index that differs. Arrays are read piece by piece.
+differs) and the first index that differs. Arrays are read piece by piece; either side may be in a
+bucket (gs://…, s3://…) if it is a run, or what Hugging Face or Orbax wrote.
 
 Exit status: 0 all bits are equal, 1 something differs.
 

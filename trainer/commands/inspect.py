@@ -12,8 +12,8 @@ usage: torus inspect PATH [--step N] [--json]
 
 Lists every array of a checkpoint with its dtype, shape and bytes, and what the checkpoint says
 about itself. PATH is a run, a folder of steps, one step, a Hugging Face folder, a .safetensors
-file, or what torch, DeepSpeed, Orbax or Flax wrote (see `torus convert --help`); moments of Adam
-are called mu/… and nu/…. Only headers and manifests are read.
+file, or what torch, DeepSpeed, Megatron, Orbax or Flax wrote (see `torus convert --help`); moments
+of Adam are called mu/… and nu/…. Only headers and manifests are read, also of gs://… and s3://….
 
   torus inspect runs/a
   torus inspect runs/a --step 500 --json

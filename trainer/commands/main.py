@@ -1,7 +1,8 @@
 """The console script `torus`: finds the subcommand, and turns failures into one line and a status.
 
 Exit statuses: 0 success, 1 the command found a failure, 2 the user's mistake, 3 an input that does
-not match what it should be, 4 an input that is damaged or unsafe, 71 all rewinds are spent, 77 a
+not match what it should be, 4 an input that is damaged or unsafe, 5 an
+object store that refuses or does not answer, 71 all rewinds are spent, 77 a
 device or host gave other bits than it must, 130 interrupted.
 Only the chosen command's module is imported; this file and the table it reads import no JAX.
 """

@@ -52,6 +52,8 @@ count cores, two a chip. Other shapes are written v5p:4x4x12, several slices 2xv
   --jobs N       of a search: compilations at a time; default by this machine's cores and memory
   --pareto       of a search: mark with * those than which nothing faster takes as little memory
   --program F    keep the compiled program's text in F, gzipped
+  --explain F    draw the program as one HTML page F: roofline, the step by stream with the memory
+                 held meanwhile, collectives by mesh axis
   --check        compare a shipped config with its stored plan; without one, all stored plans with
                  the code, and nothing is compiled
   --calibrate R  plan what run R ran, compare with the step time that it measured, and keep both:
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--calibrate plans one run: not with {min(switches - {'--json'})}")
     if run:
         experiment, measured = read_experiment(run), measured_step(run)
-        flags = {"on": "", "price": "", "program": ""}
+        flags = {"on": "", "price": "", "program": "", "explain": ""}
         for argument in argv:
             name, _, value = argument.removeprefix("--").partition("=")
             if name not in (*flags, "calibrate"):
@@ -90,6 +92,7 @@ def main(argv: list[str]) -> int:
             on="TPU slice to plan for, as v5e-256",
             price="of one chip for an hour",
             program="file for the program's text",
+            explain="file for the page",
             calibrate="run to compare with",
             budget="time for a search",
             keep="how many a search compiles",
@@ -105,10 +108,12 @@ def main(argv: list[str]) -> int:
     searching = [f"--{name}" for name in ("budget", "keep", "jobs") if flags.get(name)]
     if stray := [*searching, *(switches & {"--pareto"})]:
         raise UsageError(f"{stray[0]} is of a search: add --search")
+    for name in ("program", "explain"):
+        _check_file(name, flags[name])
     check_sizes(experiment, experiment.mesh.sizes(target.devices))
     require_libtpu()
 
-    status, plan, log = _compile(experiment, target, flags["program"])
+    status, plan, log = _compile(experiment, target, flags["program"], flags["explain"])
     if plan is None:
         if known := next((text for sign, text in _FAILURES.items() if sign in log), ""):
             raise UsageError(known)
@@ -129,6 +134,14 @@ def main(argv: list[str]) -> int:
     else:
         print(format_plan(plan, experiment, target, price, own))
     return 0 if plan["fits"] else 1
+
+
+def _check_file(name: str, path: str) -> None:
+    """Raises UsageError where no file can be written, before minutes are spent on what goes in."""
+    if path and not os.path.isdir(folder := os.path.dirname(path) or "."):
+        raise UsageError(f"--{name}={path}: there is no folder {folder}")
+    if path and os.path.isdir(path):
+        raise UsageError(f"--{name}={path} is a folder; name a file")
 
 
 def _price(text: str) -> float | None:
@@ -199,11 +212,11 @@ def _count(name: str, text: str) -> int:
 
 
 def _compile(
-    experiment: Experiment, target: Slice, save: str = ""
+    experiment: Experiment, target: Slice, save: str, page: str
 ) -> tuple[int, dict[str, Any] | None, str]:
     """Runs trainer.plan.compile; returns exit status, answer (None when it failed) and log."""
     text = f"compiling {experiment.name} for {target.name}; a config that fits takes some minutes"
-    with _progress(text), Compilation(experiment, target, save) as compilation:
+    with _progress(text), Compilation(experiment, target, save, page) as compilation:
         return compilation.result()
 
 

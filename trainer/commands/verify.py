@@ -4,6 +4,7 @@ import math
 import sys
 
 from checkpoint.steps import CheckpointError
+from sharding.errors import UsageError
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
 
@@ -12,7 +13,8 @@ usage: torus verify PATH [--step N]
 
 Reads every array of every complete step (or of step N), computes its fingerprint and compares it
 with the one that was taken from memory when the step was saved; also checks the metadata. PATH is
-a run, a folder of steps, or one step. Ends with status 1 if a step is damaged, and names what is.
+a run, a folder of steps, or one step, on a disk or in a bucket (gs://…, s3://…). Ends with status
+1 if a step is damaged, and names what is.
 
   torus verify runs/a
   torus verify runs/a --step 500
@@ -21,17 +23,18 @@ a run, a folder of steps, or one step. Ends with status 1 if a step is damaged, 
 
 def main(argv: list[str]) -> int:
     """Prints a line per step; raises UsageError where there is no checkpoint."""
-    from pathlib import Path
-
-    from checkpoint.convert.formats import find_step
+    from checkpoint.convert.formats import find_step, open_place
     from checkpoint.steps import complete_steps
 
     parser = CommandParser("verify")
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path")
     parser.add_argument("--step", type=int)
     args = parser.parse(argv)
-    folder, newest = find_step(args.path, args.step)
-    one = args.step is not None or (folder != args.path and folder == args.path.parent)
+    kind, path = open_place(args.path)
+    if kind != "torus":
+        raise UsageError(f"{path} is {kind}, which holds no fingerprints; torus diff compares two")
+    folder, newest = find_step(path, args.step)
+    one = args.step is not None or (folder != path and folder == path.parent)
     damaged = 0
     for step in [newest] if one else complete_steps(folder):
         try:

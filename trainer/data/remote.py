@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import logging
 
+from checkpoint.objects import DRIVERS, NO_RETRIES, kvstore_spec
 from checkpoint.steps import write_whole
 from sharding.config import cache_folder
 from sharding.errors import UsageError
@@ -33,12 +34,10 @@ from trainer.data.tokenizer import definition_files
 if TYPE_CHECKING:
     import tensorstore
 
-_DRIVERS = {"gs": "gcs", "s3": "s3"}
 _BLOCK = 16 << 20  # bytes asked for at a time: what one fetch holds in memory
 _ANSWER = 30.0  # seconds that one request may take
 _DELAYS = 0.25, 20.0  # seconds between attempts, first and longest
 _ABANDONED = 3600.0  # seconds after which a half-written file belongs to nobody
-_NO_RETRIES = "ABORTED: All 0 retry attempts failed: "
 
 
 class Bucket:
@@ -52,16 +51,12 @@ class Bucket:
         """Parses the address; nothing is asked yet. Raises UsageError for another kind of one."""
         scheme, _, rest = url.partition("://")
         bucket, _, path = rest.strip("/").partition("/")
-        if scheme not in _DRIVERS or not bucket:
+        if scheme not in DRIVERS or not bucket:
             raise UsageError(f"dataset {url}: choose gs://BUCKET/FOLDER or s3://BUCKET/FOLDER")
         self.url = url.rstrip("/")
         self._patience = patience
-        driver, path = _DRIVERS[scheme], path and f"{path}/"
-        self._spec = {
-            **{"driver": driver, "bucket": bucket, "path": path},
-            "context": {f"{driver}_request_retries": {"max_retries": 0}},  # `_patiently` waits
-            **(_s3_settings() if scheme == "s3" else {}),
-        }
+        # No retries of the library's own: `_patiently` waits.
+        self._spec = kvstore_spec(scheme, bucket, path and f"{path}/", max_retries=0)
         self._store: tensorstore.KvStore | None = None
 
     def read(self, name: str, part: slice | None = None) -> bytes:
@@ -104,7 +99,7 @@ class Bucket:
             try:
                 return ask().result(timeout=_ANSWER)
             except ValueError as error:  # tensorstore's; its text begins with the status
-                reason = " ".join(str(error).split())[:200].removeprefix(_NO_RETRIES)
+                reason = " ".join(str(error).split())[:200].removeprefix(NO_RETRIES)
             except TimeoutError:
                 reason = f"no answer within {_ANSWER:.0f} s"
             if reason.startswith("OUT_OF_RANGE"):
@@ -119,16 +114,6 @@ class Bucket:
                 )
             logging.warning("%s: %s: %s; again in %.1f s", self.url, name, reason, delay)
             _pause(delay)
-
-
-def _s3_settings() -> dict[str, Any]:
-    environment, settings = os.environ.get, {}
-    if endpoint := environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL"):
-        region = environment("AWS_REGION") or environment("AWS_DEFAULT_REGION") or "us-east-1"
-        settings = {"endpoint": endpoint, "aws_region": region}
-    if environment("AWS_ACCESS_KEY_ID"):  # else its search prints every file that is not there
-        settings["aws_credentials"] = {"type": "environment"}
-    return settings
 
 
 def _pause(seconds: float) -> None:

@@ -139,8 +139,9 @@ class _Auditor:
         for row in self._collectives():
             path, source = self._path(row), self._source(row)
             moved = row.label.startswith(("all-to-all", "all-gather", "collective-permute"))
-            weights = re.search(r"\b(leaf|_local|gathered)$", source) or "attention/" in source
-            if moved and "while/body" in path and not weights and not self._windowed(row):
+            asked = re.search(r"\b(leaf|_local|gathered)$", source) or "attention/" in source
+            asked = asked or "all_tokens" in path
+            if moved and "while/body" in path and not asked and not self._windowed(row):
                 yield Finding(
                     "resharding", f"{row.label} of activations inside a layer", row.exposed,
                     row.bytes, source,

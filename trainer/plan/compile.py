@@ -3,9 +3,9 @@
 `make_plan` builds the mesh on the slice's described devices, compiles the very step that
 `trainer/loop.py` runs, ahead of time, with libtpu on CPU, and reads the program. Memory is the
 compiler's own; times are estimates made from its schedule. A program that does not fit is refused
-within seconds, with the bytes it needs. Run as a module it reads {"experiment", "slice", "save"}
-as JSON and writes the plan, or {"refused"}: `torus plan` does so, to have an environment of its
-own and to survive a compiler that crashes.
+within seconds, with the bytes it needs. Run as a module it reads {"experiment", "slice", "save",
+"page"} as JSON and writes the plan, or {"refused"}: `torus plan` does so, to have an environment of
+its own and to survive a compiler that crashes.
 """
 
 import gzip
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from checkpoint.steps import write_whole
 from models import spec
 from models.decoder import param_specs
 from models.spec import Tree
@@ -29,7 +30,7 @@ from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
 from sharding.topology import FAMILIES, Slice, parse_slice, slice_devices
 from trainer.config import Experiment, check_sizes, from_dict, validate
-from trainer.plan.forecast import Forecast, forecast
+from trainer.plan.forecast import Forecast, forecast, setting_of
 from trainer.state import abstract_state, make_layout
 from trainer.step import jit_train_step
 
@@ -76,10 +77,11 @@ class Plan:
         return {**asdict(self), "fits": self.fits}
 
 
-def make_plan(experiment: Experiment, target: Slice, save: str = "") -> Plan:
+def make_plan(experiment: Experiment, target: Slice, save: str = "", page: str = "") -> Plan:
     """Compiles the train step of `experiment` for `target`; takes minutes when it fits.
 
     save: a file for the program's text, gzipped; "" keeps none.
+    page: a file for what trainer/plan/explain.py draws of the program; "" draws nothing.
 
     Call it in a process that was started with `sharding.topology.compiler_environment()`.
 
@@ -122,7 +124,7 @@ def make_plan(experiment: Experiment, target: Slice, save: str = "") -> Plan:
             raise
         needed, capacity = refusal
         arguments = temporaries = host = None
-    return Plan(
+    plan = Plan(
         config=experiment.name,
         slice=target.name,
         chips=target.chips,
@@ -145,6 +147,12 @@ def make_plan(experiment: Experiment, target: Slice, save: str = "") -> Plan:
         versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         forecast=prediction,
     )
+    if page and prediction is not None:
+        from trainer.plan.explain import write_page
+
+        setting = setting_of(choice.experiment, target, dict(mesh.shape))
+        write_whole(page, write_page(text, plan.to_json(), choice.experiment, setting))
+    return plan
 
 
 def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -190,7 +198,8 @@ def main() -> None:
     request = json.load(sys.stdin)
     try:
         experiment = from_dict(request["experiment"])
-        answer = make_plan(experiment, parse_slice(request["slice"]), request["save"]).to_json()
+        target = parse_slice(request["slice"])
+        answer = make_plan(experiment, target, request["save"], request["page"]).to_json()
     except UsageError as error:
         answer = {"refused": str(error)}
     print(json.dumps(answer))

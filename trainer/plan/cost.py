@@ -77,12 +77,27 @@ class Row:
     exposed: float  # of the estimate: what the step waits for
 
 
+@dataclass(frozen=True)
+class Span:
+    """When an op runs in one turn of its computation, in seconds of the estimate.
+
+    stream: compute, links, memory or sparsecore; wait: nothing computes until a transfer is there.
+    """
+
+    op: Op
+    label: str  # as of a Row; of a loop, how many turns it makes
+    stream: str
+    start: float
+    end: float
+
+
 @dataclass
 class Timing:
     """A step's time and where it goes."""
 
     seconds: dict[str, float]  # of the step, by model
     rows: list[Row]
+    spans: dict[str, list[Span]]  # of each computation that runs by itself: entry, loops, calls
     flops: float  # of matmuls and attention kernels, recomputation included
     notes: list[str] = field(default_factory=list)
 
@@ -108,7 +123,8 @@ def time_step(module: Module, setting: Setting) -> Timing:
     walker = _Walker(module, setting)
     seconds = {model: walker.run(module.entry, 1, model) for model in MODELS}
     rows = list(walker.rows.values())
-    return Timing(seconds, rows, sum(row.flops for row in rows), sorted(walker.notes))
+    flops = sum(row.flops for row in rows)
+    return Timing(seconds, rows, walker.spans, flops, sorted(walker.notes))
 
 
 def guessed_axes(setting: Setting, size: int) -> int:
@@ -129,6 +145,7 @@ class _Walker:
     def __init__(self, module: Module, setting: Setting) -> None:
         self.module, self.setting = module, setting
         self.rows: dict[tuple[str, str, str], Row] = {}
+        self.spans: dict[str, list[Span]] = {}
         self.notes: set[str] = set()
         self._costs: dict[tuple[str, str], Row] = {}
 
@@ -136,8 +153,12 @@ class _Walker:
         """Returns the seconds of one run of `computation`, which happens `times` times a step."""
         now, streams = 0.0, defaultdict(float)  # when each engine is free again
         pending: dict[str, tuple[str, float, Row]] = {}  # started op → engine, end, row
-        riding: dict[tuple[str, ...], list] = {}  # chain → [row, seconds covered so far]
+        riding: dict[tuple[str, ...], list] = {}  # chain → [row, seconds covered so far, start]
+        spans: list[Span] = []
+        if model == "estimate":
+            self.spans[computation.name] = spans
         for op in computation.ops.values():
+            before = now
             if op.opcode in _FREE:
                 continue
             if op.opcode == "while":
@@ -146,14 +167,17 @@ class _Walker:
                     self.notes.add(f"a loop of unknown length counted once: {op.op_name}")
                 body = self.module.called(op, "body")
                 now += (trips or 1) * self.run(body, times * (trips or 1), model)
+                spans.append(Span(op, f"{trips or 1} turns", "compute", before, now))
             elif op.opcode == "conditional":
                 names = re.findall(r"%([\w.\-]+)", op.text.partition("metadata=")[0])
                 called = [
                     self.module.computations[n] for n in names if n in self.module.computations
                 ]
                 now += max((self.run(c, times, model) for c in called), default=0.0)
+                spans.append(Span(op, "conditional", "compute", before, now))
             elif op.opcode == "call":
                 now += self.run(self.module.called(op, "to_apply"), times, model)
+                spans.append(Span(op, "call", "compute", before, now))
             elif op.opcode.endswith(("-done", "-update")) and op.operands:
                 started = pending.pop(op.operands[0], None)
                 if started is None:
@@ -162,10 +186,12 @@ class _Walker:
                 if op.opcode.endswith("-update"):
                     if engine == "sparsecore":  # its data comes with the update
                         end = streams["links"] = max(now, streams["links"]) + row.seconds[model]
+                        spans.append(Span(row.op, row.label, engine, end - row.seconds[model], end))
                     pending[op.name] = (engine, end, row)
                     continue
                 self._expose(row, times, max(0.0, end - now), model)
                 now = max(now, end)
+                spans.append(Span(row.op, row.label, "wait", before, now))
             elif op.opcode.endswith("-start"):
                 row = self._cost(computation, op)
                 engine = "memory" if row.kind == "copy" else "links"
@@ -174,12 +200,20 @@ class _Walker:
                 end = streams[engine] = max(now, streams[engine]) + row.seconds[model]
                 pending[op.name] = (engine, end, row)
                 self._count(row, times, 0.0, model)
+                if engine != "sparsecore":
+                    spans.append(Span(op, row.label, engine, end - row.seconds[model], end))
             else:
-                now += self._run_op(computation, op, times, model, riding)
+                now += self._run_op(computation, op, times, model, riding, now, spans)
+                cost = self._costs.get((computation.name, op.name))
+                waits = cost is None or cost.kind == "collective"
+                label = cost.label if cost else "collective"
+                spans.append(Span(op, label, "wait" if waits else "compute", before, now))
         return now
 
-    def _run_op(self, computation, op: Op, times: int, model: str, riding: dict) -> float:
-        """Returns the seconds for which an op holds up the schedule."""
+    def _run_op(
+        self, computation, op: Op, times: int, model: str, riding: dict, now: float, spans: list
+    ) -> float:
+        """Returns the seconds for which an op that begins `now` holds up the schedule."""
         inner = self.module.inside(op) if op.opcode == "fusion" else [op]
         carried = [i for i in inner if i.collective and i.attribute("chain_id")]
         plain = next((i for i in inner if i.collective and not i.attribute("chain_id")), None)
@@ -196,14 +230,16 @@ class _Walker:
             chain = (collective.attribute("channel_id"), collective.attribute("chain_id"))
             if chain not in riding:
                 row = self._collective(computation, op, collective)
-                riding[chain] = [row, 0.0]
+                riding[chain] = [row, 0.0, now]
                 self._count(row, times, 0.0, model)
             if own is not None:
                 riding[chain][1] += own.seconds[model] / len(carried)
             if "AsyncCollectiveDone" in targets:
-                row, covered = riding.pop(chain)
+                row, covered, start = riding.pop(chain)
                 waited = max(0.0, row.seconds[model] - covered)
                 self._expose(row, times, waited, model)
+                end = now + waited + (own.seconds[model] if own is not None else 0.0)
+                spans.append(Span(op, row.label, "links", start, end))
         if own is None:
             return waited
         self._count(own, times, own.seconds[model], model)

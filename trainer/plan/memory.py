@@ -48,6 +48,13 @@ class Memory:
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
+def memory_course(module: Module) -> dict[tuple[str, str], int]:
+    """Returns (computation, op) → the most bytes that are held while it runs."""
+    walker = _Lifetimes(module)
+    walker.peak(module.entry, None)
+    return walker.course(module.entry, 0)
+
+
 def memory_at_peak(module: Module) -> Memory:
     """Returns what is held when most is."""
     walker = _Lifetimes(module)
@@ -66,6 +73,20 @@ Parts = list[list[Buffer]]  # per element of an op's result, the buffers in it
 class _Lifetimes:
     def __init__(self, module: Module) -> None:
         self.module = module
+        self._held: dict[str, list[int]] = {}  # computation → bytes of its own buffers, by op
+
+    def course(self, computation: Computation, base: int) -> dict[tuple[str, str], int]:
+        """Returns what is held at each op after `peak`, with `base` bytes of who called."""
+        found = {}
+        for op, held in zip(computation.ops.values(), self._held[computation.name], strict=True):
+            found[computation.name, op.name] = base + held
+            called = {"while": "body", "call": "to_apply"}.get(op.opcode)
+            body = self.module.called(op, called) if called else None
+            if body is not None:
+                inside = self.course(body, base + held)
+                found |= inside
+                found[computation.name, op.name] = max(inside.values(), default=base + held)
+        return found
 
     def peak(self, computation: Computation, carried: Parts | None) -> tuple[int, list[Buffer]]:
         """Returns the largest sum of living bytes and the buffers of that moment.
@@ -111,8 +132,10 @@ class _Lifetimes:
                 changes[start] += buffer.bytes
                 changes[last[buffer] + 1] -= buffer.bytes
         total = best = at = 0
+        held = self._held[computation.name] = []
         for index in range(len(ops)):
             total += changes[index]
+            held.append(total)
             if (here := total + inside.get(index, (0, []))[0]) > best:
                 best, at = here, index
         live = [b for b, start in made.items() if b not in owned and start <= at <= last[b]]

@@ -34,12 +34,15 @@ SOURCES = (
 class Compilation:
     """One run of `trainer.plan.compile`; as a context it leaves no process behind.
 
-    save: a file for the program's text, gzipped; "" keeps none.
+    save, page: files for the program's text, gzipped, and for its picture; "" keeps none.
     """
 
-    def __init__(self, experiment: Experiment, target: Slice, save: str = "") -> None:
-        self._kept = None if save else _kept(experiment, target)
-        request = {"experiment": dataclasses.asdict(experiment), "slice": target.name, "save": save}
+    def __init__(
+        self, experiment: Experiment, target: Slice, save: str = "", page: str = ""
+    ) -> None:
+        self._kept = None if save or page else _kept(experiment, target)
+        request = {"experiment": dataclasses.asdict(experiment), "slice": target.name}
+        request |= {"save": save and os.path.abspath(save), "page": page and os.path.abspath(page)}
         self._files = contextlib.ExitStack()
         folder = Path(self._files.enter_context(tempfile.TemporaryDirectory()))
         self._answer, self._log = folder / "answer", folder / "log"

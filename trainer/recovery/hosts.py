@@ -75,7 +75,7 @@ class Hosts:
         self._coordinator = ""
         self.gone: list[int] = []  # members of the generation before that did not come again
         self.inherits = False  # the one that led it is among them, and this host is the next
-        self._next = 0.0
+        self._next = self._looked = 0.0
 
     @property
     def current(self) -> bool:
@@ -88,8 +88,16 @@ class Hosts:
 
     @property
     def leads(self) -> bool:
-        """Whether this host is the lowest of its generation that lives."""
-        return self.current and not any(self._stays(n) for n in self.members if n < self.index)
+        """Whether this host is the lowest of its generation that lives.
+
+        Not so when another led because this one was silent, and has gathered all ends already.
+        """
+        judged = (self._seen[n].facts.get("judged", -1) for n in self._peers() if self._stays(n))
+        return (
+            self.current
+            and self.generation not in judged
+            and not any(self._stays(n) for n in self.members if n < self.index)
+        )
 
     @property
     def elastic(self) -> bool:
@@ -183,6 +191,8 @@ class Hosts:
                 break
             self.beat()
             time.sleep(min(0.05, self._lease / BEATS))
+        if self.leads:
+            self._own["judged"] = self.generation
         self._next = 0.0
         self.beat()
         found = list(ends)
@@ -258,7 +268,8 @@ class Hosts:
 
     def _alive(self, number: int) -> bool:
         seen = self._seen[number]
-        return time.monotonic() - seen.at <= self._lease and not seen.facts.get("gone")
+        # As of the last look: after a time without any, all would seem to have been silent.
+        return self._looked - seen.at <= self._lease and not seen.facts.get("gone")
 
     def _stays(self, number: int) -> bool:
         """Whether the supervisor that joined this generation lives, not one that took its place."""
@@ -291,11 +302,12 @@ class Hosts:
     # ------------------------------------------------------------ files
 
     def _look(self) -> None:
+        self._looked = time.monotonic()
         for number in self._others():
             facts, seen = self._read(f"host{number}.json"), self._seen[number]
             if facts and facts != seen.facts:
                 # One that is known by its file alone may be of the past: it lives when it changes.
-                self._seen[number] = _Seen(facts, time.monotonic(), seen.changes + 1)
+                self._seen[number] = _Seen(facts, self._looked, seen.changes + 1)
         self._plan = self._read(_PLAN) or self._plan
 
     def _put(self, plan: dict[str, Any]) -> None:

@@ -368,7 +368,7 @@ class Supervisor:
     def _writable(self) -> bool:
         """Whether the run's folder can be written, at the latest when patience is over."""
         folder = folder_path(self._options.workdir)
-        until = time.monotonic() + self._options.patience
+        until, told = time.monotonic() + self._options.patience, False
         while not self._signal:
             try:
                 if folder.exists():
@@ -376,8 +376,11 @@ class Supervisor:
                     (folder / ".launch").unlink()
                 return True
             except OSError as error:
+                if not told:
+                    wait = f"waiting for at most {self._options.patience:g} s"
+                    self._say(f"{self._options.workdir} cannot be written: {error}; {wait}")
+                told = True
                 if time.monotonic() > until:
-                    self._say(f"{self._options.workdir} cannot be written: {error}")
                     return False
                 self._hosts.beat()
                 time.sleep(0.5)

@@ -26,6 +26,7 @@ import numpy as np
 import tensorstore as ts
 
 from checkpoint.convert.families import FAMILIES
+from checkpoint.convert.megatron import read_args
 from checkpoint.convert.sources import open_source
 from checkpoint.convert.torch_dcp import DcpWriter
 from checkpoint.convert.torchfiles import write_torch
@@ -55,8 +56,9 @@ def bases(folder: Path) -> dict[str, tuple[str, Path]]:
         "model.a.weight": rng.normal(size=(5, 4)).astype(np.float32), "b": np.arange(6),
         "c": rng.normal(size=3).astype(ml_dtypes.bfloat16), "d": np.array(2, np.int32),
     }  # fmt: skip
-    with tarfile.open(HERE / "deepspeed_runs.tar.xz") as file:
-        file.extractall(folder, filter="data")
+    for theirs in ("deepspeed_runs", "megatron_runs"):
+        with tarfile.open(HERE / f"{theirs}.tar.xz") as file:
+            file.extractall(folder, filter="data")
     with (folder / "x.pt").open("wb") as file:
         write_torch(file, {"model": arrays, "step": 3, "list": [arrays["b"], (1, "x")]})
     (folder / "dcp").mkdir()
@@ -75,6 +77,7 @@ def bases(folder: Path) -> dict[str, tuple[str, Path]]:
         _write_orbax(folder / name, driver, arrays, packed=packed)
     found = {name: ("zero", folder / name) for name in ("zero1_world2", "zero3_world3")}
     found["ucp"] = "ucp", folder / "zero1_world2"
+    found |= {f"megatron_{x}": ("megatron", folder / "llama" / x) for x in ("dist", "legacy")}
     found |= {name: ("orbax", folder / name) for name, _, _ in ORBAX}
     return found | {
         "torch": ("torch", folder / "x.pt"), "dcp": ("dcp", folder / "dcp"),
@@ -198,6 +201,8 @@ def read_all(kind: str, place: Path) -> None:
         FAMILIES["gemma2"].read(config)
         return
     found = open_source(kind, place)
+    if found.described is not None:
+        read_args(found.described)
     try:
         for name, (dtype, shape) in found.facts.items():
             rows = shape[0] if shape else 1

@@ -26,6 +26,8 @@ def test_300_mutated_files(tmp_path):
         "config",
         "dcp",
         "hf",
+        "megatron_dist",
+        "megatron_legacy",
         "msgpack",
         "orbax_ocdbt",
         "torch",

@@ -18,7 +18,7 @@ from checkpoint.convert import moves
 from checkpoint.convert.engine import Renamed
 from checkpoint.convert.formats import open_place
 from checkpoint.convert.mapping import build
-from checkpoint.convert.megatron import _CLASSES, ONLY, adapted, read_args, read_megatron
+from checkpoint.convert.megatron import CLASSES, ONLY, adapted, read_args, read_megatron
 from checkpoint.convert.sources import Source
 from checkpoint.convert.torchfiles import Strided, read_torch, write_torch
 from configs.from_run import get_config
@@ -148,7 +148,7 @@ def test_without_arguments_a_config_is_needed(run, tmp_path, capsys):
     arguments = ["convert", str(folder), f"torus:{tmp_path}/one"]
     assert main(arguments) == 0
     assert main(["convert", f"{tmp_path}/one", f"hf:{tmp_path}/hf"]) == 0
-    common = read_torch(folder / TAG / "common.pt", _CLASSES)
+    common = read_torch(folder / TAG / "common.pt", CLASSES)
     del common["args"]
     write(folder / TAG / "common.pt", common)
     assert main([*arguments[:2], f"torus:{tmp_path}/two"]) == 2
@@ -185,8 +185,10 @@ def batch(tokens: np.ndarray, mesh) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize(
-    "place", ["llama/dist", "qwen/dist", "gpt2/legacy", "neox/legacy"], ids=lambda p: p[:5]
-)
+    "place",
+    ["llama/dist", "neox/legacy", pytest.param("qwen/dist", marks=pytest.mark.soak),
+     pytest.param("gpt2/legacy", marks=pytest.mark.soak)],
+)  # fmt: skip
 def test_logits_and_the_next_step_are_theirs(place, runs, tmp_path):
     folder = runs / place.split("/")[0]
     with_optimizer = [] if "neox" in place else ["--with-optimizer"]
@@ -222,7 +224,11 @@ def test_logits_and_the_next_step_are_theirs(place, runs, tmp_path):
     want, was = theirs(folder, "after"), inverse(Source({"params": before}), family, model)
     for name, array in inverse(Source({"params": Params(after.params)}), family, model).items():
         assert np.abs(array - was[name]).max() > 1e-3, name  # the step is no small one
-        assert np.abs(array - want[name]).max() < 1e-6, name
+        error = np.abs(array - want[name])
+        if name.endswith("linear_qkv.bias") and model.position == "learned":
+            # A bias of keys changes no softmax: its gradient is rounding, which Adam scales up.
+            error = np.delete(error.reshape(model.kv_heads, -1, model.head_dim), -2, axis=1)
+        assert error.max() < 1e-6, name
 
 
 # ---------------------------------------------------------------- refused
@@ -286,7 +292,7 @@ def test_a_rank_that_is_missing(run, tmp_path, capsys):
     folder = run("llama", "legacy")
     shutil.rmtree(folder / TAG / "mp_rank_01")
     error = refused(folder, tmp_path, capsys, 3)
-    assert "there are the files of 1 tensor parallel ranks, not all" in error
+    assert "there are files of 1 tensor parallel ranks, not of all" in error
     folder = run("neox", "legacy")
     shutil.rmtree(folder / TAG / "mp_rank_00_000")
     assert "1 files of 1 × 2 ranks" in refused(folder, tmp_path, capsys, 3)
@@ -305,7 +311,11 @@ CHANGES = {
     "no moment": (lambda s: s["optimizer"]["state"].pop(3), 4, "KeyError: 3"),
     "no arguments": (lambda s: s.pop("args"), 4, "KeyError: 'args'"),
     "a tensor left over": (lambda s: s["model"].update(
-        {"decoder.layers.0.mlp.router.weight": np.zeros((2, 8), np.float32)}), 4, "KeyError"),
+        {"decoder.layers.0.mlp.router.weight": np.zeros((2, 8), np.float32)}), 3,
+        "groups are not those with and without weight decay"),
+    "a tensor that is missing": (lambda s: [s.update(optimizer={"param_groups": [{"step": 3}]}),
+        s["model"].pop("output_layer.weight")], 3, "ranks of stage 0 hold other tensors"),
+    "another iteration": (lambda s: s.update(iteration=4), 3, "its ranks are at several steps"),
 }  # fmt: skip
 
 
@@ -314,7 +324,7 @@ def test_files_that_contradict_each_other(name, run, tmp_path, capsys):
     change, status, message = CHANGES[name]
     folder = run("llama", "legacy")
     path = folder / TAG / "mp_rank_00" / FILE
-    state = read_torch(path, _CLASSES)
+    state = read_torch(path, CLASSES)
     change(state)
     write(path, state)
     assert re.search(message, refused(folder, tmp_path, capsys, status))

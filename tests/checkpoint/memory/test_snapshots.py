@@ -105,7 +105,7 @@ def test_damage_that_its_crc_hides_shows_in_the_fingerprint(snapshots, monkeypat
     snapshots.start(0, arrays(0, where), held=False)
     take(snapshots, 1, arrays(1, where))
     put = jax.device_put
-    monkeypatch.setattr(jax, "device_put", lambda x, d: put(x + (x.ndim == 0), d))
+    monkeypatch.setattr(jax, "device_put", lambda x, d, **how: put(x + (x.ndim == 0), d))
     assert snapshots.restore_newest(abstract(where), None) is None
     monkeypatch.undo()
 

@@ -1,13 +1,11 @@
 """Datasets in object storage: S3 by moto in a real process, GCS by a stand-in for its reads."""
 
-import http.server
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 
 from sharding.errors import UsageError
+from tests.buckets import google
 from tests.processes import ROOT
 from tests.tiny import get_config
 from tests.trainer.data.emulator import Emulator
@@ -330,46 +329,14 @@ def test_what_is_no_dataset_is_refused(storage):
         open_dataset(config(URL, workers=0))
 
 
-class Storage(http.server.BaseHTTPRequestHandler):
-    """Answers the one call of Google's JSON API that reading needs: objects.get with alt=media."""
-
-    folder: Path
-    refuse = 0  # a status to answer with
-
-    def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        _, _, _, _, bucket, _, name = path.split("/")
-        file = self.folder / bucket / urllib.parse.unquote(name)
-        if self.refuse or "alt=media" not in query or not file.is_file():
-            self.send_response(self.refuse or 404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        data, asked = file.read_bytes(), self.headers.get("Range")
-        self.send_response(206 if asked else 200)
-        if asked:
-            begin, end = map(int, asked.removeprefix("bytes=").split("-"))
-            self.send_header("Content-Range", f"bytes {begin}-{end}/{len(data)}")
-            data = data[begin : end + 1]
-        self.send_header("x-goog-generation", "1")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args) -> None:
-        """Says nothing."""
-
-
 def test_google_storage(bucket, tmp_path, monkeypatch):
-    handler = type("Handler", (Storage,), {"folder": bucket.parent})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
+    with google() as store:
+        store.fill("bucket", bucket)
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", store.url)
         monkeypatch.setenv("TORUS_CACHE", str(tmp_path / "cache"))
-        remote = open_dataset(config(f"gs://{bucket.name}/set"))
+        remote = open_dataset(config("gs://bucket/set"))
         ids = np.arange(remote.rows_per_epoch)
         assert_same_rows(remote, open_dataset(config(bucket / "set")), ids)
-        handler.refuse = 403
+        store.refuse = 403
         with pytest.raises(UsageError, match=r"manifest\.json: access refused: PERMISSION_DENIED"):
-            open_dataset(config(f"gs://{bucket.name}/set"))
-        server.shutdown()
+            open_dataset(config("gs://bucket/set"))

@@ -101,8 +101,10 @@ def agreed(hosts: list[Host], members: list[int]) -> bool:
 
 
 def test_a_lost_host_is_replaced_by_a_spare_and_comes_back_as_one(meeting):
-    hosts = meeting(0, 1, 2, 3, count=4)
-    until(lambda: agreed(hosts[:3], [0, 1, 2]))
+    hosts = meeting(0, 1, 2, count=4)
+    until(lambda: agreed(hosts, [0, 1, 2]))
+    hosts += meeting(3, count=4)
+    time.sleep(LEASE)  # until it waits
     hosts[1].die()
     until(lambda: agreed([hosts[0], hosts[2], hosts[3]], [0, 2, 3]))
     (again,) = meeting(1, count=4)
@@ -150,6 +152,18 @@ def test_one_that_was_frozen_finds_that_it_was_given_up(meeting):
     hosts[0].frozen.clear()
     until(lambda: agreed(hosts, [0, 1]))
     assert hosts[1].hosts.generation == 2
+
+
+def test_one_that_was_frozen_judges_nobody(meeting):
+    """Another did so meanwhile; and it has not seen the others because it did not look."""
+    hosts = meeting(0, 1, count=2, sizes=(2,))
+    until(lambda: agreed(hosts, [0, 1]))
+    hosts[0].frozen.set()
+    until(lambda: hasattr(hosts[1], "led"))
+    assert (hosts[1].led, hosts[1].lost) == (True, [0])
+    hosts[0].frozen.clear()
+    until(lambda: agreed(hosts, [0, 1]) and hosts[0].hosts.generation == 1)
+    assert (hosts[0].led, hosts[0].lost) == (False, [])
 
 
 def test_the_first_cause_is_told_to_the_one_that_leads(meeting):
