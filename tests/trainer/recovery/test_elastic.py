@@ -48,6 +48,7 @@ def undisturbed(tmp_path_factory) -> dict[int, float]:
     return losses(run)
 
 
+@pytest.mark.soak
 def test_the_leading_host_goes_and_comes_back(supervised, undisturbed):
     """Two hosts, one, two: the run ends near the undisturbed one, and equals it up to the loss."""
     (run, first), (_, second) = (supervised(*ELASTIC, **host(n)) for n in (0, 1))
