@@ -264,7 +264,7 @@ def clocks_jump(t: Trial) -> None:
 
 
 def sigterm(t: Trial, phase: str) -> None:
-    """One second to save and be gone; then the same command."""
+    """Told that it has 0.7 s to save; gone after two on any machine; then the same command."""
     job = t.start(*TWO, EVAL, "--grace", "0.7", SLOW=f"{phase}=2*1")
     t.in_phase(phase, rank=t.seed % 2)
     t.pause(1.0)
@@ -272,7 +272,7 @@ def sigterm(t: Trial, phase: str) -> None:
     began = time.monotonic()
     t.ends(job, PREEMPTED)
     t.result.detect = round(time.monotonic() - began, 3)  # until it was gone
-    assert t.result.detect < 1.5, f"{t.result.detect:.1f} s to be gone"
+    assert t.result.detect < 2.0, f"{t.result.detect:.1f} s to be gone"
     newest = max(complete_steps(t.run / "checkpoints"), default=0)
     t.ends(t.start(*TWO, EVAL))
     starts = [e["step"] for e in read_metrics(t.run, "event") if e["event"] in ("start", "resumed")]
