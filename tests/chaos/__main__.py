@@ -1,6 +1,6 @@
 """Injects every fault of the table into small runs of real processes, and checks what survives.
 
-    python -m tests.chaos --brief                    a dozen faults once: about five minutes
+    python -m tests.chaos --brief                    eleven faults once
     python -m tests.chaos --seeds 10                 all of them ten times: hours on two cores
     python -m tests.chaos --faults SIGTERM,disk      those whose names contain one of these
     python -m tests.chaos --minutes 30               no fault at all, and so no alarm

@@ -9,7 +9,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -265,21 +264,21 @@ def clocks_jump(t: Trial) -> None:
 
 
 def sigterm(t: Trial, phase: str) -> None:
-    """One second to save and be gone, then the machine is; and then the same command."""
-    job = t.start(*TWO, EVAL, "--grace", "0.5", SLOW=f"{phase}=2*1")
+    """Told that it has 0.7 s to save; gone after two on any machine; then the same command."""
+    job = t.start(*TWO, EVAL, "--grace", "0.7", SLOW=f"{phase}=2*1")
     t.in_phase(phase, rank=t.seed % 2)
     t.pause(1.0)
     t.strike(job.pid, how=signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        job.wait(1.0)
-    t.result.detect = round(time.time() - t.struck, 3)  # until it was gone
-    job.kill()
-    assert job.wait() in (PREEMPTED, -signal.SIGKILL), f"ended with {job.returncode}"
+    began = time.monotonic()
+    t.ends(job, PREEMPTED)
+    t.result.detect = round(time.monotonic() - began, 3)  # until it was gone
+    assert t.result.detect < 2.0, f"{t.result.detect:.1f} s to be gone"
     newest = max(complete_steps(t.run / "checkpoints"), default=0)
     t.ends(t.start(*TWO, EVAL))
     starts = [e["step"] for e in read_metrics(t.run, "event") if e["event"] in ("start", "resumed")]
     assert starts[-1] == newest
-    t.kinds(*("stopped" for _ in t.incidents()))  # none where it was killed or had no folder
+    if t.incidents():  # else there was no folder to write that down
+        t.kinds("stopped")
     t.same_bits(t.calm(*TWO))
 
 
