@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.snapshots [--steps 8] [--rounds 3]
 
-Trains a model with 200 MB of state on the CPU, 4,096 tokens a step. Steps with a snapshot each,
+Trains a model with 200 MB of state on the CPU, 2,048 tokens a step. Steps with a snapshot each,
 steps without, and steps with an Orbax save each take turns; then the state is brought back from
 memory, from files that the page cache holds, and from the disk itself, in turns. "Block" is how
 long the loop waits in the calls, "slower" the ratio of the medians of whole steps. Parity is
@@ -34,7 +34,7 @@ from trainer.recovery.keeper import KeeperProcess
 from trainer.state import abstract_state, init_state, make_layout, to_stored
 from trainer.step import make_train_step
 
-ROWS, LENGTH = 8, 512
+ROWS, LENGTH = 8, 256
 
 
 def main() -> None:
