@@ -198,9 +198,9 @@ def listing(names: Any) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Returns the text of an error in one line of bounded length."""
+    """Returns the text of an error in one line of bounded length; the cause is often at its end."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else text[:400] + "..."
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 def _is_number(name: str) -> bool:
