@@ -22,7 +22,7 @@ help:
 	@echo "make bench   the benchmarks of docs/benchmarks.md (paired runs, one table each)"
 	@echo "make lint    ruff and shellcheck"
 	@echo "make plans   compile the stored plans that are missing or stale (1 to 4 CPU minutes each)"
-	@echo "make chaos   eleven faults, each in a small run that must survive it"
+	@echo "make chaos   eleven faults, each in a small run that must survive it (nine minutes)"
 	@echo "make soak    the slow tests, every fault ten times, half an hour without a fault: hours"
 	@echo "Variables: PYTHON=python3.12 VENV=.venv312 RUN=runs/x ARGS='--config.train.steps=200'"
 
