@@ -22,6 +22,7 @@ FOLDER = Path(__file__).with_name("plans")
 # By how much a compilation may differ before that is a change: the walk itself is deterministic.
 TOLERANCES = {"needed": 0.02, "estimate": 0.03, "flops": 0.01, "bytes": 0.02}
 _LEAST = 0.005  # of the step's time: below it a collective is not compared
+_QUEUED = 1.25  # copies wait for one another, and that counts as their time
 _COPIED = (
     "slice", "mesh", "remat", "barriers", "options", "parameters", "tokens_per_step", "capacity",
     "needed", "parameter_bytes", "optimizer_bytes", "versions",
@@ -102,7 +103,7 @@ def _rates(plan: dict[str, Any]) -> list[str]:
             least, most = moved / fastest, 2 * moved / link_bandwidth(setting, 1)
             most *= max(plan["mesh"].values()) if label.startswith("all-to-all") else 1
         elif not flops:
-            most = least  # nothing but bytes
+            most = least * (_QUEUED if label == "copy" else 1.0)  # nothing but bytes
         least = max(least if not flops else 0.0, flops / setting.chip.flops_bf16)
         if seconds < 0.98 * least or seconds > 1.02 * most:
             found.append(f"{label}: {seconds:g} s, by today's rates {least:g} to {most:g}")
