@@ -147,7 +147,8 @@ class _Lifetimes:
         for buffer in made:
             if buffer.op.opcode == "parameter" and "state" in buffer.op.op_name:
                 free[buffer.dims, buffer.dtype] += 1
-        for buffer in {b for part in result for b in part if b.op.opcode != "parameter"}:
+        # In their order, each once: a set's would make another peak of the same program.
+        for buffer in dict.fromkeys(b for b in _all(result) if b.op.opcode != "parameter"):
             if free[buffer.dims, buffer.dtype] > 0:
                 free[buffer.dims, buffer.dtype] -= 1
                 buffer.bytes = 0
