@@ -19,6 +19,7 @@ from checkpoint.convert.pieces import Pieces, PieceTensors, check_grid, sound, w
 from checkpoint.convert.sources import MOMENTS, PARAMS, Source, adam_settings
 from checkpoint.convert.torch_dcp import read_index
 from checkpoint.convert.torchfiles import Strided, read_torch
+from checkpoint.convert.trees import LAYERS
 from models.config import ModelConfig, RopeConfig
 from sharding.errors import MismatchError, UnsafeInputError, UsageError, nearest
 
@@ -28,7 +29,6 @@ COMMON = "common.pt"
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _FILE = "model_optim_rng.pt"
-_LAYERS = 2**14  # most that a stack may hold
 # Beside tensors: arguments, states of random numbers and of the rerun machinery.
 CLASSES = frozenset([
     "argparse.Namespace", "types.SimpleNamespace", "signal.Signals", "pathlib.PosixPath",
@@ -125,7 +125,7 @@ def _layers(name: str, tensor: Pieces) -> Tensors:
     before, stack, after = name.rpartition("decoder.layers.")
     if not stack or after[:1].isdigit():
         return {name: tensor}
-    if not 0 < tensor.shape[0] <= _LAYERS:
+    if not 0 < tensor.shape[0] <= LAYERS:
         raise MismatchError(f"`{name}` {list(tensor.shape)} is not a stack of layers")
     return {f"{before}{stack}{i}.{after}": tensor.at(0, i) for i in range(tensor.shape[0])}
 

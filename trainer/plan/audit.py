@@ -59,10 +59,6 @@ class _Auditor:
             self.slow_matmuls, self.padding, self.full_logits,
         )  # fmt: skip
 
-    def _source(self, row: Row) -> str:
-        inside = (row.op, *reversed(self.module.inside(row.op)))
-        return next((s for op in inside if (s := self.module.source(op))), "")
-
     def _path(self, row: Row) -> str:
         inside = (row.op, *reversed(self.module.inside(row.op)))
         return next((op.op_name for op in inside if op.op_name), "")
@@ -70,7 +66,7 @@ class _Auditor:
     def _by_source(self, rows) -> dict[str, list[Row]]:
         groups: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
-            groups[self._source(row)].append(row)
+            groups[self.module.line_of(row.op)].append(row)
         return groups
 
     def recompute(self):
@@ -137,7 +133,7 @@ class _Auditor:
     def resharding(self):
         """Activations that change their layout inside a layer."""
         for row in self._collectives():
-            path, source = self._path(row), self._source(row)
+            path, source = self._path(row), self.module.line_of(row.op)
             moved = row.label.startswith(("all-to-all", "all-gather", "collective-permute"))
             asked = re.search(r"\b(leaf|_local|gathered)$", source) or "attention/" in source
             asked = asked or "all_tokens" in path
@@ -163,7 +159,7 @@ class _Auditor:
             if heads and heads[0] % 2:
                 yield Finding(
                     "one core", f"{heads[0]} head(s) cannot be split over two cores",
-                    row.exposed / 2, row.bytes, self._source(row),
+                    row.exposed / 2, row.bytes, self.module.line_of(row.op),
                     "an even number of rows times KV heads per device: a smaller "
                     "config.mesh.tensor or a larger batch",
                 )  # fmt: skip

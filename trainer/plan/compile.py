@@ -151,7 +151,7 @@ def make_plan(experiment: Experiment, target: Slice, save: str = "", page: str =
         from trainer.plan.explain import write_page
 
         setting = setting_of(choice.experiment, target, dict(mesh.shape))
-        write_whole(page, write_page(text, plan.to_json(), choice.experiment, setting))
+        write_whole(page, write_page(text, plan.to_json(), setting))
     return plan
 
 

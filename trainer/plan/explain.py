@@ -11,11 +11,10 @@ import re
 from collections import defaultdict
 from typing import Any
 
-from trainer.config import Experiment
-from trainer.plan.audit import audit
-from trainer.plan.cost import Row, Setting, Span, Timing, time_step
+from trainer.plan.cost import Setting, Span, Timing, time_step
 from trainer.plan.hlo import Computation, Module, parse
 from trainer.plan.memory import memory_course
+from trainer.plan.screen import format_mesh
 from trainer.report import STYLE
 
 _GIB = 2.0**30
@@ -29,20 +28,19 @@ _THIN = 4e-4  # of a timeline's width: shorter spans are not seen
 _NAMED = 6  # ops of the roofline that are called by name
 
 
-def write_page(text: str, plan: dict[str, Any], experiment: Experiment, setting: Setting) -> bytes:
+def write_page(text: str, plan: dict[str, Any], setting: Setting) -> bytes:
     """Returns the page of the program `text`, HTML.
 
     Args:
       plan: `Plan.to_json()` of the same program.
-      experiment: with its remat chosen.
     """
     module = parse(text)
     timing, held = time_step(module, setting), memory_course(module)
     seconds = timing.seconds
     title = f"{plan['config']} on {plan['slice']}"
-    mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1) or "one device"
     subtitle = (
-        f"{mesh}; remat {plan['remat']}; a step {seconds['estimate']:.3f} s, between "
+        f"{format_mesh(plan['mesh'])}; remat {plan['remat']}; "
+        f"a step {seconds['estimate']:.3f} s, between "
         f"{seconds['roofline']:.3f} (roofline) and {seconds['cycles']:.3f} (cycle model); memory "
         f"{plan['needed'] / _GIB:.2f} of {plan['capacity'] / _GIB:.2f} GiB. "
         "A compiler's estimate: nothing ran on a TPU."
@@ -52,7 +50,7 @@ def write_page(text: str, plan: dict[str, Any], experiment: Experiment, setting:
         shown = "The step" if turns is None else f"One of {turns} turns of {name}"
         parts.append((shown, _timeline(computation, timing.spans[name], held, plan["capacity"])))
     parts.append(("Collectives", _collectives(timing)))
-    parts.append(("Audit", _findings(audit(module, timing, experiment, setting))))
+    parts.append(("Audit", _findings(plan["forecast"]["findings"])))
     body = "".join(f"<h2>{html.escape(name)}</h2>{part}" for name, part in parts)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
@@ -116,16 +114,11 @@ def _roofline(timing: Timing, module: Module, setting: Setting) -> str:
         )  # fmt: skip
     for row in sorted(rows, key=lambda r: -r.seconds["estimate"])[:_NAMED]:
         place = row.flops / row.bytes, row.flops / row.seconds["estimate"]
-        axes.annotate(_source(module, row), place, fontsize=8)
+        axes.annotate(module.line_of(row.op) or row.op.name, place, fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte of device memory", ylabel="FLOP/s")
     if rows:
         axes.legend(frameon=False)
     return _svg(figure)
-
-
-def _source(module: Module, row: Row) -> str:
-    sources = (module.source(op) for op in (row.op, *reversed(module.inside(row.op))))
-    return next((s for s in sources if s), row.op.name)
 
 
 def _timeline(
@@ -197,10 +190,11 @@ def _collectives(timing: Timing) -> str:
     return f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
 
 
-def _findings(found: list[Any]) -> str:
+def _findings(found: list[dict[str, Any]]) -> str:
     rows = "".join(
-        f"<tr><th>{1e3 * f.seconds:.1f} ms</th><td>{html.escape(f'{f.rule}: {f.what}')}<br>"
-        f"{html.escape(f'{f.source}; {f.cure}')}</td></tr>"
+        f"<tr><th>{1e3 * f['seconds']:.1f} ms</th>"
+        f"<td>{html.escape('{rule}: {what}'.format(**f))}<br>"
+        f"{html.escape('{source}; {cure}'.format(**f))}</td></tr>"
         for f in found
     )
     return f"<table>{rows}</table>" if rows else "<p>nothing</p>"

@@ -190,6 +190,11 @@ class Module:
             return f"{match[1]}:{line}"
         return ""
 
+    def line_of(self, op: Op) -> str:
+        """Returns `source` of an op, or of the last op fused into it that has one."""
+        inside = (op, *reversed(self.inside(op)))
+        return next((found for one in inside if (found := self.source(one))), "")
+
 
 def _is_integer(op: Op) -> bool:
     return op.opcode == "constant" and not op.shapes[0].dims and op.value.lstrip("-").isdigit()

@@ -104,8 +104,12 @@ def _kept(experiment: Experiment, target: Slice) -> Path:
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
             digest.update(path.read_bytes())
-    for part in PARTS:
-        value = getattr(experiment, part)
-        value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-        digest.update(json.dumps([part, value]).encode())
+    digest.update(described(experiment))
     return cache_folder() / "plans" / f"{digest.hexdigest()[:32]}.json"
+
+
+def described(experiment: Experiment) -> bytes:
+    """Returns what of an experiment its compiled step depends on, to be hashed."""
+    parts = [(part, getattr(experiment, part)) for part in PARTS]
+    plain = [(p, dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v) for p, v in parts]
+    return json.dumps(plain).encode()

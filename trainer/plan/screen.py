@@ -30,7 +30,7 @@ def format_plan(
     lines = [
         f"{plan['config']} on {plan['slice']} ({plan['chips']:,} chips, "
         f"{'x'.join(map(str, target.shape))})",
-        f"  mesh        {_axes(plan['mesh'])}; zero {experiment.mesh.zero}, "
+        f"  mesh        {format_mesh(plan['mesh'])}; zero {experiment.mesh.zero}, "
         f"remat {plan['remat']}{chosen}{', barriers' if plan['barriers'] else ''}",
         f"  parameters  {plan['parameters']:,}",
         f"  batch       {train.batch_size:,} rows{micro} x {experiment.data.seq_len:,} tokens = "
@@ -76,7 +76,7 @@ def format_search(found: dict[str, Any], target: Slice, *, pareto: bool = False)
             f"{plan['forecast']['tokens_per_second']:13,.0f} "
             f"{_short(plan['forecast']['seconds']['estimate']):>8} "
             f"{(plan['capacity'] - plan['needed']) / _GIB:9.2f}  "
-            f"{_axes(row['mesh'])}{f' ({strategy})' if strategy else ''}; "
+            f"{format_mesh(row['mesh'])}{f' ({strategy})' if strategy else ''}; "
             f"{row['accumulation']}; {plan['remat']}"
         )
     lines += [
@@ -95,7 +95,8 @@ def format_search(found: dict[str, Any], target: Slice, *, pareto: bool = False)
     return "\n".join(lines)
 
 
-def _axes(mesh: dict[str, int]) -> str:
+def format_mesh(mesh: dict[str, int]) -> str:
+    """Returns the axes that split anything, as "fsdp 16 x tensor 4"."""
     return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
 
 

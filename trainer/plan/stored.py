@@ -7,16 +7,18 @@ FLOPs, and the rates of chip, memory and links. `changes` says how a new compila
 
 import hashlib
 import json
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sharding.hardware import CHIPS
 from sharding.topology import parse_slice
 from trainer.config import Experiment, load_config
-from trainer.plan.process import PARTS
+from trainer.plan.process import described
 from trainer.plan.recipe import choose
+
+if TYPE_CHECKING:
+    from trainer.plan.cost import Setting
 
 FOLDER = Path(__file__).with_name("plans")
 # By how much a compilation may differ before that is a change: the walk itself is deterministic.
@@ -59,6 +61,7 @@ def stale(plan: dict[str, Any]) -> list[str]:
     from models import spec
     from models.decoder import param_specs
     from models.flops import train_flops_per_token
+    from trainer.plan.forecast import setting_of
 
     experiment, target = load_config(plan["config"]), parse_slice(plan["slice"])
     if _digest(experiment) != plan["digest"]:
@@ -83,23 +86,20 @@ def stale(plan: dict[str, Any]) -> list[str]:
             "tokens per second": (plan["tokens_per_second"], tokens / step / target.chips),
         }
         found += [f"{k}: {a:g} → {b:g}" for k, (a, b) in derived.items() if abs(b / a - 1) > 1e-3]
-        found += _rates(plan)
+        found += _rates(plan, setting_of(experiment, target, plan["mesh"]))
     return found
 
 
-def _rates(plan: dict[str, Any]) -> list[str]:
+def _rates(plan: dict[str, Any], setting: "Setting") -> list[str]:
     """Where a stored time is not what its FLOPs and bytes take at today's rates."""
-    from trainer.plan.cost import Setting, link_bandwidth
+    from trainer.plan.cost import link_bandwidth
 
-    target = parse_slice(plan["slice"])
-    wrap = any(target.wrap[: len(target.shape)])
-    setting = Setting(CHIPS[target.chip], plan["mesh"], target.shape, wrap, target.count)
     found = []
     for label, (flops, moved) in plan["work"].items():
         seconds = sum(plan["shares"][label])
         least, most = moved / setting.chip.hbm_bandwidth, seconds
         if " over " in label:  # any number of torus axes, one way or both
-            fastest = link_bandwidth(setting, len(target.shape))
+            fastest = link_bandwidth(setting, len(setting.torus))
             least, most = moved / fastest, 2 * moved / link_bandwidth(setting, 1)
             most *= max(plan["mesh"].values()) if label.startswith("all-to-all") else 1
         elif not flops:
@@ -135,9 +135,7 @@ def changes(old: dict[str, Any], plan: dict[str, Any]) -> list[str]:
 
 
 def _digest(experiment: Experiment) -> str:
-    parts = [(part, getattr(experiment, part)) for part in PARTS]
-    text = json.dumps([(p, asdict(v) if is_dataclass(v) else v) for p, v in parts])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(described(experiment)).hexdigest()[:16]
 
 
 def _rounded(value: Any) -> Any:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.trainer.plan.test_cost import MESH, TINY, experiment, stored
+from tests.trainer.plan.test_cost import MESH, TINY, stored
 from tests.trainer.plan.test_hlo import LOOPS
 from trainer.plan.cost import time_step
 from trainer.plan.explain import write_page
@@ -38,7 +38,9 @@ def test_memory_over_the_schedule_has_its_peak(text):
 
 
 PLAN = {"config": "tiny <x>", "slice": "v5e-4", "mesh": MESH, "remat": "attention,gate",
-        "needed": 2**30, "capacity": 2**34}  # fmt: skip
+        "needed": 2**30, "capacity": 2**34, "forecast": {"findings": [dict(
+            rule="padding", what="2 < 3", seconds=0.5, bytes=1, source="a.py:1", cure="none")]},
+        }  # fmt: skip
 
 
 def titles_of(page: str) -> list[str]:
@@ -46,15 +48,16 @@ def titles_of(page: str) -> list[str]:
 
 
 def test_a_loop_has_a_picture_of_one_turn():
-    page = write_page(LOOPS.replace("STEP", "2"), PLAN, experiment(), TINY).decode()
+    page = write_page(LOOPS.replace("STEP", "2"), PLAN, TINY).decode()
     assert titles_of(page)[1:3] == ["The step", "One of 16 turns of body"]
 
 
 def test_the_page(text):
-    page = write_page(text, PLAN, experiment(), TINY).decode()
+    page = write_page(text, PLAN, TINY).decode()
     titles = titles_of(page)
     assert titles[:2] == ["Roofline", "The step"] and titles[-2:] == ["Collectives", "Audit"]
     assert "tiny &lt;x&gt; on v5e-4" in page and "nothing ran on a TPU" in page
+    assert "500.0 ms</th><td>padding: 2 &lt; 3<br>a.py:1; none" in page
     assert page.count("<svg") == len(titles) - 2
     loaded = re.findall(r'(?:src|href)="(?!#)([^"]*)"|url\((?!#)([^)]*)\)', page)
     assert not loaded, "the page must need nothing else"
