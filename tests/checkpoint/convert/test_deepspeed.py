@@ -1,43 +1,30 @@
 """Runs of DeepSpeed, made by deepspeed_runs.py, against what DeepSpeed itself reads from them."""
 
-import functools
 import os
 import pickle
 import re
 import shutil
-import tarfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from checkpoint.convert.deepspeed import read_ucp, read_zero
 from checkpoint.convert.moves import PREFIXES
 from checkpoint.convert.native import NativeTensors
-from checkpoint.convert.torchfiles import read_torch, write_torch
-from configs.from_run import get_config
-from models.decoder import forward, logits
-from sharding.mesh import make_mesh
-from sharding.rules import BATCH, SEQ
+from checkpoint.convert.torchfiles import read_torch
 from tests.checkpoint.convert.deepspeed_runs import ARCHIVE, BETAS, EPS, LR, RUNS, STEPS
+from tests.checkpoint.convert.foreign import arrays, next_step, plain, refused, unpack, write
 from tests.checkpoint.convert.test_pickles import Calls, archive
 from trainer.commands.main import main
-from trainer.restore import first_state
-from trainer.state import init_state, make_layout
-from trainer.step import make_train_step
 
 KEYS = {"fp32": "params", "exp_avg": "mu", "exp_avg_sq": "nu"}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("deepspeed")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
-    return folder
+    return unpack(ARCHIVE, tmp_path_factory.mktemp("deepspeed"))
 
 
 @pytest.fixture
@@ -60,14 +47,6 @@ def theirs(folder) -> dict[str, np.ndarray]:
             tensor = value["param"] if isinstance(value, dict) else value
             found[f"{KEYS[path.stem]}/{path.parent.name}"] = tensor.read()
     return found
-
-
-def arrays(source) -> dict[str, np.ndarray]:
-    return {
-        f"{part}/{name}": tensors.read(name, (), 0, shape[0])
-        for part, tensors in source.parts.items()
-        for name, (_, shape) in tensors.facts.items()
-    }
 
 
 def equal(a, b) -> bool:
@@ -115,49 +94,16 @@ def test_what_is_left_behind_is_told(runs, tmp_path, capsys):
     assert "holds no moments and count of Adam" in capsys.readouterr().err
 
 
-def rows_of(batch: np.ndarray, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """The batch that DeepSpeed's next step took, as ours: the last token predicts nothing."""
-    tokens_BT = batch.astype(np.int32)
-    B, T = tokens_BT.shape
-    targets_BT = np.concatenate([tokens_BT[:, 1:], np.full((B, 1), -1, np.int32)], 1)
-    positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    return jax.device_put(
-        {"tokens": tokens_BT, "targets": targets_BT, "positions": positions_BT,
-         "segment_ids": np.ones_like(tokens_BT)}, NamedSharding(mesh, P(BATCH, SEQ))
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("name", ["zero2_world2", "zero3_world3"])
 def test_the_next_step_is_theirs(name, runs, tmp_path):
     command = ["convert", str(runs / name), f"torus:{tmp_path}/start", "--with-optimizer"]
     assert main(command) == 0
-    exp = get_config(f"{tmp_path}/start")
-    assert (exp.optimizer.b1, exp.optimizer.b2, exp.optimizer.eps) == (*BETAS, EPS)
-    exp.model.dtype, exp.model.remat = "float32", "none"
-    exp.optimizer.peak_lr, exp.optimizer.warmup_steps = LR, 0
-    exp.optimizer.schedule, exp.optimizer.clip_norm = "constant", 0.0
-    mesh = make_mesh(exp.mesh, jax.devices()[:1])
     expected = np.load(runs / name / "expected.npz")
-    with jax.set_mesh(mesh):
-        layout = make_layout(exp, mesh)
-        state = first_state(init_state(exp, layout), exp, layout)
-        counts = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 0]
-        assert [int(count) for count in counts] == [STEPS] and int(state.step) == 0
-        rows = rows_of(expected["batch"], mesh)
-
-        # Compiling takes longer than running, so it is not to try hard.
-        quickly = {"xla_backend_optimization_level": "0"}
-
-        @functools.partial(jax.jit, compiler_options=quickly)
-        def run_logits(params, rows):
-            order = ("tokens", "positions", "segment_ids")
-            x_BTD, _ = forward(params, *(rows[k] for k in order), exp.model)
-            return logits(params, x_BTD, exp.model)
-
-        found_BTV = np.asarray(run_logits(state.params, rows))
-        assert np.abs(found_BTV - expected["logits"]).max() < 1e-4
-        step = jax.jit(make_train_step(exp, layout), compiler_options=quickly)
-        after, metrics = step(state, rows)
+    exp, state, found_BTV, after, metrics = next_step(tmp_path / "start", LR, expected["batch"])
+    assert (exp.optimizer.b1, exp.optimizer.b2, exp.optimizer.eps) == (*BETAS, EPS)
+    counts = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 0]
+    assert [int(count) for count in counts] == [STEPS] and int(state.step) == 0
+    assert np.abs(found_BTV - expected["logits"]).max() < 1e-4
     assert float(metrics["learning_rate"]) == pytest.approx(LR)
     embedding = np.asarray(after.params["embedding"])[: exp.model.vocab]
     moved = np.abs(embedding - np.asarray(state.params["embedding"])[: exp.model.vocab]).max()
@@ -189,16 +135,6 @@ def test_moments_of_a_padded_vocabulary_are_zeros_there(runs, tmp_path):
 # ---------------------------------------------------------------- refused
 
 
-def refused(path, tmp_path, capsys, status, *options) -> str:
-    before = sorted(str(p) for p in tmp_path.rglob("*"))
-    capsys.readouterr()
-    assert main(["convert", str(path), f"torus:{tmp_path}/no", *options]) == status
-    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and len(error) < 1000
-    return error
-
-
 @pytest.mark.parametrize("name", ["zero1_world3", "zero3_world3"])
 def test_a_rank_that_is_missing(name, run, tmp_path, capsys):
     folder = run(name)
@@ -213,18 +149,9 @@ def change_states(folder, change) -> None:
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
         "deepspeed.runtime.zero.config.ZeroStageEnum",
         "deepspeed.utils.tensor_fragment.fragment_address"}))  # fmt: skip
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(v) for key, v in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(plain(v) for v in value)
-        return value.read() if hasattr(value, "read") else value
-
     state = plain(state)
     change(state["optimizer_state_dict"])
-    with path.open("wb") as file:
-        write_torch(file, state)
+    write(path, state)
 
 
 def short(state):

@@ -1,18 +1,14 @@
 """Runs of megatron-core, made by megatron_runs.py, against what it reads and computes itself."""
 
-import functools
 import json
 import os
 import pickle
 import re
 import shutil
-import tarfile
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from checkpoint.convert import moves
 from checkpoint.convert.engine import Renamed
@@ -20,19 +16,13 @@ from checkpoint.convert.formats import open_place
 from checkpoint.convert.mapping import build
 from checkpoint.convert.megatron import CLASSES, ONLY, adapted, read_args, read_megatron
 from checkpoint.convert.sources import Source
-from checkpoint.convert.torchfiles import Strided, read_torch, write_torch
-from configs.from_run import get_config
-from models.decoder import forward, logits
+from checkpoint.convert.torchfiles import read_torch
 from models.spec import path_name
 from sharding.errors import MismatchError
-from sharding.mesh import make_mesh
-from sharding.rules import BATCH, SEQ
+from tests.checkpoint.convert.foreign import arrays, next_step, refused, unpack, write
 from tests.checkpoint.convert.megatron_runs import ARCHIVE, BASE, BETAS, EPS, LLAMA, LR, RUNS, STEPS
 from tests.checkpoint.convert.test_pickles import Calls, archive
 from trainer.commands.main import main
-from trainer.restore import first_state
-from trainer.state import init_state, make_layout
-from trainer.step import make_train_step
 
 TAG = f"iter_{STEPS:07d}"
 FILE = "model_optim_rng.pt"
@@ -43,10 +33,7 @@ LAYERED = {"self_attention.linear_qkv.layer_norm_": "input_layernorm.",
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("megatron")
-    with tarfile.open(ARCHIVE) as files:
-        files.extractall(folder, filter="data")
-    return folder
+    return unpack(ARCHIVE, tmp_path_factory.mktemp("megatron"))
 
 
 @pytest.fixture
@@ -78,14 +65,6 @@ def theirs(folder, when="before") -> dict[str, np.ndarray]:
     for name in masters:
         found[name.replace("masters/", "params/")] = found.pop(name)
     return found
-
-
-def arrays(source) -> dict[str, np.ndarray]:
-    return {
-        f"{part}/{name}": tensors.read(name, (), 0, shape[0])
-        for part, tensors in source.parts.items()
-        for name, (_, shape) in tensors.facts.items()
-    }
 
 
 def assert_equal(a, b):
@@ -172,18 +151,6 @@ class Params:
         return np.ascontiguousarray(self.arrays[name][lead][start:stop])
 
 
-def batch(tokens: np.ndarray, mesh) -> dict[str, jax.Array]:
-    """The batch of megatron's next step as ours: the last token predicts nothing."""
-    tokens_BT = tokens.astype(np.int32)
-    B, T = tokens_BT.shape
-    targets_BT = np.concatenate([tokens_BT[:, 1:], np.full((B, 1), -1, np.int32)], 1)
-    positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    return jax.device_put(
-        {"tokens": tokens_BT, "targets": targets_BT, "positions": positions_BT,
-         "segment_ids": np.ones_like(tokens_BT)}, NamedSharding(mesh, P(BATCH, SEQ))
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     "place",
     ["llama/dist", "neox/legacy", pytest.param("qwen/dist", marks=pytest.mark.soak),
@@ -193,36 +160,19 @@ def test_logits_and_the_next_step_are_theirs(place, runs, tmp_path):
     folder = runs / place.split("/")[0]
     with_optimizer = [] if "neox" in place else ["--with-optimizer"]
     assert main(["convert", str(runs / place), f"torus:{tmp_path}/start", *with_optimizer]) == 0
-    exp = get_config(f"{tmp_path}/start")
-    exp.model.dtype, exp.model.remat = "float32", "none"
-    exp.optimizer.peak_lr, exp.optimizer.warmup_steps = LR, 0
-    exp.optimizer.schedule, exp.optimizer.clip_norm = "constant", 0.0
-    mesh = make_mesh(exp.mesh, jax.devices()[:1])
     expected = np.load(folder / "expected.npz")
-    quickly = {"xla_backend_optimization_level": "0"}  # compiling takes longer than running
-    with jax.set_mesh(mesh):
-        layout = make_layout(exp, mesh)
-        state = first_state(init_state(exp, layout), exp, layout)
-        rows = batch(expected["tokens"], mesh)
-
-        @functools.partial(jax.jit, compiler_options=quickly)
-        def run_logits(params, rows):
-            order = ("tokens", "positions", "segment_ids")
-            x_BTD, _ = forward(params, *(rows[k] for k in order), exp.model)
-            return logits(params, x_BTD, exp.model)
-
-        found_BTV = np.asarray(run_logits(state.params, rows))
-        assert np.abs(expected["logits"]).max() > 0.1
-        assert np.abs(found_BTV - expected["logits"]).max() < 1e-4
-        if not with_optimizer:
-            return
-        assert (exp.optimizer.b1, exp.optimizer.b2, exp.optimizer.eps) == (*BETAS, EPS)
-        before = Params(state.params)
-        after, _ = jax.jit(make_train_step(exp, layout), compiler_options=quickly)(state, rows)
+    found = next_step(tmp_path / "start", LR, expected["tokens"], train=bool(with_optimizer))
+    assert np.abs(expected["logits"]).max() > 0.1
+    assert np.abs(found.logits_BTV - expected["logits"]).max() < 1e-4
+    if not with_optimizer:
+        return
+    optimizer = found.exp.optimizer
+    assert (optimizer.b1, optimizer.b2, optimizer.eps) == (*BETAS, EPS)
+    before, after = Params(found.before.params), Params(found.after.params)
     source = read_megatron(runs / place)
     family, model = adapted(read_args(source.described), source)
     want, was = theirs(folder, "after"), inverse(Source({"params": before}), family, model)
-    for name, array in inverse(Source({"params": Params(after.params)}), family, model).items():
+    for name, array in inverse(Source({"params": after}), family, model).items():
         assert np.abs(array - was[name]).max() > 1e-3, name  # the step is no small one
         error = np.abs(array - want[name])
         if name.endswith("linear_qkv.bias") and model.position == "learned":
@@ -232,31 +182,6 @@ def test_logits_and_the_next_step_are_theirs(place, runs, tmp_path):
 
 
 # ---------------------------------------------------------------- refused
-
-
-def write(path, state) -> None:
-    """Writes a file of torch.save anew; tensors become arrays."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(v) for key, v in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(plain(v) for v in value)
-        return value.read() if isinstance(value, Strided) else value
-
-    state = plain(state)
-    with path.open("wb") as file:
-        write_torch(file, state)
-
-
-def refused(path, tmp_path, capsys, status, *options) -> str:
-    before = sorted(str(p) for p in tmp_path.rglob("*"))
-    capsys.readouterr()
-    assert main(["convert", str(path), f"torus:{tmp_path}/no", *options]) == status
-    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and len(error) < 1000
-    return error
 
 
 @pytest.mark.parametrize("name", ONLY)
