@@ -38,17 +38,23 @@ def written_bytes(folder: Path) -> int:
     return total
 
 
+def prepared(to: str, tmp_path: Path, vocab: int, width: int):
+    """Returns what is to be converted, a Hugging Face folder or a run, and its tensors."""
+    family, model = tiny("qwen3-8b")
+    model = dataclasses.replace(model, vocab=vocab, width=width)
+    tensors = random_tensors(family, model)
+    source = write_folder(tmp_path / "hf", family.write(model), tensors)
+    if to == "hf":
+        assert main(["convert", str(source), f"torus:{tmp_path}/run"]) == 0
+        source = tmp_path / "run"
+    return source, tensors
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("to", ["torus", "hf"])
 def test_sigkill_leaves_no_half_result_and_the_same_command_then_succeeds(to, tmp_path):
-    family, model = tiny("qwen3-8b")
-    model = dataclasses.replace(model, vocab=20_000, width=256)
-    tensors = random_tensors(family, model)
-    folder = write_folder(tmp_path / "hf", family.write(model), tensors)
-    source, target = folder, tmp_path / "start"
-    if to == "hf":
-        assert main(["convert", str(folder), f"torus:{tmp_path}/run"]) == 0
-        source, target = tmp_path / "run", tmp_path / "out"
+    source, tensors = prepared(to, tmp_path, vocab=20_000, width=256)
+    target = tmp_path / "target"
     # A reader that stops in the middle, so that the kill surely comes while tensors are written.
     code = (
         "import time, sys; from checkpoint.convert import engine; real = engine.build; seen = []\n"
@@ -79,13 +85,7 @@ def test_sigkill_leaves_no_half_result_and_the_same_command_then_succeeds(to, tm
 @pytest.mark.parametrize("to", ["torus", "hf"])
 def test_sigkill_at_ten_random_moments(to, tmp_path):
     """When some share of the bytes is written: each time there is nothing, or all of it."""
-    family, model = tiny("qwen3-8b")
-    model = dataclasses.replace(model, vocab=60_000, width=512)
-    tensors = random_tensors(family, model)
-    source = write_folder(tmp_path / "hf", family.write(model), tensors)
-    if to == "hf":
-        assert main(["convert", str(source), f"torus:{tmp_path}/run"]) == 0
-        source = tmp_path / "run"
+    source, tensors = prepared(to, tmp_path, vocab=60_000, width=512)
     target = tmp_path / "target"
     staging = target.with_name(target.name + engine.STAGING)
     code = "import sys; from trainer.commands.main import main; sys.exit(main(sys.argv[1:]))"
