@@ -27,7 +27,7 @@ import numpy as np
 from sharding.errors import UsageError
 
 BLOCK = 8 * 2**20  # bytes of a tensor held at a time on either side, where the table allows it
-TILE = 2**14  # elements
+LARGE = 2**14  # elements
 TIED = {"head": "embedding"}  # our leaf that may be missing → the one that then serves for it
 
 Letters = tuple[str, ...]
@@ -384,15 +384,13 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _assign(target: np.ndarray, values: np.ndarray) -> None:
-    """Copies in tiles that fit a cache: large transposed assignments are 4 times slower whole."""
-    if values.size <= TILE:
-        target[...] = values
-        return
-    axis = int(np.argmax(values.shape))
-    half = values.shape[axis] // 2
-    for part in (slice(half), slice(half, None)):
-        at = (slice(None),) * axis + (part,)
-        _assign(target[at], values[at])
+    """Copies; large transposed values by XLA's own moves, which are 3 to 9 times as fast."""
+    moved = values.dtype == target.dtype and values.itemsize <= 4 and not values.flags.c_contiguous
+    if values.size > LARGE and moved:
+        import jax  # not for the proof of a table, which comes before anything is read
+
+        values = np.asarray(jax.device_put(values))
+    target[...] = values
 
 
 def _shifted(values: np.ndarray, element: Element) -> np.ndarray:

@@ -1,7 +1,6 @@
 """`torus convert`: checkpoints of other stacks to ours, and ours to theirs."""
 
 import argparse
-import ctypes
 import hashlib
 import json
 import math
@@ -74,7 +73,6 @@ there, refuses access or does not answer, 1 writing failed.
 """
 
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # of malloc.h
 _DOING = "converting, verifying"  # each byte counts twice
 
 
@@ -115,7 +113,9 @@ def main(argv: list[str]) -> int:
     args.sent = is_remote(target)
     if args.sent and target_kind not in REMOTE:
         raise UsageError(f"{target}: {target_kind} is not written to buckets; torus and hf are")
-    _keep_freed_memory()
+    from sharding.mesh import keep_freed_memory
+
+    keep_freed_memory()
     todo = partial(_to_ours, args, kind, source)
     if kind == "torus":
         todo = partial(_to_theirs, args, source, target_kind)
@@ -152,14 +152,6 @@ def _send(
     if not args.json:
         print(f"{target}: {len(sizes)} objects, {sum(sizes):,} bytes, sent and read back")
     return 0
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep large blocks that are freed: asking for them anew costs more than copying."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**30), (_ARENA_MAX, 1)):
-            mallopt(option, value)
 
 
 def _read(

@@ -17,6 +17,7 @@ from sharding.errors import UsageError, nearest
 from trainer.commands import COMMANDS
 from trainer.recovery.health import Unhealthy
 
+_ON_HOST = ("convert", "diff", "inspect", "verify")  # the accelerators may belong to a run
 USAGE = """\
 Torus trains language models on TPU, GPU and CPU with JAX: one config file, one command.
 
@@ -89,6 +90,8 @@ def _dispatch(arguments: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(command.USAGE.rstrip())
         return 0
+    if name in _ON_HOST:
+        os.environ["JAX_PLATFORMS"] = "cpu"
     return command.main(rest)
 
 

@@ -72,7 +72,7 @@ def round_trip(text, block=mapping.BLOCK):
 def blocks(request, monkeypatch):
     if request.param != "whole":
         monkeypatch.setattr(mapping, "BLOCK", 1)
-        monkeypatch.setattr(mapping, "TILE", 3)
+        monkeypatch.setattr(mapping, "LARGE", 3)
 
 
 @pytest.mark.usefixtures("blocks")
