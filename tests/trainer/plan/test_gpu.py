@@ -124,6 +124,16 @@ def test_more_memory_never_turns_fits_into_does_not_fit(preset, gpu, power, rema
     assert all((plan["forecast"] is not None) == plan["fits"] for plan in plans)
 
 
+def test_a_byte_too_much_does_not_fit(monkeypatch):
+    exp, target = experiment(accumulation=32), parse_slice("8xH200")
+    exp.model = dataclasses.replace(exp.model, remat="full")
+    share = formula_plan(exp, target)["needed"] / 141e9
+    for factor, fits in ((1 + 1e-9, True), (1 - 1e-9, False)):
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", f"{share * factor:.15f}")
+        plan = formula_plan(exp, target)
+        assert plan["fits"] == fits == (plan["forecast"] is not None)
+
+
 def test_parts_add_up_and_what_is_kept_follows_the_recipe():
     plan = formula_plan(experiment(accumulation=32), parse_slice("8xH200"))
     assert sum(plan["memory"].values()) == plan["needed"] <= plan["capacity"] == 0.75 * 141e9
