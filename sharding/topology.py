@@ -1,4 +1,4 @@
-"""Named TPU slices, and the devices of one that is not there.
+"""Named TPU slices and hosts of GPUs, and the devices of a slice that is not there.
 
 `parse_slice` reads the names that a cloud sells slices under and needs neither JAX nor libtpu;
 `slice_devices` asks libtpu to describe the slice, with the wraparound links it really has (without
@@ -8,6 +8,7 @@ them XLA spells gathers in ways that cost twice the bytes). The devices can be c
 
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from sharding.errors import UsageError, nearest
 from sharding.hardware import CHIPS, has_tpu
 
 _GIB = 2.0**30
+GPUS = tuple(name for name, chip in CHIPS.items() if chip.torus_axes == 0)
+HOST = 8  # GPUs of a host, joined by NVLink: NVIDIA's HGX and DGX boards
+NETWORK = 50e9  # bytes/s that one GPU sends to other hosts: 400 Gb/s of InfiniBand or RoCE
 
 
 @dataclass(frozen=True)
@@ -52,16 +56,23 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Slice:
-    """One or more equal TPU slices; several are joined by the data-centre network."""
+    """One or more equal TPU slices, joined by the data-centre network; or hosts of GPUs."""
 
-    chip: str  # a key of FAMILIES and of CHIPS
-    shape: tuple[int, ...]  # chips along each torus dimension of one slice
+    chip: str  # a key of CHIPS; of FAMILIES too for a TPU
+    shape: tuple[int, ...]  # chips along each torus dimension of one slice; (GPUs of a host,)
     count: int = 1
+    network: float = NETWORK  # bytes/s between hosts, of one GPU
+
+    @property
+    def gpu(self) -> bool:
+        return self.chip in GPUS
 
     @property
     def name(self) -> str:
-        """The name that `parse_slice` reads: `v5e-256`, `2xv5e-256`, `v5p:4x4x12`."""
+        """The name that `parse_slice` reads: `v5e-256`, `2xv5e-256`, `v5p:4x4x12`, `4x8xH200`."""
         prefix = f"{self.count}x" if self.count > 1 else ""
+        if self.gpu:
+            return f"{prefix}{self.shape[0]}x{self.chip.upper()}"
         if self.shape in FAMILIES[self.chip].shapes:
             return f"{prefix}{self.chip}-{_number(self.chip, self.shape)}"
         return f"{prefix}{self.chip}:{'x'.join(map(str, self.shape))}"
@@ -90,16 +101,29 @@ class Slice:
 def parse_slice(name: str) -> Slice:
     """Reads `CHIP-NUMBER`, `CHIP:AxB[xC]`, or either after `COUNTx` for several slices.
 
+    GPUs are `COUNTxGPU` of one host, or that after `HOSTSx`; `a100` is the one of 80 GB.
+
     Raises:
       UsageError: an unknown chip, or a size that the chip is not sold in.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+)*))?", name.strip().lower())
-    count, chip, number, layout = match.groups() if match else (None, name, None, None)
+    pattern = r"(?:(\d+)x)?(?:(\d+)x)?([a-z][a-z0-9]*)(?:-(\d+)(?:gb)?|:(\d+(?:x\d+)*))?"
+    match = re.fullmatch(pattern, name.strip().lower())
+    count, inner, chip, number, layout = match.groups() if match else (None, None, name, None, None)
     chip = {"v5litepod": "v5e", "v7x": "tpu7x"}.get(chip, chip)
-    if chip not in FAMILIES:
+    gpu = f"{chip}-{number}" if number else {"a100": "a100-80"}.get(chip, chip)
+    if gpu in GPUS:
+        hosts, gpus = (int(count), int(inner)) if inner else (1, int(count or 0))
+        if layout or not hosts or not 1 <= gpus <= HOST:
+            host = f"{HOST}x{gpu.upper()}"
+            raise UsageError(
+                f"no GPUs {name!r}: a host has 1 to {HOST}, as {host}; two are 2x{host}"
+            )
+        return Slice(gpu, (gpus,), hosts)
+    if chip not in FAMILIES or inner:
         raise UsageError(
             f"no TPU slice {name!r}: a chip of {', '.join(FAMILIES)}, then - and a size, as "
-            f"v5e-256{nearest(chip.partition('-')[0], FAMILIES)}"
+            f"v5e-256; nor GPUs: a count, then x and one of {', '.join(GPUS)}, as 8xH200"
+            f"{nearest(chip.partition('-')[0], (*FAMILIES, *GPUS, 'a100'))}"
         )
     family = FAMILIES[chip]
     by_number = {_number(chip, shape): shape for shape in family.shapes}
@@ -129,6 +153,20 @@ def parse_slice(name: str) -> Slice:
 
 def _number(chip: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * FAMILIES[chip].cores
+
+
+def program_bytes(chip: str) -> float:
+    """Returns the bytes of one device that a program may use; of a GPU what JAX takes at once.
+
+    Raises:
+      UsageError: XLA_CLIENT_MEM_FRACTION is no share.
+    """
+    if chip in FAMILIES:
+        return FAMILIES[chip].compiler_bytes
+    share = os.environ.get("XLA_CLIENT_MEM_FRACTION") or "0.75"  # JAX's default
+    if not re.fullmatch(r"0?\.\d*[1-9]\d*|1(\.0*)?", share):
+        raise UsageError(f"XLA_CLIENT_MEM_FRACTION={share}: a share of the GPU's memory, as 0.9")
+    return float(share) * CHIPS[chip].hbm_bytes
 
 
 def require_libtpu() -> None:

@@ -11,7 +11,7 @@ import pytest
 from sharding import topology
 from sharding.errors import UsageError
 from sharding.hardware import CHIPS
-from sharding.topology import FAMILIES, Slice, parse_slice
+from sharding.topology import FAMILIES, GPUS, HOST, Slice, parse_slice
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +29,11 @@ ROOT = Path(__file__).resolve().parents[2]
         ("tpu7x-128", "tpu7x", (4, 4, 4), 64, 128),
         ("v7x-8", "tpu7x", (2, 2, 1), 4, 8),
         ("4xv5e-256", "v5e", (16, 16), 1024, 1024),
+        ("8xH200", "h200", (8,), 8, 8),
+        ("1xb200", "b200", (1,), 1, 1),
+        ("4x8xh100", "h100", (8,), 32, 32),
+        ("8xA100", "a100-80", (8,), 8, 8),
+        ("2x4xA100-40GB", "a100-40", (4,), 8, 8),
     ],
 )
 def test_names(name, chip, shape, chips, devices):
@@ -52,6 +57,13 @@ def test_every_standard_slice_has_a_name_that_reads_back():
     assert parse_slice(odd.name) == odd
 
 
+def test_every_gpu_has_a_name_that_reads_back():
+    for gpu in GPUS:
+        for count in range(1, HOST + 1):
+            for hosts in (1, 2, 16):
+                assert parse_slice(Slice(gpu, (count,), hosts).name) == Slice(gpu, (count,), hosts)
+
+
 @pytest.mark.parametrize(
     ("name", "wrap"),
     [
@@ -72,7 +84,14 @@ def test_wraparound(name, wrap):
     ("name", "match"),
     [
         ("v5f-256", r"v4, v5e, v5p, v6e, tpu7x.*did you mean `v5p`"),
-        ("8xh200", "a chip of v4"),
+        ("8xh300", r"a chip of v4.*one of a100-40, a100-80, h100, h200, b200.*mean `h200`"),
+        ("8xa100-60", "one of a100-40, a100-80.*mean `a100`"),
+        ("16xH100", r"no GPUs '16xH100': a host has 1 to 8, as 8xH100; two are 2x8xH100"),
+        ("H100", "a host has 1 to 8"),
+        ("0x8xh200", "a host has 1 to 8"),
+        ("2x0xh200", "a host has 1 to 8"),
+        ("8xh200:2x4", "a host has 1 to 8"),
+        ("2x4xv5e-16", "no TPU slice '2x4xv5e-16'"),
         ("", "a chip of v4"),
         ("v5e-200", r"did you mean `v5e-256`\? The number counts chips: v5e-1, v5e-4"),
         ("v5e-0", "did you mean `v5e-1`"),

@@ -1,4 +1,4 @@
-"""`torus plan`: fit, speed and cost of a config on a TPU slice, asked before anything is paid.
+"""`torus plan`: fit, speed and cost of a config on TPUs or GPUs, asked before anything is paid.
 
 Everything that can be refused without the compiler is refused before one starts
 (trainer/plan/process.py).
@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from sharding.errors import UsageError
@@ -37,6 +38,7 @@ is refused in seconds, with how much it lacks. Needs libtpu: pip install 'torus-
   torus plan --config=gemma3_1b --on=v6e-16 --config.model.remat=attention,residual
   torus plan --config=llama3_8b --on=v5e-256 --config.perf=off
   torus plan --config=llama3_8b --on=v5e-256 --search --budget=20m
+  torus plan --config=llama3_8b --on=4x8xH200 --search
 
 --search compares meshes, microbatches, what the backward pass keeps and the ways to spread long
 rows: all by formula, the best ones compiled. It prints them by tokens per second and chip, and the
@@ -46,7 +48,11 @@ that the same search goes on where it stopped.
 SLICE is a name of the cloud's: v5e-256 and v6e-256 count chips; v4-128, v5p-128 and tpu7x-128
 count cores, two a chip. Other shapes are written v5p:4x4x12, several slices 2xv5e-256.
 
-  --price X      what one chip costs an hour; prints the cost of the whole run
+GPUS are A100-40, A100-80, H100, H200 or B200: 8xH200 is one host, 4x8xH200 four. For them all is by
+formula, in seconds: nothing is compiled or run, and libtpu is not needed.
+
+  --price X      what one chip or GPU costs an hour; prints the cost of the whole run
+  --network X    of GPUs: Gb/s that each one can send to other hosts (default 400)
   --budget T     of a search: how long to compile, as 90s, 10m (default) or 2h
   --keep N       of a search: how many that fit to compile (default 8)
   --jobs N       of a search: compilations at a time; default by this machine's cores and memory
@@ -89,8 +95,9 @@ def main(argv: list[str]) -> int:
     else:
         experiment, flags = parse_flags(
             argv,
-            on="TPU slice to plan for, as v5e-256",
+            on="TPU slice or GPUs to plan for, as v5e-256",
             price="of one chip for an hour",
+            network="Gb/s between hosts, of one GPU",
             program="file for the program's text",
             explain="file for the page",
             calibrate="run to compare with",
@@ -99,9 +106,9 @@ def main(argv: list[str]) -> int:
             jobs="how many at a time",
         )
     if not flags["on"]:
-        raise UsageError("--on=SLICE is missing; try --on=v5e-256")
-    price = _price(flags["price"])
-    target = parse_slice(flags["on"])
+        raise UsageError("--on=SLICE is missing; try --on=v5e-256 or --on=8xH200")
+    price = _number("price", flags["price"], "what one chip costs an hour, as 1.2")
+    target = _target(experiment, flags, switches)
     old = _stored(argv, target) if "--check" in switches else None
     if "--search" in switches:
         return _search(experiment, target, flags, switches)
@@ -111,7 +118,8 @@ def main(argv: list[str]) -> int:
     for name in ("program", "explain"):
         _check_file(name, flags[name])
     check_sizes(experiment, experiment.mesh.sizes(target.devices))
-    require_libtpu()
+    if not target.gpu:
+        require_libtpu()
 
     status, plan, log = _compile(experiment, target, flags["program"], flags["explain"])
     if plan is None:
@@ -144,13 +152,28 @@ def _check_file(name: str, path: str) -> None:
         raise UsageError(f"--{name}={path} is a folder; name a file")
 
 
-def _price(text: str) -> float | None:
-    """Returns the price of a chip-hour, None where none is given."""
+def _number(name: str, text: str, meaning: str) -> float | None:
+    """Returns the number that a flag gives, None where it is not given."""
     if not text:
         return None
-    if not re.fullmatch(r"\d*\.?\d+", text):
-        raise UsageError(f"--price={text}: a number, what one chip costs an hour, as 1.2")
+    if not re.fullmatch(r"\d*\.?\d+", text) or not float(text):
+        raise UsageError(f"--{name}={text}: a number above 0, {meaning}")
     return float(text)
+
+
+def _target(experiment: Experiment, flags: dict[str, str], switches: set[str]) -> Slice:
+    """Returns what to plan for, after refusing what does not go with it."""
+    target, network = parse_slice(flags["on"]), flags.get("network", "")
+    compiling = ("program", "explain", "calibrate", "budget", "jobs")
+    stray = [f"--{name}" for name in compiling if flags.get(name)] + [*switches & {"--check"}]
+    if target.gpu and stray:
+        raise UsageError(f"{stray[0]} needs a compiler: {target.name} is planned by formula alone")
+    if target.gpu and "," in experiment.perf:
+        raise UsageError(f"config.perf = {experiment.perf!r}: on GPUs choose auto or off")
+    if network and not target.gpu:
+        raise UsageError(f"--network={network} is of GPUs, not of {target.name}")
+    rate = _number("network", network, "the Gb/s of one GPU to other hosts, as 400")
+    return replace(target, network=rate * 1e9 / 8) if rate else target
 
 
 def _search(
@@ -158,16 +181,18 @@ def _search(
 ) -> int:
     budget, keep = _seconds(flags["budget"] or "10m"), _count("keep", flags["keep"] or "8")
     jobs = _count("jobs", flags["jobs"]) if flags["jobs"] else 0
-    require_libtpu()
+    if not target.gpu:
+        require_libtpu()
     from trainer.plan.search import search  # imports JAX
 
     text = f"searching for the fastest mesh of {experiment.name} on {target.name}"
     with _progress(text, keep) as show:
         found = search(experiment, target, keep, budget, jobs, show)
+    answer = {**found.to_json(experiment), "compiled": not target.gpu}
     if "--json" in switches:
-        print(json.dumps(found.to_json(experiment), indent=2))
+        print(json.dumps(answer, indent=2))
     else:
-        print(format_search(found.to_json(experiment), target, pareto="--pareto" in switches))
+        print(format_search(answer, target, pareto="--pareto" in switches))
     if found.stopped == "interrupted":
         return 130
     return 0 if found.ranked() else 3 if found.failed else 1
@@ -215,6 +240,10 @@ def _compile(
     experiment: Experiment, target: Slice, save: str, page: str
 ) -> tuple[int, dict[str, Any] | None, str]:
     """Runs trainer.plan.compile; returns exit status, answer (None when it failed) and log."""
+    if target.gpu:
+        from trainer.plan.formula import formula_plan  # imports JAX
+
+        return 0, formula_plan(experiment, target), ""
     text = f"compiling {experiment.name} for {target.name}; a config that fits takes some minutes"
     with _progress(text), Compilation(experiment, target, save, page) as compilation:
         return compilation.result()

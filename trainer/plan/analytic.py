@@ -2,15 +2,18 @@
 
 Rooflines of the matmuls of one layer and of the head, attention at what the kernels reach, bytes
 through memory, bytes over the links by mesh axis. Chips, links and kernels are those of cost.py;
-docs/plan.md says how far the formula lies from compiled programs. It ranks; it is never shown as
-an estimate.
+docs/plan.md says how far the formula lies from compiled programs. For TPUs it ranks and is never
+shown as an estimate; for GPUs it is all there is.
 """
+
+import math
+from dataclasses import replace
 
 from models.attention.sequence_plan import Sizes, estimate, sequence_plan
 from models.attention.tpu_cost import PEAK_SHARE
 from models.flops import visible_keys
 from trainer.config import Experiment
-from trainer.plan.cost import Setting, guessed_axes, link_bandwidth
+from trainer.plan.cost import LINK_SHARE, Setting, guessed_axes, link_bandwidth
 from trainer.plan.recipe import compile_options, device_tokens, layer_weights
 
 MATMUL_SHARE = 0.87  # of peak that large matmuls reach by XLA's cycles
@@ -21,8 +24,15 @@ PASSES = (30, 12, 12)
 # Times that the tokens of a layer are gathered or scattered over tensor, as XLA spells it: once for
 # each matmul, in steps that go one way round. Read from the program of a 32B model on v5p-128.
 TRANSFERS = 24
+GPU_TRANSFERS = 10  # whole ones, whatever is kept: read from the step compiled for CPU devices
 UPDATE = 36  # bytes a weight that the optimizer reads and writes
 HIDDEN = 0.6  # of a gradient reduction, with the options of trainer/plan/recipe.py
+# Assumed of GPUs, where nothing was compiled or run, as shares of the datasheet's peak. Matmuls:
+# what cuBLAS reached with the best shapes, so an upper bound (stas00/ml-engineering, accelerators,
+# "Maximum Achievable Matmul FLOPS", bfloat16). Attention, forward and backward: cuDNN on an H100,
+# heads of 128, 8,192 tokens (FlashAttention-3, arXiv:2407.08608, section 4), for all GPUs.
+GPU_MATMUL_SHARE = {"a100-40": 0.87, "a100-80": 0.87, "h100": 0.80, "h200": 0.80, "b200": 0.78}
+GPU_ATTENTION_SHARE = (0.53, 0.52)
 
 
 def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
@@ -51,8 +61,9 @@ def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
 
     gathered = 0.0
     if experiment.mesh.zero == 3:
-        gathered = 2 * _ring(item * weights, sizes["fsdp"], setting)
-    over_tensor = (TRANSFERS + len(again)) * _ring(item * tokens * model.width, tensor, setting)
+        gathered = 2 * _ring(item * weights, setting, "fsdp")
+    transfers = TRANSFERS + len(again) if chip.torus_axes else GPU_TRANSFERS
+    over_tensor = transfers * _ring(item * tokens * model.width, setting, "tensor")
     over_seq = _sequence(experiment, setting, again="attention" not in kept)
     reduced = _reduced(item * weights, setting)
     if compile_options(experiment, chip.name, sizes):
@@ -69,7 +80,7 @@ def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
     once = {
         "matmul": 3 * _roofline(tokens, model.width, model.padded_vocab / tensor, item, setting),
         "memory": (4 * logits + 6 * item * head / tensor) / chip.hbm_bandwidth,
-        "tensor": 4 * _ring(item * tokens * model.width, tensor, setting),
+        "tensor": 4 * _ring(item * tokens * model.width, setting, "tensor"),
         "gradients": _reduced(item * head / tensor, setting),
     }
     seconds = {
@@ -111,7 +122,7 @@ def _roofline(tokens: float, rows: float, columns: float, item: int, setting: Se
     sides = [max(side, TILE) for side in (tokens, rows, columns)]
     flops = 2 * sides[0] * sides[1] * sides[2]
     moved = item * (tokens * rows + tokens * columns + rows * columns)
-    peak = MATMUL_SHARE * setting.chip.flops_bf16
+    peak = GPU_MATMUL_SHARE.get(setting.chip.name, MATMUL_SHARE) * setting.chip.flops_bf16
     return max(flops / peak, moved / setting.chip.hbm_bandwidth)
 
 
@@ -121,14 +132,31 @@ def _attention(experiment: Experiment, setting: Setting, tokens: float, *, again
     keys = [visible_keys(model, kind, experiment.data.seq_len) for kind in model.pattern]
     pairs = tokens * sum(keys) / len(keys)
     product = 2 * pairs * model.head_dim * max(1, model.heads / setting.mesh["tensor"])
-    forward, backward = PEAK_SHARE[setting.chip.name]
+    forward, backward = PEAK_SHARE.get(setting.chip.name, GPU_ATTENTION_SHARE)
     return product * (2 * (1 + again) / forward + 5 / backward) / setting.chip.flops_bf16
 
 
-def _ring(size: float, devices: int, setting: Setting) -> float:
-    """Seconds in which each of `devices` gathers `size` bytes whole."""
-    bandwidth = link_bandwidth(setting, guessed_axes(setting, devices))
-    return size * (devices - 1) / devices / bandwidth
+def bandwidth(setting: Setting, *axes: str) -> float:
+    """Returns the bytes/s at which each device gathers over mesh axes.
+
+    GPUs lie in mesh order, the last axes inside hosts; those of a host share their adapters.
+    """
+    devices = math.prod(setting.mesh[axis] for axis in axes)
+    if setting.chip.torus_axes:
+        return link_bandwidth(setting, guessed_axes(setting, devices))
+    inside, stride = 1, 1
+    for axis, size in reversed(setting.mesh.items()):
+        if axis in axes:
+            inside *= max(1, math.gcd(setting.torus[0], stride * size) // stride)
+        stride *= size
+    between = inside * setting.network if inside < devices else math.inf
+    return LINK_SHARE * min(setting.chip.ici_bandwidth, between)
+
+
+def _ring(size: float, setting: Setting, *axes: str) -> float:
+    """Seconds in which each device of these mesh axes gathers `size` bytes whole."""
+    devices = math.prod(setting.mesh[axis] for axis in axes)
+    return size * (devices - 1) / devices / bandwidth(setting, *axes)
 
 
 def _reduced(size: float, setting: Setting) -> float:
@@ -137,20 +165,21 @@ def _reduced(size: float, setting: Setting) -> float:
     Over a whole slice, and over data x fsdp at once, libtpu spells the sum as an all-reduce.
     """
     mesh = setting.mesh
-    replicas = mesh["data"] * mesh["seq"]
-    scattered = _ring(size, mesh["fsdp"], setting)
-    if replicas == 1:
-        whole = mesh["fsdp"] >= setting.devices // setting.slices
+    scattered = _ring(size, setting, "fsdp")
+    if mesh["data"] * mesh["seq"] == 1:
+        whole = mesh["fsdp"] >= setting.devices // setting.slices and setting.chip.torus_axes
         return scattered * (2 if whole else 1)
-    return scattered + 2 * _ring(size / mesh["fsdp"], replicas, setting)
+    return scattered + 2 * _ring(size / mesh["fsdp"], setting, "data", "seq")
 
 
 def _sequence(experiment: Experiment, setting: Setting, *, again: bool) -> float:
     """Seconds that one layer waits for the links of the seq axis, both passes."""
     if setting.mesh["seq"] == 1:
         return 0.0
-    model, mesh = experiment.model, setting.mesh
-    sizes = Sizes.of(model, mesh, experiment.data.seq_len, setting.chip)
+    model, mesh, chip = experiment.model, setting.mesh, setting.chip
+    if not chip.torus_axes:
+        chip = replace(chip, ici_bandwidth=bandwidth(setting, "seq"))
+    sizes = Sizes.of(model, mesh, experiment.data.seq_len, chip)
     rows = experiment.train.batch_size / experiment.train.accumulation
     rows /= mesh["data"] * mesh["fsdp"]
     return rows * (3 + again) * estimate(sequence_plan(model, sizes), sizes)

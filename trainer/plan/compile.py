@@ -73,8 +73,8 @@ class Plan:
         return self.needed <= self.capacity
 
     def to_json(self) -> dict:
-        """Returns the plan as a JSON object, "fits" included."""
-        return {**asdict(self), "fits": self.fits}
+        """Returns the plan as a JSON object, "fits" and "compiled" included."""
+        return {**asdict(self), "fits": self.fits, "compiled": self.forecast is not None}
 
 
 def make_plan(experiment: Experiment, target: Slice, save: str = "", page: str = "") -> Plan:

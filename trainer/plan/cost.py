@@ -9,6 +9,7 @@ rides in fusions ("async collective fusion") only behind those. Everything here 
 estimate, not a measurement.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ class Setting:
 
     mesh: axis → size, all axes, in the order of the program's devices.
     torus: chips along each dimension of a slice; wrap: whether its rings close.
-    slices: how many slices there are.
+    slices: how many slices there are. GPUs: (GPUs of a host,), True, and how many hosts.
+    network: bytes/s between hosts, of one GPU.
     visible: mean keys that a query sees, per kind of layer, for the attention kernels.
     """
 
@@ -53,13 +55,11 @@ class Setting:
     wrap: bool
     slices: int = 1
     visible: tuple[float, ...] = ()
+    network: float = 0.0
 
     @property
     def devices(self) -> int:
-        total = 1
-        for size in self.mesh.values():
-            total *= size
-        return total
+        return math.prod(self.mesh.values())
 
 
 @dataclass

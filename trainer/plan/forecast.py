@@ -49,10 +49,10 @@ class Forecast:
 def setting_of(experiment: Experiment, target: Slice, mesh: dict[str, int]) -> Setting:
     """Returns what the walk must know beside the program."""
     model, length = experiment.model, experiment.data.seq_len
-    visible = {visible_keys(model, kind, length) for kind in model.pattern}
+    visible = tuple(sorted({visible_keys(model, kind, length) for kind in model.pattern}))
     wrap = any(target.wrap[: len(target.shape)])
     chip = CHIPS[target.chip]
-    return Setting(chip, mesh, target.shape, wrap, target.count, tuple(sorted(visible)))
+    return Setting(chip, mesh, target.shape, wrap, target.count, visible, target.network)
 
 
 def forecast(text: str, experiment: Experiment, target: Slice, mesh: dict[str, int]) -> Forecast:

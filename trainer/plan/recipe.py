@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from models.config import ModelConfig
 from sharding.errors import UsageError
 from sharding.hardware import chip_for
-from sharding.topology import FAMILIES
+from sharding.topology import FAMILIES, program_bytes
 
 if TYPE_CHECKING:
     from trainer.config import Experiment
@@ -95,9 +95,8 @@ def choose(experiment: Experiment, device: Any, sizes: dict[str, int]) -> Choice
       UsageError: `config.perf` cannot be read.
     """
     chip = chip_for(device)
-    family = FAMILIES.get(chip.name) if chip is not None else None
-    resolved = resolve_remat(experiment, family and family.compiler_bytes, sizes)
-    if family is None:
+    resolved = resolve_remat(experiment, chip and program_bytes(chip.name), sizes)
+    if chip is None or chip.name not in FAMILIES:
         return Choice(resolved, {})
     first, *changes = [part.strip() for part in experiment.perf.split(",")]
     if first == "auto" and "-barriers" not in changes and experiment.model.width >= BARRIER_WIDTH:
@@ -156,7 +155,7 @@ def resolve_remat(
 ) -> Experiment:
     """Returns the experiment with `model.remat = "auto"` replaced by what fits.
 
-    capacity: bytes of one device that a program may use; None (no TPU) keeps nothing.
+    capacity: bytes of one device that a program may use; None (CPU) keeps nothing.
     """
     if experiment.model.remat != "auto":
         return experiment
@@ -189,7 +188,12 @@ def kept_bytes(experiment: Experiment, name: str, sizes: dict[str, int]) -> floa
 
 
 def fixed_bytes(experiment: Experiment, sizes: dict[str, int]) -> float:
-    """Bytes of one device that a step needs whatever is kept; checked against compiled peaks.
+    """Bytes of one device that a step needs whatever is kept; checked against compiled peaks."""
+    return sum(fixed_parts(experiment, sizes).values())
+
+
+def fixed_parts(experiment: Experiment, sizes: dict[str, int]) -> dict[str, float]:
+    """Returns `fixed_bytes` by what holds them.
 
     State and gradients, what goes into each layer, and the larger of two moments: the loss (head,
     its gradient, a chunk of logits and of their gradient) and one layer's backward pass.
@@ -201,16 +205,18 @@ def fixed_bytes(experiment: Experiment, sizes: dict[str, int]) -> float:
     head = model.padded_vocab * model.width
     weights = layer * model.layers + head * (1 if model.tie_embeddings else 2)
     zero = experiment.mesh.zero
-    state = weights * (
-        4 / (shards if zero == 3 else tensor) + 8 / shards + 4 / (shards if zero >= 2 else tensor)
-    )
     logits, chunk = tokens * model.padded_vocab * 4, max(2 * head, 2**25)
     loss = (2 * item * head + logits) / tensor
     if logits > chunk:
         loss = ((item + 4) * head + 1.5 * chunk) / tensor
     wide = item * tokens * (5 * model.mlp + 4 * model.heads * model.head_dim) + 3 * item * layer
-    inputs = item * tokens * model.width * (model.layers / tensor + 4)
-    return state + inputs + max(loss, wide / tensor)
+    return {
+        "parameters": weights * 4 / (shards if zero == 3 else tensor),
+        "optimizer": weights * 8 / shards,
+        "gradients": weights * 4 / (shards if zero >= 2 else tensor),
+        "inputs of layers": item * tokens * model.width * (model.layers / tensor + 4),
+        "loss or a layer": max(loss, wide / tensor),
+    }
 
 
 def layer_weights(model: ModelConfig) -> int:

@@ -4,12 +4,13 @@ import re
 from typing import Any
 
 from sharding.hardware import CHIPS
-from sharding.topology import FAMILIES, Slice
+from sharding.topology import Slice, program_bytes
 from trainer.config import Experiment
 from trainer.console import format_duration
 
 _GIB = 2.0**30
 _OPTIMAL = 20  # tokens a parameter: compute-optimal by Hoffmann et al. 2022, arXiv:2203.15556
+_FORMULA = "by formula; nothing was compiled or run"
 
 
 def format_plan(
@@ -19,28 +20,30 @@ def format_plan(
     price: float | None = None,
     calibration: tuple[float, int] | None = None,
 ) -> str:
-    """Returns the screen of a plan (`Plan.to_json`), without a line end.
+    """Returns the screen of a plan (`Plan.to_json`, `formula_plan`), without a line end.
 
     price: of one chip for an hour. calibration: measured over estimated time of so many own runs.
     """
     unit = "chip" if CHIPS[target.chip].devices_per_chip == 1 else "core"
+    layout = f"({plan['chips']:,} chips, {'x'.join(map(str, target.shape))})"
+    if target.gpu:
+        unit, layout = "GPU", f"({plan['chips']:,} GPUs, hosts: {target.count:,}), {_FORMULA}"
     train = experiment.train
     micro = f" in {train.accumulation} microbatches" if train.accumulation > 1 else ""
     chosen = " (auto)" if experiment.model.remat == "auto" else ""
     lines = [
-        f"{plan['config']} on {plan['slice']} ({plan['chips']:,} chips, "
-        f"{'x'.join(map(str, target.shape))})",
+        f"{plan['config']} on {plan['slice']} {layout}",
         f"  mesh        {format_mesh(plan['mesh'])}; zero {experiment.mesh.zero}, "
         f"remat {plan['remat']}{chosen}{', barriers' if plan['barriers'] else ''}",
         f"  parameters  {plan['parameters']:,}",
         f"  batch       {train.batch_size:,} rows{micro} x {experiment.data.seq_len:,} tokens = "
         f"{plan['tokens_per_step']:,} per step",
         *_options(plan, experiment),
-        *_memory(plan, unit),
+        *(_formula(plan, experiment, price) if target.gpu else _memory(plan, unit)),
     ]
-    if plan["forecast"] is not None:
+    if plan["forecast"] is not None and not target.gpu:
         lines += _time(plan["forecast"], plan, calibration)
-        lines += _run(plan, experiment, price)
+        lines += _run(plan, experiment, price, "chip")
         lines += _findings(plan["forecast"])
     free = plan["capacity"] - plan["needed"]
     if plan["fits"]:
@@ -51,6 +54,10 @@ def format_plan(
             f"{plan['capacity'] / _GIB:.2f} GiB per {unit}"
         )
         lines += [f"  try {option}" for option in _ways_out(experiment, plan)]
+    if target.gpu:
+        if plan["capacity"] < plan["needed"] <= 0.9 * CHIPS[target.chip].hbm_bytes:
+            lines.append("  try XLA_CLIENT_MEM_FRACTION=0.9 in the environment, of the run too")
+        return "\n".join([*lines, _FORMULA])
     seconds = plan["trace_seconds"] + plan["compile_seconds"]
     versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
     done = "compiled" if plan["fits"] else "refused"
@@ -59,15 +66,18 @@ def format_plan(
 
 def format_search(found: dict[str, Any], target: Slice, *, pareto: bool = False) -> str:
     """Returns the table of a search (`Found.to_json`), without a line end."""
-    capacity = FAMILIES[target.chip].compiler_bytes
+    capacity, unit = program_bytes(target.chip), "GPU" if target.gpu else "chip"
+    by = _FORMULA if target.gpu else "by the compiler's estimate (no TPU ran)"
+    made = f"by formula, {len(found['refused'])} by the compiler, {len(found['ranked'])} compiled"
     lines = [
         f"{found['config']} on {target.name}: {found['candidates']:,} candidates, "
-        f"{found['too_large']:,} too large by formula, {len(found['refused'])} by the compiler, "
-        f"{len(found['ranked'])} compiled"
+        f"{found['too_large']:,} too large {by if target.gpu else made}"
         + (f"; {found['stopped']}: there may be better ones" if found["stopped"] else "")
     ]
     if found["ranked"]:
-        lines.append("  tokens/s/chip    step   GiB free  mesh, microbatches, what is kept")
+        lines.append(
+            f"{f'tokens/s/{unit}':>15}    step   GiB free  mesh, microbatches, what is kept"
+        )
     for row in found["ranked"]:
         plan = row["plan"]
         strategy = "".join(re.findall(r"seq_strategy=(\w+)", row["options"]))
@@ -85,12 +95,13 @@ def format_search(found: dict[str, Any], target: Slice, *, pareto: bool = False)
     ]
     lines += [f"  failed, {row['reason']}: {row['options']}" for row in found["failed"]]
     if found["ranked"]:
-        lines += ["the first one, by the compiler's estimate (no TPU ran):",
+        lines += [f"the first one, {by}:",
                   f"  {found['ranked'][0]['options'] or 'the config as it is'}"]  # fmt: skip
     elif found["smallest"] is not None and found["candidates"] == found["too_large"]:
         lines.append(
             f"nothing fits: the smallest needs {found['smallest'] / _GIB:.2f} GiB by formula, of "
-            f"{capacity / _GIB:.2f}; a larger slice, or a smaller config.train.batch_size"
+            f"{capacity / _GIB:.2f}; a larger slice, more GPUs, or a smaller "
+            "config.train.batch_size"
         )
     return "\n".join(lines)
 
@@ -164,7 +175,28 @@ def _time(
     return lines + [f"    not counted: {note}" for note in forecast["notes"]]
 
 
-def _run(plan: dict[str, Any], experiment: Experiment, price: float | None) -> list[str]:
+def _formula(plan: dict[str, Any], experiment: Experiment, price: float | None) -> list[str]:
+    """Memory of a GPU, largest part first; of a config that fits time and cost."""
+    parts = sorted(plan["memory"].items(), key=lambda part: -part[1])
+    parts += [("needed", plan["needed"]), ("capacity", plan["capacity"])]
+    lines = [f"    {size / _GIB:8.2f}  {name}" for name, size in parts if size]
+    lines = [f"  memory per GPU, GiB, {_FORMULA}", *lines]
+    if (forecast := plan["forecast"]) is None:
+        return lines
+    step, speed = forecast["seconds"]["estimate"], forecast["tokens_per_second"]
+    shares = sorted(forecast["shares"].items(), key=lambda share: -share[1])
+    return [
+        *lines,
+        f"  a step, {_FORMULA}",
+        f"    {_short(step)}; {speed:,.0f} tokens/s per GPU, {speed * plan['chips']:,.0f} in all; "
+        f"MFU {forecast['mfu']['estimate']:.1%}; ms:",
+        *(f"    {1e3 * time:9,.1f}  {what}" for what, time in shares if time >= 0.002 * step),
+        *_run(plan, experiment, price, "GPU"),
+        *(f"    {note}" for note in forecast["notes"]),
+    ]
+
+
+def _run(plan: dict[str, Any], experiment: Experiment, price: float | None, unit: str) -> list[str]:
     """How long the whole run takes, and to 20 tokens a parameter."""
     step, lines = plan["forecast"]["seconds"]["estimate"], []
     targets = {
@@ -176,7 +208,7 @@ def _run(plan: dict[str, Any], experiment: Experiment, price: float | None) -> l
         cost = "" if price is None else f", {hours * plan['chips'] * price:,.0f} at {price:g}"
         lines.append(
             f"    {_days(hours)} for {name} ({steps * plan['tokens_per_step'] / 1e9:,.1f} billion "
-            f"tokens){cost}{'' if price is None else ' a chip-hour'}"
+            f"tokens){cost}{'' if price is None else f' a {unit}-hour'}"
         )
     return lines
 
@@ -204,7 +236,7 @@ def _ways_out(experiment: Experiment, plan: dict[str, Any]) -> list[str]:
         options.append("--config.model.remat=full")
     if rows > train.accumulation:
         options.append(f"--config.train.accumulation={rows}")
-    return options or ["a larger slice, or a larger config.mesh.tensor"]
+    return options or ["a larger slice, more GPUs, or a larger config.mesh.tensor"]
 
 
 def _short(seconds: float) -> str:

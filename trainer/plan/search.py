@@ -2,7 +2,7 @@
 
 All that can be laid out are ranked by formula (analytic.py for time, recipe.py for memory) in
 seconds; the best are compiled, each in a process of its own, until enough fit or time is up.
-Times in the end are the compiler's estimates; the formula only chooses what is compiled.
+Times in the end are the compiler's estimates; the formula only chooses. Of GPUs it is the answer.
 """
 
 import math
@@ -16,10 +16,11 @@ from typing import Any
 from models.config import SEQ_STRATEGIES
 from sharding.config import AXES
 from sharding.errors import UsageError
-from sharding.topology import FAMILIES, Slice
+from sharding.topology import Slice, program_bytes
 from trainer.config import Experiment, check_sizes, leaves
 from trainer.plan.analytic import step_seconds
 from trainer.plan.forecast import setting_of
+from trainer.plan.formula import formula_plan
 from trainer.plan.process import Compilation
 from trainer.plan.recipe import GROUPS, fixed_bytes, kept_bytes, resolve_remat
 
@@ -52,7 +53,7 @@ class Space:
 class Found:
     """What a search has compiled so far.
 
-    compiled: candidates with their plans, those that the compiler refused for memory included.
+    compiled: candidates with their plans, those refused for memory included; of GPUs by formula.
     failed: candidates on which it failed otherwise, with the end of its log.
     """
 
@@ -91,7 +92,7 @@ class Found:
 
 
 def space(experiment: Experiment, target: Slice) -> Space:
-    """Returns all candidates; several slices hold replicas, joined by `data` alone.
+    """Returns all candidates; several TPU slices hold replicas, joined by `data` alone.
 
     Raises:
       UsageError: no mesh divides what the config holds; the refusal of replicas alone says why.
@@ -115,8 +116,8 @@ def space(experiment: Experiment, target: Slice) -> Space:
 
 
 def meshes(target: Slice) -> Iterator[dict[str, int]]:
-    """Yields all sizes of the axes data, fsdp, seq, tensor over the devices of a slice."""
-    inside = target.devices // target.count
+    """Yields all sizes of the axes data, fsdp, seq, tensor over the devices of a target."""
+    inside = target.devices if target.gpu else target.devices // target.count
     for tensor in _divisors(inside):
         for seq in _divisors(inside // tensor):
             for fsdp in _divisors(inside // tensor // seq):
@@ -125,11 +126,13 @@ def meshes(target: Slice) -> Iterator[dict[str, int]]:
 
 
 def _of_mesh(experiment: Experiment, target: Slice, sizes: dict[str, int]) -> Iterator[Candidate]:
-    mesh = replace(experiment.mesh, **sizes, dcn_data=target.count, dcn_fsdp=1)
+    slices = 1 if target.gpu else target.count
+    mesh = replace(experiment.mesh, **sizes, dcn_data=slices, dcn_fsdp=1)
     rows = experiment.train.batch_size // (sizes["data"] * sizes["fsdp"])
     check_sizes(replace(experiment, train=replace(experiment.train, accumulation=1)), sizes)
     setting = setting_of(experiment, target, sizes)
-    capacity = FAMILIES[target.chip].compiler_bytes
+    capacity = program_bytes(target.chip)
+    limit = capacity if target.gpu else SLACK * capacity  # no compiler has the last word
     asked = experiment.model.seq_strategy
     strategies = SEQ_STRATEGIES[1:] if sizes["seq"] > 1 and asked == "auto" else (asked,)
     for accumulation in _divisors(rows):
@@ -148,7 +151,7 @@ def _of_mesh(experiment: Experiment, target: Slice, sizes: dict[str, int]) -> It
                 kept = [n for part in named.model.remat_names() or ((),) for n in part]
                 needed = fixed + sum(kept_bytes(one, name, sizes) for name in kept)
                 seconds = math.inf
-                if needed <= SLACK * capacity:
+                if needed <= limit:
                     seconds = sum(step_seconds(named, setting).values())
                 if remat == auto:  # the shorter line
                     named = replace(one, model=replace(model, remat=experiment.model.remat))
@@ -194,6 +197,10 @@ def search(
       show: called a few times a second with what goes on and how many fit.
     """
     found = Found(space(experiment, target))
+    if target.gpu:
+        for candidate in list(shortlist(found.space.fit))[:keep]:
+            found.compiled.append((candidate, formula_plan(candidate.experiment, target)))
+        return found
     waiting, running = shortlist(found.space.fit), {}
     jobs, end = jobs or _jobs(), time.monotonic() + budget
     try:
