@@ -198,8 +198,12 @@ def listing(names: Any) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Returns the text of an error in one line of bounded length; the cause is often at its end."""
+    """Returns the text of an error in one line of bounded length; the cause is often at its end.
+
+    What TensorStore adds to its messages, such as a page of the array's metadata, is left out.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
+    text = re.split(r" \[[a-z_]+='", text)[0]
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 

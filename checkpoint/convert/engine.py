@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from xxhash import xxh3_64_digest
 
 from checkpoint.convert.families import Family
 from checkpoint.convert.mapping import BLOCK, Element, Row, build, to_ours, to_theirs
@@ -30,6 +31,7 @@ from models.config import ModelConfig
 from sharding.errors import MismatchError, UsageError
 
 STAGING = ".converting"  # added to the target's name while it is being made
+_FORCE_EVERY = 0.5  # seconds
 MEMORY = 2**28  # bytes in flight, unless one tensor needs more
 FLOATS = {str(np.dtype(d)): np.dtype(d)
           for d in (np.float32, np.float16, ml_dtypes.bfloat16)}  # fmt: skip
@@ -162,7 +164,7 @@ class Renamed:
 
 @dataclass(frozen=True)
 class Moved:
-    """What a conversion did: the fingerprint's sums of every tensor, and its most bytes at once."""
+    """What a conversion did: sums of the fingerprints asked for, and its most bytes at once."""
 
     sums: dict[str, np.ndarray]
     in_flight: int
@@ -172,35 +174,38 @@ class InFlight:
     """Runs jobs in threads while the bytes that they hold at once stay within a limit."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._held, self._failed = limit, 0, False
+        self._limit, self._held = limit, 0
+        self._failed: BaseException | None = None
         self._changed = threading.Condition()
         self.peak = 0
 
     def run(self, jobs: Iterable[tuple[int, Callable[[], None]]]) -> None:
-        """Runs (bytes it holds, work) one after the other begun; raises the first failure."""
+        """Runs (bytes it holds, work) one after the other begun; raises what failed first."""
         with ThreadPoolExecutor((os.cpu_count() or 1) + 1, "convert") as pool:
             try:
                 started = [pool.submit(self._do, *job) for job in jobs if self._admit(job[0])]
                 for job in started:
                     job.result()
-            except BaseException:
+            except BaseException as error:
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise
+                raise self._failed or error from None
 
     def _admit(self, nbytes: int) -> bool:
         with self._changed:
             self._changed.wait_for(
-                lambda: self._failed or not self._held or self._held + nbytes <= self._limit
+                lambda: (
+                    self._failed is not None or not self._held or self._held + nbytes <= self._limit
+                )
             )
             self._held += nbytes
             self.peak = max(self.peak, self._held)
-            return not self._failed
+            return self._failed is None
 
     def _do(self, nbytes: int, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException:
-            self._failed = True
+        except BaseException as error:
+            self._failed = self._failed or error  # what follows from it may fail first in order
             raise
         finally:
             with self._changed:
@@ -240,6 +245,8 @@ def run(
     target: Any,
     advance: Callable[[int], None],
     memory: int | None = None,
+    *,
+    fingerprints: bool = False,
 ) -> Moved:
     """Makes every tensor of the target and reads it back; `advance` is told bytes, each twice.
 
@@ -248,6 +255,7 @@ def run(
       target: reads likewise; takes whole elements by put(name, lead, array). One that also takes
         rows, put(name, lead, array, start), says by part_rows(name, lead) how many at least.
       memory: bytes that may be in flight, as `memory_limit` has it.
+      fingerprints: sum up those of the target's tensors.
 
     Raises:
       UsageError: `memory` is too little.
@@ -256,22 +264,23 @@ def run(
     """
     crew = InFlight(memory_limit(plan, memory))
     crew.run(_comparing(plan, source))
-    sums: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+    sums: dict[str, np.ndarray] = {}
     adding = threading.Lock()
-
-    def add(found: dict, part: np.ndarray, element: Element, start: int) -> None:
-        more = rows_sums(part, element.lead, start, plan.target[element.name][1])
-        key = element.name, element.lead
-        with adding:
-            found[key] = found.get(key, 0) + more
-        advance(part.nbytes)
-
+    made: list[tuple[Element, int, int, int, bytes]] = []
     renamed = Renamed(source, plan.names)
 
     def make(part: Element) -> None:
-        array = build(part, renamed, plan.target[part.name][0])
-        add(sums, array, part, part.start)
+        dtype, shape = plan.target[part.name]
+        array = build(part, renamed, dtype)
+        for start, stop, nbytes in _blocks((dtype, array.shape)):
+            digest = xxh3_64_digest(array[start:stop].view(np.uint8))
+            made.append((part, part.start + start, part.start + stop, nbytes, digest))
+        if fingerprints:
+            more = rows_sums(array, part.lead, part.start, shape)
+            with adding:
+                sums[part.name] = sums.get(part.name, 0) + more
         target.put(part.name, part.lead, array, *([part.start] if rows else []))
+        advance(array.nbytes)
 
     rows = getattr(target, "part_rows", None)
     parts = (
@@ -280,22 +289,15 @@ def run(
         for part in (_split(plan, e, rows(e.name, e.lead)) if rows else [e])
     )
     crew.run((_held(plan, part), partial(make, part)) for part in parts)
-    stored: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
 
-    def check(element: Element, start: int, stop: int) -> None:
-        add(stored, target.read(element.name, element.lead, start, stop), element, start)
+    def check(part: Element, start: int, stop: int, nbytes: int, digest: bytes) -> None:
+        stored = target.read(part.name, part.lead, start, stop)
+        if xxh3_64_digest(np.ascontiguousarray(stored).view(np.uint8)) != digest:
+            raise CheckpointError(f"`{part.name}` was not stored as it was written")
+        advance(nbytes)
 
-    crew.run(
-        (2 * nbytes, partial(check, element, start, stop))
-        for element in plan.elements
-        for start, stop, nbytes in _blocks((plan.target[element.name][0], element.shape))
-    )
-    totals: dict[str, np.ndarray] = {}
-    for (name, lead), found in sums.items():
-        if not np.array_equal(stored[name, lead], found):
-            raise CheckpointError(f"`{name}` was not stored as it was written")
-        totals[name] = totals.get(name, 0) + found
-    return Moved(totals, crew.peak)
+    crew.run((2 * block[3], partial(check, *block)) for block in made)
+    return Moved(sums, crew.peak)
 
 
 def _comparing(plan: Plan, source: Any) -> Iterator[tuple[int, Callable[[], None]]]:
@@ -347,7 +349,8 @@ def staged(target: Path) -> Iterator[Path]:
     try:
         for left in staging.iterdir():  # by one that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield staging
+        with _forced(staging):
+            yield staging
         _sync(staging)
         staging.replace(target)
         _sync_one(target.parent)
@@ -358,6 +361,29 @@ def staged(target: Path) -> Iterator[Path]:
         raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _forced(folder: Path) -> Iterator[None]:
+    """Forces what is in `folder` to disk again and again, so that the end has little to wait for.
+
+    Raises:
+      OSError: the disk failed; who asks later may not be told again.
+    """
+    done = threading.Event()
+
+    def force() -> None:
+        while not done.wait(_FORCE_EVERY):
+            with suppress(FileNotFoundError):  # a file that was only there for a moment
+                _sync(folder)
+
+    with ThreadPoolExecutor(1, "force") as pool:
+        forcing = pool.submit(force)
+        try:
+            yield
+        finally:
+            done.set()
+        forcing.result()
 
 
 def _sync(folder: Path) -> None:

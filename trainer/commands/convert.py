@@ -227,7 +227,7 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
         for move in todo:
             prefix = moves.PREFIXES[move.part]
             below = native.NativeTensors(folder / "checkpoints", 0, prefix, checked=False)
-            moved = engine.run(move.plan, move.tensors, below, advance, memory)
+            moved = engine.run(move.plan, move.tensors, below, advance, memory, fingerprints=True)
             sums |= {prefix + name: found_sums for name, found_sums in moved.sums.items()}
             peak = max(peak, moved.in_flight)
         if carried:
