@@ -9,7 +9,8 @@ Only the chosen command's module is imported; this file and the table it reads i
 
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from checkpoint.steps import CheckpointError
@@ -60,6 +61,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def run(work: Callable[[], int] = main) -> int:
+    """Runs `work`; a process that failed ends at once: a save may have left threads that wait.
+
+    Returns the exit status of what succeeded or was interrupted.
+    """
+    try:
+        status = work()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status not in (0, 130):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
 def usage() -> str:
     """Returns the help screen, commands by group."""
     width = max(len(name) for name in COMMANDS)
@@ -101,4 +119,4 @@ def _fail(line: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

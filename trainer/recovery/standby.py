@@ -10,8 +10,10 @@ import json
 import os
 import select
 import sys
-import traceback
 from typing import IO
+
+from trainer.commands.main import main as torus
+from trainer.commands.main import run
 
 
 def hand_over(stdin: IO[bytes], arguments: list[str], environment: dict[str, str]) -> None:
@@ -28,24 +30,8 @@ def main() -> int:
         return 0
     arguments, environment = json.loads(line)
     os.environ.update(environment)
-    from trainer.commands.main import main as torus
-
     return torus(arguments)
 
 
-def _run() -> int:
-    """Runs `main`; a process that failed ends at once: a save may have left threads that wait."""
-    try:
-        status = main()
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    if status not in (0, 130):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
-
-
 if __name__ == "__main__":
-    sys.exit(_run())
+    sys.exit(run(main))

@@ -37,6 +37,16 @@ def command(monkeypatch):
     return set_behaviour
 
 
+def test_what_failed_ends_though_a_thread_waits():
+    code = (
+        "import sys, threading, time; from trainer.commands.main import run; "
+        "threading.Thread(target=time.sleep, args=(100,)).start(); sys.exit(run())"
+    )
+    command = [sys.executable, "-c", code, "no-command"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 2 and "no command `no-command`" in done.stderr
+
+
 def test_help_is_quick_and_imports_no_jax():
     best = float("inf")
     for _ in range(3):
