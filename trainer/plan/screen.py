@@ -1,12 +1,14 @@
 """The screen of a plan: memory, time, audit and cost, in plain lines. Imports no JAX."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from sharding.hardware import CHIPS
 from sharding.topology import Slice, program_bytes
 from trainer.config import Experiment
 from trainer.console import format_duration
+from trainer.plan.recipe import fixed_bytes
 
 _GIB = 2.0**30
 _OPTIMAL = 20  # tokens a parameter: compute-optimal by Hoffmann et al. 2022, arXiv:2203.15556
@@ -225,7 +227,13 @@ def _findings(forecast: dict[str, Any]) -> list[str]:
 
 def _ways_out(experiment: Experiment, plan: dict[str, Any]) -> list[str]:
     """Options that use less memory and change no result, those that cost least first."""
-    mesh, train = plan["mesh"], experiment.train
+    mesh, train, capacity = plan["mesh"], experiment.train, plan["capacity"]
+    state = 16 * plan["parameters"] / plan["devices"]  # float32: parameter, gradient, two moments
+    if state > capacity:
+        return [
+            "a larger slice or more GPUs: spread over all of these devices, parameters, "
+            f"gradients and optimizer alone take {state / _GIB:.2f} GiB of each"
+        ]
     rows = train.batch_size // (mesh["data"] * mesh["fsdp"])
     options = []
     if experiment.mesh.zero < 3 and mesh["fsdp"] > 1:
@@ -234,8 +242,15 @@ def _ways_out(experiment: Experiment, plan: dict[str, Any]) -> list[str]:
         options.append("--config.mesh.data=1 --config.mesh.fsdp=-1")
     if plan["remat"] != "full":
         options.append("--config.model.remat=full")
-    if rows > train.accumulation:
-        options.append(f"--config.train.accumulation={rows}")
+    more = [n for n in range(train.accumulation + 1, rows + 1) if rows % n == 0]
+    if more:
+
+        def needed(accumulation: int) -> float:
+            fewer = replace(train, accumulation=accumulation)
+            return fixed_bytes(replace(experiment, train=fewer), mesh)
+
+        fits = next((n for n in more if needed(n) <= capacity), rows)
+        options.append(f"--config.train.accumulation={fits}")
     return options or ["a larger slice, more GPUs, or a larger config.mesh.tensor"]
 
 

@@ -196,6 +196,19 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_to_try(capsys, monke
     assert "tokens/s" not in text and text.endswith(f"{LABEL}\n")
 
 
+def test_what_to_try_fits_or_is_more_devices(capsys):
+    asked = ["--config=llama3_8b", "--on=8xH200"]
+    assert command.main(asked) == 1
+    (option,) = re.findall(r"  try (--config.train.accumulation=\d+)\n", capsys.readouterr().out)
+    assert command.main([*asked, option]) == 0
+    half = int(option.partition("=")[2]) // 2
+    assert command.main([*asked, f"--config.train.accumulation={half}"]) == 1
+    capsys.readouterr()
+    assert command.main(["--config=llama3_70b", "--on=8xH200"]) == 1
+    (line,) = re.findall(r"  try (.*)\n", capsys.readouterr().out)
+    assert line.endswith("parameters, gradients and optimizer alone take 131.42 GiB of each")
+
+
 def test_json_says_that_nothing_was_compiled(capsys):
     assert command.main([*FITS, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
