@@ -196,9 +196,12 @@ class RemoteShards(TokenShards):
 
     def _open(self) -> list[np.ndarray]:
         with ThreadPoolExecutor(self._config.workers) as pool:
-            return list(pool.map(self._index, self._shards))
+            list(pool.map(self._fetch_index, self._shards))
+        # Here, not in the threads: NumPy parses headers with `ast`, which Python 3.11 does in one
+        # thread at a time or fails by chance.
+        return [open_index(self.folder, shard) for shard in self._shards]
 
-    def _index(self, shard: Shard) -> np.ndarray:
+    def _fetch_index(self, shard: Shard) -> None:
         path = self.folder / shard.index_file
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +211,6 @@ class RemoteShards(TokenShards):
         except ShardError:
             path.unlink()  # the next start asks for it again
             raise
-        return open_index(self.folder, shard)
 
     def readable(self, documents: np.ndarray) -> np.ndarray:
         """Returns which documents can be read, waiting for the shards that were never read."""
