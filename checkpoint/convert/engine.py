@@ -186,9 +186,11 @@ class InFlight:
                 started = [pool.submit(self._do, *job) for job in jobs if self._admit(job[0])]
                 for job in started:
                     job.result()
-            except BaseException as error:
+            except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise self._failed or error from None
+                if self._failed is not None:
+                    raise self._failed  # noqa: B904  (mostly the very error; its cause stays)
+                raise
 
     def _admit(self, nbytes: int) -> bool:
         with self._changed:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from checkpoint.convert.torchfiles import write_torch
 from configs.from_run import get_config
 from models.decoder import forward, logits
+from models.spec import path_name
 from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
 from trainer.commands.main import main
@@ -47,6 +48,18 @@ def arrays(source) -> dict[str, np.ndarray]:
         for part, tensors in source.parts.items()
         for name, (_, shape) in tensors.facts.items()
     }
+
+
+class Params:
+    """Parameters in memory, read as those of a step."""
+
+    def __init__(self, tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        self.arrays = {path_name(path): np.asarray(leaf) for path, leaf in leaves}
+        self.facts = {name: (a.dtype, a.shape) for name, a in self.arrays.items()}
+
+    def read(self, name, lead, start, stop):
+        return np.ascontiguousarray(self.arrays[name][lead][start:stop])
 
 
 def next_step(start: Path, rate: float, tokens: np.ndarray, *, train: bool = True) -> Step:

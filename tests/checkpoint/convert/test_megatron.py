@@ -6,7 +6,6 @@ import pickle
 import re
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,9 +16,8 @@ from checkpoint.convert.mapping import build
 from checkpoint.convert.megatron import CLASSES, ONLY, adapted, read_args, read_megatron
 from checkpoint.convert.sources import Source
 from checkpoint.convert.torchfiles import read_torch
-from models.spec import path_name
 from sharding.errors import MismatchError
-from tests.checkpoint.convert.foreign import arrays, next_step, refused, unpack, write
+from tests.checkpoint.convert.foreign import Params, arrays, next_step, refused, unpack, write
 from tests.checkpoint.convert.megatron_runs import ARCHIVE, BASE, BETAS, EPS, LLAMA, LR, RUNS, STEPS
 from tests.checkpoint.convert.test_pickles import Calls, archive
 from trainer.commands.main import main
@@ -137,18 +135,6 @@ def test_without_arguments_a_config_is_needed(run, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- what is computed
-
-
-class Params:
-    """Parameters in memory, read as those of a step."""
-
-    def __init__(self, tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        self.arrays = {path_name(path): np.asarray(leaf) for path, leaf in leaves}
-        self.facts = {name: (a.dtype, a.shape) for name, a in self.arrays.items()}
-
-    def read(self, name, lead, start, stop):
-        return np.ascontiguousarray(self.arrays[name][lead][start:stop])
 
 
 @pytest.mark.parametrize(
