@@ -10,9 +10,12 @@ import glob
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import cache_key
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -47,6 +50,7 @@ def start_runtime() -> None:
     count = os.environ.get("JAX_NUM_PROCESSES")
     if count and int(count) > 1 and not jax.distributed.is_initialized():
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        _share_compiled()
         # JAX's own notifier would swallow a SIGTERM until the loop asks for signals itself.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
@@ -67,6 +71,25 @@ def keep_freed_memory() -> None:
     if mallopt is not None:  # not so without glibc
         for option, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**30), (_ARENA_MAX, 1)):
             mallopt(option, value)
+
+
+def _share_compiled() -> None:
+    """Has every CPU process of a job find in the cache what the first one has compiled.
+
+    The key holds a fingerprint of the topology, which on the CPU is another in each process (JAX
+    0.10 to 0.12), and only the first writes: all others would compile anew at every restart.
+    """
+    described = cache_key._hash_accelerator_config
+    processor = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    kinds = "".join(sorted({li for li in processor.splitlines() if li.startswith("flags")}))
+
+    def describe(key: Any, devices: np.ndarray) -> None:
+        if devices.flat[0].platform == "cpu":
+            key.update(kinds.encode())
+        else:
+            described(key, devices)
+
+    cache_key._hash_accelerator_config = describe
 
 
 def _order_collectives() -> None:

@@ -31,7 +31,7 @@ STEP = 0.1  # seconds that the data of a step takes
 PATIENCE = 400.0  # seconds for a run that two cores share with others
 FLAGS = (
     SLOW, f"--config.train.steps={STEPS}", f"--config.checkpoint.every={CHECKPOINT}",
-    f"--config.checkpoint.snapshot_every={SNAPSHOT}",
+    f"--config.checkpoint.snapshot_every={SNAPSHOT}", "--config.eval.batches=8",
 )  # fmt: skip
 
 
