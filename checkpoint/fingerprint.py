@@ -8,7 +8,7 @@ against storage and transport, not against someone who wants to deceive.
 """
 
 import math
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -61,17 +61,27 @@ def part_sums(part: np.ndarray, first: tuple[int, ...], shape: tuple[int, ...]) 
     return np.asarray(_sums_of_rows(words.reshape(rows, -1), *numbers))
 
 
-def box_sums(
-    boxes: list[np.ndarray], firsts: list[tuple[int, ...]], shapes: list[tuple[int, ...]]
-) -> np.ndarray:
-    """Returns uint32 (boxes, 2): what each box of an array adds to the array's fingerprint.
+def box_sums(box: np.ndarray, first: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Returns uint32 (2,): what a box of an array of `shape` adds to the array's fingerprint.
+
+    On the host, also where the job computes elsewhere; does not wait for it.
 
     Args:
-      firsts: index of each box's first element in its array.
-      shapes: of the arrays.
+      first: index of the box's first element.
     """
-    numbers = [np.asarray(first, np.int64).astype(np.uint32) for first in firsts]
-    return np.asarray(_box_sums(boxes, numbers, tuple(shapes)))
+    program = box_program(box.shape, box.dtype, shape)
+    return program(box, np.asarray(first, np.int64).astype(np.uint32))
+
+
+@cache
+def box_program(
+    box: tuple[int, ...], dtype: np.dtype, shape: tuple[int, ...]
+) -> jax.stages.Compiled:
+    """Compiles what `box_sums` runs for boxes of this kind, which takes a tenth of a second."""
+    first = jax.ShapeDtypeStruct((len(shape),), _U32)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        program = jax.jit(partial(array_sums, shape=shape))
+        return program.lower(jax.ShapeDtypeStruct(box, dtype), first).compile()
 
 
 def rows_sums(
@@ -90,13 +100,6 @@ def sums_text(sums: np.ndarray) -> str:
 @jax.jit
 def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([array_sums(leaf) for leaf in leaves])
-
-
-@partial(jax.jit, static_argnums=2)
-def _box_sums(
-    boxes: list[jax.Array], firsts: list[jax.Array], shapes: tuple[tuple[int, ...], ...]
-) -> jax.Array:
-    return jnp.stack([array_sums(*box) for box in zip(boxes, firsts, shapes, strict=True)])
 
 
 @jax.jit

@@ -36,6 +36,9 @@ def start_runtime() -> None:
     finds by itself (Cloud TPU, SLURM, Open MPI).
     """
     keep_freed_memory()
+    platforms = jax.config.jax_platforms
+    if platforms and "cpu" not in platforms.split(","):  # what is done on the host is compiled too
+        jax.config.update("jax_platforms", f"{platforms},cpu")
     if not has_tpu():
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         # With libtpu installed for ahead-of-time work, JAX would try a TPU first and log errors.

@@ -6,7 +6,7 @@ what does not fit is refused at start, not by a signal in the middle of a run.
 
 A slot begins with a header of 64 bytes, cleared before anything is written and complete only
 afterwards; it has a checksum, so half a header is none. Then come the pieces of arrays, and then a
-JSON index that says what they are, each with its CRC-32.
+JSON index that says what they are and what each adds to the fingerprint of its array.
 """
 
 import contextlib
@@ -25,7 +25,6 @@ _PAGE = 4096
 _FIELDS = struct.Struct("<8sqQQI")  # magic, step, where the index is, its bytes, its CRC
 _MAGIC = b"torusnap"
 _COMMITTED, _NEXT = range(2)  # words of the first page
-_BLOCK = 2**22  # bytes copied at once, then summed while they are in the cache
 _SPARE = 0.05  # of the memory that is free, never taken
 
 
@@ -110,19 +109,15 @@ class Slots:
         self.data(slot)[:HEADER] = bytes(HEADER)
         return slot
 
-    def put(self, slot: int, offset: int, content: memoryview) -> int:
-        """Copies `content` (bytes) to `offset` of a slot; returns its CRC-32."""
-        target, crc = self.data(slot), 0
-        for start in range(0, len(content), _BLOCK):
-            block = content[start : start + _BLOCK]
-            target[offset + start : offset + start + len(block)] = block
-            crc = zlib.crc32(block, crc)
-        return crc
+    def put(self, slot: int, offset: int, content: memoryview | bytes) -> None:
+        """Copies `content` to `offset` of a slot."""
+        self.data(slot)[offset : offset + len(content)] = content
 
     def commit(self, slot: int, step: int, offset: int, index: dict[str, Any]) -> None:
         """Writes the index at `offset`, and then the header: from here on the slot holds `step`."""
         text = json.dumps(index).encode()
-        fields = _FIELDS.pack(_MAGIC, step, offset, len(text), self.put(slot, offset, text))
+        self.put(slot, offset, text)
+        fields = _FIELDS.pack(_MAGIC, step, offset, len(text), zlib.crc32(text))
         self.data(slot)[:HEADER] = (fields + zlib.crc32(fields).to_bytes(4, "little")).ljust(HEADER)
 
     def index(self, slot: int) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from checkpoint.fingerprint import box_program, box_sums
 from checkpoint.memory import restore
 from checkpoint.memory.slots import HEADER, Slots, round_up
 from checkpoint.memory.wire import Directory, Refused
@@ -85,7 +86,10 @@ class Snapshots:
             return
         rank = jax.process_index()
         self._pieces, self._coded = _plan(state, self._directory)
-        self._sizes = {name: leaf.size for name, leaf in flatten(state).items()}
+        self._arrays = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for name, leaf in flatten(state).items()
+        }
         names = sum(len(piece.name) + _PIECE_TEXT for piece in self._pieces)
         pages = round_up(_end(self._pieces) + names + _SPARE_TEXT) // round_up(1)
         mine = np.asarray([pages, time.time_ns() % 2**31], np.int32)
@@ -96,6 +100,7 @@ class Snapshots:
             "run": f"{told[0, 1]}", "committed": step if held else -1,
         }  # fmt: skip
         self._step = step
+        self._ready = self._worker.submit(self._prepare)  # while the step is compiled
         try:
             self._reserve()
         except OSError as error:
@@ -104,8 +109,9 @@ class Snapshots:
     def due(self, step: int) -> bool:
         """Whether to take a snapshot of the state after `step` updates; for every step, cheap."""
         self._step = step
-        if self._directory is None:
+        if self._directory is None or not self._ready.done():
             return False
+        self._ready.result()
         idle = self._drain is None or self._drain.done()
         if idle and self._drain is not None:
             self._drain.result()  # what went wrong there is told here
@@ -139,17 +145,25 @@ class Snapshots:
 
     # ------------------------------------------------------------ in the thread
 
+    def _prepare(self) -> None:
+        for piece in self._pieces:
+            array = self._arrays[piece.name]
+            box_program(piece.shape, array.dtype, array.shape)
+
     def _write(
         self, step: int, copies: list[jax.Array], meta: Callable[[], dict[str, Any]]
     ) -> None:
-        slots, described = self._slots, []
+        slots, described, sums = self._slots, [], []
         slot = slots.begin(step)
         for piece, copy in zip(self._pieces, copies, strict=True):
             part = np.ascontiguousarray(copy)
-            crc = slots.put(slot, piece.offset, memoryview(part.reshape(-1).view(np.uint8)))
-            described.append([piece.name, part.dtype.name, piece.start, piece.shape])
-            described[-1] += [piece.offset, crc]
-        index = {"meta": meta(), "sizes": self._sizes, "pieces": described}
+            # Summed while it is copied; waited for at the end.
+            sums.append(box_sums(part, piece.start, self._arrays[piece.name].shape))
+            slots.put(slot, piece.offset, memoryview(part.reshape(-1).view(np.uint8)))
+            described.append([piece.name, part.dtype.name, piece.start, piece.shape, piece.offset])
+        pieces = [[*d, np.asarray(s).tolist()] for d, s in zip(described, sums, strict=True)]
+        sizes = {name: array.size for name, array in self._arrays.items()}
+        index = {"meta": meta(), "sizes": sizes, "pieces": pieces}
         slots.commit(slot, step, _end(self._pieces), index)
         self._tell("written", step)
 

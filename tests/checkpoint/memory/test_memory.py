@@ -20,8 +20,8 @@ from sharding.errors import UsageError
 
 def write(memory: Slots, step: int, content: bytes) -> int:
     slot = memory.begin(step)
-    crc = memory.put(slot, HEADER, memoryview(content))
-    memory.commit(slot, step, HEADER + len(content), {"crc": crc})
+    memory.put(slot, HEADER, content)
+    memory.commit(slot, step, HEADER + len(content), {"size": len(content)})
     return slot
 
 

@@ -99,8 +99,7 @@ def test_damage_leads_to_the_snapshot_before(snapshots):
     assert snapshots.restore_newest(abstract(where), None) is None
 
 
-def test_damage_that_its_crc_hides_shows_in_the_fingerprint(snapshots, monkeypatch):
-    """The device gets other bits than the piece has: what a fault on the way there would do."""
+def test_damage_on_the_way_to_the_device_shows(snapshots, monkeypatch):
     where = layout(1, 8)
     snapshots.start(0, arrays(0, where), held=False)
     take(snapshots, 1, arrays(1, where))
@@ -131,6 +130,7 @@ def test_boxes_add_up_to_the_fingerprint(dtype):
     cuts = [(slice(0, 2), slice(2, 6)), (slice(0, 7), slice(7, 10)), (slice(0, 1), slice(1, 4))]
     boxes = [(a, b, c) for a in cuts[0] for b in cuts[1] for c in cuts[2]]
     firsts = [tuple(s.start for s in box) for box in boxes]
-    sums = box_sums([whole[box] for box in boxes], firsts, [whole.shape] * len(boxes))
+    parts = zip([whole[box] for box in boxes], firsts, strict=True)
+    sums = [box_sums(box, first, whole.shape) for box, first in parts]
     total = np.add.reduce(sums, axis=0, dtype=np.uint32)
     assert (total == np.asarray(fingerprints({"w": jnp.asarray(whole)}))[0]).all()

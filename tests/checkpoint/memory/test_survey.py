@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from checkpoint.memory.restore import _Piece, _Reader, _Survey
+from checkpoint.memory.restore import _pieces, _Reader, _Survey
 from checkpoint.memory.slots import HEADER
 from tests.trainer.recovery.test_keeper import Hosts
 
@@ -17,8 +17,8 @@ def write(job: Hosts, step: int, parts: dict[int, list[int]]) -> None:
         slot, offset = slots.begin(step), HEADER
         for quarter in quarters:
             values = np.arange(25, dtype=np.int32) + 25 * quarter + step
-            crc = slots.put(slot, offset, memoryview(values.view(np.uint8)))
-            pieces.append(["w", "int32", [25 * quarter], [25], offset, crc])
+            slots.put(slot, offset, memoryview(values.view(np.uint8)))
+            pieces.append(["w", "int32", [25 * quarter], [25], offset, [0, quarter]])
             offset += 128
         index = {"meta": {"step": step}, "sizes": {"w": 100}, "pieces": pieces}
         slots.commit(slot, step, offset, index)
@@ -41,11 +41,7 @@ def lose(job: Hosts, *hosts: int) -> None:
 
 def content(job: Hosts, step: int, plan: dict) -> list[int]:
     """Reads the array as the trainer of the first host would."""
-    pieces = [
-        _Piece(h, r, d, tuple(s), tuple(n), o, c) for h, r, _, d, s, n, o, c in plan["pieces"]
-    ]
-    pieces = list({piece.start: piece for piece in pieces}.values())
-    return _Reader(job.directories[0], step).box(pieces, (10,), (90,)).tolist()
+    return _Reader(job.directories[0], step).box(_pieces(plan, 0)["w"], (10,), (90,)).tolist()
 
 
 def test_the_newest_step_of_all_is_found_and_a_lost_host_computed(job):
