@@ -9,6 +9,7 @@ more hold every part, once by each host, so that they back each other up without
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,7 @@ _PIECE_TEXT = 200  # bytes of the index for a piece, and its name besides
 _SPARE_TEXT = 2**16  # and for what changes from step to step
 _PATIENCE = 20.0  # seconds for the keeper to be there
 _ANEW = 60.0  # seconds without news after which it is told again that we are ready
+_GONE = 1.0  # and if its memory is gone
 
 
 class _Piece(NamedTuple):
@@ -56,6 +58,7 @@ class Snapshots:
         self._drain: Future[None] | None = None
         self._step = self._tried = -1  # where the loop is, and the step last asked for
         self._told = 0.0
+        self._path = ""  # of the slots, as long as their keeper lives
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +120,8 @@ class Snapshots:
             self._drain.result()  # what went wrong there is told here
         wanted = self._slots.next if self._slots is not None else -1
         if wanted <= self._tried:  # no news since the last one
-            if idle and time.monotonic() - self._told > _ANEW:
+            patience = _ANEW if os.path.exists(self._path) else _GONE
+            if idle and time.monotonic() - self._told > patience:
                 self._drain = self._worker.submit(self._begin_anew)
             return False
         if step < wanted:
@@ -184,7 +188,8 @@ class Snapshots:
             answer = self._directory.ask(host, {"op": "reserve", **self._ask_for}, _PATIENCE)
         except Refused as error:
             raise UsageError(str(error)) from error
-        self._slots = Slots.attach(answer["path"])
+        self._path = answer["path"]
+        self._slots = Slots.attach(self._path)
         self._tell("ready", self._ask_for["committed"])
 
     def _begin_anew(self) -> None:

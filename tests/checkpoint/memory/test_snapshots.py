@@ -49,6 +49,7 @@ def snapshots(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, directory.environment()[VARIABLE])
     with KeeperProcess(directory) as keeper, Snapshots(1) as made:
         keeper.ensure()
+        made.keeper = keeper
         yield made
 
 
@@ -57,6 +58,11 @@ def take(snapshots: Snapshots, step: int, state: dict) -> None:
     while not snapshots.due(step):
         assert time.monotonic() < until
         time.sleep(0.001)
+    write(snapshots, step, state)
+
+
+def write(snapshots: Snapshots, step: int, state: dict) -> None:
+    until = time.monotonic() + 20
     snapshots.take(step, state, lambda: {"data": {"next_row": 8 * step}})
     snapshots._drain.result()
     while snapshots._slots.committed < step:
@@ -107,6 +113,23 @@ def test_damage_on_the_way_to_the_device_shows(snapshots, monkeypatch):
     monkeypatch.setattr(jax, "device_put", lambda x, d, **how: put(x + (x.ndim == 0), d))
     assert snapshots.restore_newest(abstract(where), None) is None
     monkeypatch.undo()
+
+
+def test_a_keeper_that_was_replaced_has_the_next_snapshot_within_seconds(snapshots):
+    where = layout(1, 8)
+    snapshots.start(0, arrays(0, where), held=False)
+    take(snapshots, 1, arrays(1, where))
+    assert snapshots.due(2)  # the next one is named, and nothing is told after that
+    snapshots.keeper._process.kill()
+    snapshots.keeper._process.wait()
+    assert snapshots.keeper.ensure()
+    step, until = 3, time.monotonic() + 20
+    while not snapshots.due(step):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+        step += 1
+    write(snapshots, step, arrays(step, where))
+    assert snapshots.restore_newest(abstract(where), None).step == step
 
 
 def test_without_a_keeper_nothing_happens(monkeypatch):
