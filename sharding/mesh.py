@@ -47,7 +47,8 @@ def start_runtime() -> None:
     _order_collectives()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # The small programs too, some thirty a run: a restart waits for each of them.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # XLA:CPU warns about tuning flags of its own when it loads a cached program.
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.ERROR)
     count = os.environ.get("JAX_NUM_PROCESSES")

@@ -28,7 +28,7 @@ from trainer.metrics import read_metrics
 
 LIMIT = 2.0  # of step and data, for hangs
 STEP = 0.05  # seconds, slowed down so that steps can be counted
-EVERY = 20  # steps between checkpoints
+EVERY, SNAPSHOT = 20, 5  # steps between checkpoints, and between snapshots
 
 PLAIN = """
 import sys, time
@@ -72,6 +72,7 @@ def supervised(processes: int, fault: str, tries: int, folder: Path) -> None:
     job = launch(
         run, "--processes", str(processes), "--limit", f"step={LIMIT}", "--limit", f"data={LIMIT}",
         f"--config={ROOT}/tests/trainer/recovery/slow.py", f"--config.checkpoint.every={EVERY}",
+        f"--config.checkpoint.snapshot_every={SNAPSHOT}",
         "--config.train.steps=100000", SLOW=f"data={STEP}", TORUS_CACHE=str(folder / "cache"),
     )  # fmt: skip
     reader = threading.Thread(target=job.communicate)  # a pipe that nobody reads stops the run

@@ -44,10 +44,6 @@ def main() -> int:
     ]
     seeds = range(given.first, given.first + (1 if given.brief else given.seeds))
     os.environ["TORUS_CACHE"] = str(ROOT / ".pytest_cache/torus-chaos")
-    # All programs, the small ones too: what is compiled again after each fault takes both cores.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache/torus-chaos/all")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
     folder = Path(tempfile.mkdtemp(prefix="torus-chaos-"))
     runs = CalmRuns(folder / "calm")
     if given.minutes:

@@ -3,15 +3,15 @@
 from tests.processes import run_processes
 
 _CODE = """
+import os
 import sys
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from sharding.mesh import start_runtime
 
-jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+os.environ["TORUS_CACHE"] = sys.argv[1]
 start_runtime()
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 found = []
 jax.monitoring.register_event_listener(lambda name, **_: found.append(name.rpartition("/")[2]))
 with jax.set_mesh(jax.make_mesh((4,), ("data",))):

@@ -83,16 +83,18 @@ def hosts(tmp_path) -> Iterator:
         each.close()
 
 
-@pytest.mark.parametrize("lost", [0, 2])
-def test_a_host_that_lost_its_memory_gets_it_back(hosts, lost):
-    """Three hosts of two trainers with sizes that do not divide; all of one host's bytes return."""
-    sizes = [4096, 3 * 4096, 2 * 4096, 5 * 4096, 4096, 7 * 4096]
+@pytest.mark.parametrize(
+    ("count", "lost"), [(2, 1), (3, 0), (3, 2), (4, 1), (5, 4), (6, 0), (7, 3), (8, 7)]
+)
+def test_a_host_that_lost_its_memory_gets_it_back(hosts, count, lost):
+    """Hosts of two trainers with sizes that do not divide; all of one host's bytes return."""
+    sizes = [(1, 3, 2, 5, 1, 7)[rank % 6] * 4096 for rank in range(2 * count)]
     job = hosts(sizes)
-    for rank in range(6):
+    for rank in range(2 * count):
         job.reserve(rank)
     for _ in range(3):
         step = job.named()
-        content = {rank: os.urandom(sizes[rank] - 300) for rank in range(6)}
+        content = {rank: os.urandom(sizes[rank] - 300) for rank in range(2 * count)}
         job.write(step, content)
         job.counted(step)
     keeper, directory = job.keepers[lost], job.directories[lost]
