@@ -99,7 +99,12 @@ def sums_text(sums: np.ndarray) -> str:
 
 @jax.jit
 def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([array_sums(leaf) for leaf in leaves])
+    return jnp.stack([_sums_of_leaf(leaf) for leaf in leaves])
+
+
+@jax.jit
+def _sums_of_leaf(leaf: jax.Array) -> jax.Array:
+    return array_sums(leaf)  # traced once for all leaves of a kind: a restart waits for it
 
 
 @jax.jit

@@ -53,11 +53,12 @@ class Journal:
             share * train_flops_per_token(experiment.model, length)
             for length, share in dataset.lengths().items()
         )
+        seconds = CPU_RATE_SECONDS if jax.process_index() == 0 else 0.0  # the others write nothing
         self._timer = StepTimer(
             total_steps=train.steps,
             tokens_per_step=tokens,
             flops_per_step=flops,
-            peak_flops=peak_flops(jax.devices(), CPU_RATE_SECONDS, experiment.model.dtype),
+            peak_flops=peak_flops(jax.devices(), seconds, experiment.model.dtype),
             device_count=mesh.size,
         )
         if not start:

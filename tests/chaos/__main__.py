@@ -3,6 +3,7 @@
     python -m tests.chaos --brief                    eleven faults once
     python -m tests.chaos --seeds 10                 all of them ten times: hours on two cores
     python -m tests.chaos --faults SIGTERM,disk      those whose names contain one of these
+    python -m tests.chaos --seeds 10 --missing       after an interruption: those that --out lacks
     python -m tests.chaos --minutes 30               no fault at all, and so no alarm
 
 The seed of a trial decides step, rank, moment and kind of damage; the same seed plays the same.
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--brief", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("chaos.json"))
+    parser.add_argument("--missing", action="store_true")
     parser.add_argument("--minutes", type=float, default=0.0)
     given = parser.parse_args()
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,10 @@ def main() -> int:
     held = json.loads(given.out.read_text()) if given.out.exists() else []
     results = {(r["fault"], r["seed"]): r for r in held}
     with ThreadPoolExecutor(given.jobs) as pool:
-        trials = [pool.submit(one, n, s, runs, folder) for s in seeds for n in names]
+        wanted = [(n, s) for s in seeds for n in names]
+        if given.missing:
+            wanted = [w for w in wanted if w not in results or results[w]["problem"]]
+        trials = [pool.submit(one, *each, runs, folder) for each in wanted]
         try:
             for count, done in enumerate(as_completed(trials), 1):
                 found = done.result()
