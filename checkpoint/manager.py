@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ from checkpoint.tree import check_storable, flatten
 from sharding.errors import UsageError
 
 Tree = Any
+_T = TypeVar("_T")
 
 _STATE = "state"
 _FIRST_SAVE = 20  # steps until it is known how often to save
@@ -214,14 +215,11 @@ class CheckpointManager:
         """
         damaged: list[tuple[int, str]] = []
         for step in reversed(self.steps()):
-            problem, loaded = "", None
             try:
                 loaded = self.restore(step, abstract)
-            except CheckpointError as error:
-                problem = str(error)
-            if _anywhere(bool(problem)):
-                damaged.append((step, problem or "another process could not read it"))
-                logging.error("checkpoint: %s", damaged[-1][1])
+            except CheckpointError as error:  # in all processes, of the same step
+                damaged.append((step, str(error)))
+                logging.error("checkpoint: %s", error)
                 continue
             self._set_aside([number for number, _ in damaged])
             return Restored(step, *loaded, damaged=tuple(text for _, text in damaged))
@@ -326,22 +324,42 @@ def load_step(
     unplaced = [name for name, leaf in flatten(abstract).items() if leaf.sharding is None]
     if unplaced:
         raise ValueError(f"restoring needs a sharding for {steps.listing(unplaced)}")
-    manifest, meta, saved = read_step(folder, step)
+    manifest, meta, saved = _together(lambda: read_step(folder, step))
     stored, wanted = manifest["arrays"], _facts(abstract)
     if partial:
         stored = {name: facts for name, facts in stored.items() if name in wanted}
     _check_matching(stored, wanted, f"step {step} in {folder}")
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
-    try:
-        with context:
-            state = ocp.load(path, abstract, checkpointable_name=_STATE)
-    except Exception as error:
-        text = f"cannot read step {step} in {folder}: {steps.reason(error)}"
-        raise CheckpointError(text) from error
+    # Orbax would have all wait for one another, and so for one whose part is damaged.
+    me = jax.process_index()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+    context.multiprocessing.barrier_sync_key_prefix = f"process{me}"
+
+    def load() -> Tree:
+        try:
+            with context:
+                return ocp.load(path, abstract, checkpointable_name=_STATE)
+        except Exception as error:
+            text = f"cannot read step {step} in {folder}: {steps.reason(error)}"
+            raise CheckpointError(text) from error
+
+    state = _together(load)
     if verify:
         check_fingerprints(folder, step, as_text(fingerprints(state), list(flatten(state))), saved)
     return state, meta
+
+
+def _together(read: Callable[[], _T]) -> _T:
+    """Returns what `read` does; raises CheckpointError in all processes if it does in any."""
+    problem, found = None, None
+    try:
+        found = read()
+    except CheckpointError as error:
+        problem = error
+    if _anywhere(problem is not None):
+        raise problem or CheckpointError("another process could not read it")
+    return found
 
 
 def _anywhere(flag: bool) -> bool:

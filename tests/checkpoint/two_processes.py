@@ -3,11 +3,15 @@
 Arguments: the folder to restore from, the folder to save to.
 """
 
+import os
 import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -58,6 +62,26 @@ def run(mesh, state, destination):
             manager.save(10, lonely, {})
         except UsageError as error:
             print(error)
+        manager.save(12, state, {"step": 12}, force=True)
+        manager.wait()
+        if jax.process_index() == 0:
+            damage(destination)
+        multihost_utils.sync_global_devices("damaged")
+        began = time.monotonic()
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        found = manager.restore_newest(abstract)
+        assert found.step == 6 and found.meta == {"step": 6} and len(found.damaged) == 1
+        assert time.monotonic() - began < 60  # the process that could read its part does not wait
+        manager.save(12, found.state, {"step": 12}, force=True)  # and all still save together
+
+
+def damage(folder):
+    """Cuts in half what the first process wrote of step 12, which the second need not read."""
+    files = Path(folder, "12/state/ocdbt.process_0").rglob("d/*")
+    file = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
 
 
 if __name__ == "__main__":
