@@ -189,9 +189,7 @@ def _pieces(plan: dict, here: int) -> dict[str, list[_Piece]]:
     return {name: list(parts.values()) for name, parts in found.items()}
 
 
-def _load(
-    directory: Directory, step: int, pieces: dict[str, list[_Piece]], abstract: Tree
-) -> Tree:
+def _load(directory: Directory, step: int, pieces: dict[str, list[_Piece]], abstract: Tree) -> Tree:
     """Returns the state on the devices. Raises OSError, Refused, _Unusable."""
     reader = _Reader(directory, step)
     wanted = flatten(abstract)

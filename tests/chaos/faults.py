@@ -360,7 +360,7 @@ def all_damaged(t: Trial) -> None:
 
 def unhealthy(t: Trial, kind: str) -> None:
     """The same schedule without a kill is what it must end like."""
-    step = any_step(t, 12, 20)
+    step = any_step(t, 16, 22)  # before, the loss falls so fast that a spike is none
     flags = (*TWO, "--config.health.window=8", "--config.health.skip_spikes=True")
     calm = t.calm(*flags, chaos(f"{kind}@{step}"))
     killed = f"kill@{t.draw.randint(step - 1, step + 4)}/rank{t.seed % 2}"

@@ -24,7 +24,7 @@ from tests.trainer.recovery.runs import SLOW, command, keeper, trainers
 from tests.trainer.test_resume import stored_state
 from trainer.goodput import read_incidents
 from trainer.metrics import all_records, read_metrics
-from trainer.recovery.progress import Progress, ProgressPage
+from trainer.recovery.progress import Progress, ProgressPage, process_state
 
 STEPS, SNAPSHOT, CHECKPOINT = 30, 5, 10
 STEP = 0.1  # seconds that the data of a step takes
@@ -229,7 +229,4 @@ class CalmRuns:
 
 def alive(pid: int) -> bool:
     """Whether a process runs; one that is dead may wait for whoever adopted it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    return process_state(pid) not in ("", "Z")

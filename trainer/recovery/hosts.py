@@ -179,7 +179,8 @@ class Hosts:
         `how` is FINISHED or STOPPED if they ended by themselves.
         """
         self._own["ends"] = [
-            [e.rank, e.status, e.progress.phase, e.progress.step, e.progress.changes] for e in ends
+            [e.rank, e.status, e.stopped, e.progress.phase, e.progress.step, e.progress.changes]
+            for e in ends
         ]
         self._own["how"] = how
         until = time.monotonic() + self._lease
@@ -199,8 +200,8 @@ class Hosts:
         for facts in (self._seen[n].facts for n in self._peers() if self._through(n)):
             if facts["token"] == self._plan.get("tokens", {}).get(str(facts["index"])):
                 found += [
-                    End(rank, status, Progress(phase, step, 0.0, changes))
-                    for rank, status, phase, step, changes in facts["ends"]
+                    End(rank, status, Progress(phase, step, 0.0, changes), stopped)
+                    for rank, status, stopped, phase, step, changes in facts["ends"]
                 ]
         return found
 

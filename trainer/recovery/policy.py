@@ -67,11 +67,15 @@ class PhaseLimits:
 
 @dataclass(frozen=True)
 class End:
-    """How one trainer ended, or hung: `status` is None for one that still ran."""
+    """How one trainer ended, or hung: `status` is None for one that still ran.
+
+    `stopped`: it ran no more, for somebody had sent it a SIGSTOP.
+    """
 
     rank: int
     status: int | None
     progress: Progress
+    stopped: bool = False
 
     @property
     def text(self) -> str:
@@ -85,12 +89,12 @@ class End:
 def first_cause(ends: list[End]) -> End:
     """Returns the end that explains the others.
 
-    One that hung is the one that did least; of those that failed, one whose status is not what
-    the death of another makes of it.
+    One that hung is the one that was stopped, else that did least; of those that failed, one whose
+    status is not what the death of another makes of it.
     """
     hung = [end for end in ends if end.status is None]
     if hung:
-        return min(hung, key=lambda end: (end.progress.step, end.progress.changes))
+        return min(hung, key=lambda e: (not e.stopped, e.progress.step, e.progress.changes))
     return min(ends, key=lambda end: (end.status in COLLATERAL, end.status == 0))
 
 

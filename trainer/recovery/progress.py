@@ -21,6 +21,14 @@ _PHASE, _STEP, _SINCE, _CHANGES, _START, _SOURCE = range(6)
 SOURCES = ("", "new", "disk", "memory", "peer", "parity")
 
 
+def process_state(pid: int) -> str:
+    """Returns the letter that Linux has for what a process does: "T" stopped, "Z" a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return ""
+
+
 @dataclass(frozen=True)
 class Progress:
     """What the page of one trainer says.

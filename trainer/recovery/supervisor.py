@@ -44,7 +44,7 @@ from trainer.recovery.policy import (
     first_cause,
     permanent,
 )
-from trainer.recovery.progress import VARIABLE, Progress, ProgressPage
+from trainer.recovery.progress import VARIABLE, Progress, ProgressPage, process_state
 from trainer.recovery.standby import hand_over
 
 SUSPECTS = "launch/suspects"  # names of hosts to leave out, in the run's folder
@@ -96,7 +96,9 @@ class _Trainer:
     output: TextIO | None
 
     def end(self) -> End:
-        return End(self.rank, self.process.poll(), self.page.read())
+        status = self.process.poll()
+        stopped = status is None and process_state(self.process.pid) == "T"
+        return End(self.rank, status, self.page.read(), stopped)
 
 
 class Supervisor:

@@ -1,6 +1,7 @@
 """The decisions of the supervisor, from facts alone."""
 
 import signal
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -23,6 +24,7 @@ def end(rank: int, status: int | None, step: int = 5, changes: int = 50) -> End:
         ([end(0, 1), end(1, 1)], 0),
         ([end(0, None, 7), end(1, None, 6), end(2, None, 7)], 1),
         ([end(0, None, 7, 71), end(1, None, 7, 70)], 1),
+        ([end(0, None, 7), replace(end(1, None, 7), stopped=True)], 1),
     ],
 )
 def test_the_one_that_failed_first_is_blamed(ends, rank):
