@@ -22,6 +22,7 @@ import threading
 import time
 from pathlib import Path
 
+import tests.conftest  # noqa: F401  (how processes of tests compile)
 from tests.processes import ROOT
 from tests.trainer.recovery.runs import at_step, incidents, launch, trainers
 from trainer.metrics import read_metrics
