@@ -85,7 +85,9 @@ def _share_compiled() -> None:
     """
     described = cache_key._hash_accelerator_config
     processor = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    kinds = "".join(sorted({li for li in processor.splitlines() if li.startswith("flags")}))
+    kinds = "".join(
+        sorted({li for li in processor.splitlines() if li.startswith(("flags", "Features"))})
+    )
 
     def describe(key: Any, devices: np.ndarray) -> None:
         if devices.flat[0].platform == "cpu":
