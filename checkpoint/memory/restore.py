@@ -180,8 +180,7 @@ def _check_whole(indexes: dict) -> None:
 def _pieces(plan: dict, here: int) -> dict[str, list[_Piece]]:
     """Returns array → its parts, each once: the one that is `here` where several hosts have it."""
     found: dict[str, dict[tuple, _Piece]] = {}
-    for host, rank, name, dtype, start, *place in plan["pieces"]:
-        shape, offset, sums = place
+    for host, rank, name, dtype, start, shape, offset, sums in plan["pieces"]:
         piece = _Piece(host, rank, dtype, tuple(start), tuple(shape), offset, tuple(sums))
         parts = found.setdefault(name, {})
         if host == here or piece.start not in parts:

@@ -53,11 +53,15 @@ def snapshots(tmp_path, monkeypatch):
         yield made
 
 
-def take(snapshots: Snapshots, step: int, state: dict) -> None:
+def wait_until_due(snapshots: Snapshots, step: int) -> None:
     until = time.monotonic() + 20
     while not snapshots.due(step):
         assert time.monotonic() < until
         time.sleep(0.001)
+
+
+def take(snapshots: Snapshots, step: int, state: dict) -> None:
+    wait_until_due(snapshots, step)
     write(snapshots, step, state)
 
 
@@ -119,7 +123,7 @@ def test_a_keeper_that_was_replaced_has_the_next_snapshot_within_seconds(snapsho
     where = layout(1, 8)
     snapshots.start(0, arrays(0, where), held=False)
     take(snapshots, 1, arrays(1, where))
-    assert snapshots.due(2)  # the next one is named, and nothing is told after that
+    wait_until_due(snapshots, 2)  # the next one is named, and nothing is told after that
     snapshots.keeper._process.kill()
     snapshots.keeper._process.wait()
     assert snapshots.keeper.ensure()
