@@ -8,13 +8,13 @@ per parameter. The weights taken are always the masters; DeepSpeed is imported b
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoint.convert.huggingface import inside
+from checkpoint.convert.folders import find_tag, inside
 from checkpoint.convert.pieces import (
     Pieces,
     PieceTensors,
@@ -38,31 +38,6 @@ _OPTIMIZER = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_op
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _KEYS = {"fp32": PARAMS, **MOMENTS}
 GROUPS = 64  # DeepSpeed leaves parameter groups beyond those in the file unread, without a word
-
-
-def find_tag(
-    folder: Path, pointer: str, wanted: re.Pattern, spell: Callable[[str], str] = str
-) -> Path:
-    """Returns the folder of one step: `folder` itself, or the one that the file `pointer` names.
-
-    spell: makes the folder's name of what the file says.
-
-    Raises:
-      MismatchError: there is none.
-    """
-    if any(wanted.fullmatch(path.name) for path in folder.iterdir()):
-        return folder
-    if not (folder / pointer).exists():
-        raise MismatchError(f"{folder} has no file `{pointer}`, and holds no step itself")
-    name = spell(inside(folder, pointer).read_text(errors="replace")[:200].strip())
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise UnsafeInputError(f"{folder / pointer} names a folder outside of its own: {name!r}")
-    tag = folder / name
-    if name not in {path.name for path in folder.iterdir()} or not tag.is_dir():
-        raise MismatchError(f"{folder / pointer} names {name}, which is not there")
-    if not tag.resolve().is_relative_to(folder.resolve()):
-        raise UnsafeInputError(f"{tag} is a link out of its folder")
-    return tag
 
 
 # ---------------------------------------------------------------- runs

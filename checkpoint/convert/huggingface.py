@@ -1,8 +1,4 @@
-"""Folders of Hugging Face: config.json, safetensors in one file or many, tokenizer files.
-
-Names that the folder itself gives (the shard index) are only followed inside it. The cache of the
-hub keeps its files as links into `blobs` beside `snapshots`; these links are followed too.
-"""
+"""Folders of Hugging Face: config.json, safetensors in one file or many, tokenizer files."""
 
 import json
 import os
@@ -11,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from checkpoint.convert.folders import inside
 from checkpoint.convert.safetensors import Stored, Tensors, create, read_header, read_json
-from checkpoint.objects import ObjectPath
 from sharding.errors import MismatchError, UnsafeInputError
 
 CONFIG = "config.json"
@@ -23,33 +19,6 @@ EXTRAS = (  # copied as they are, where there are any
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "generation_config.json",
 )  # fmt: skip
-
-
-def inside(folder: Path, name: str) -> Path:
-    """Returns the file `name` of a folder.
-
-    Raises:
-      UnsafeInputError: the name, or the link it is, leads out of the folder.
-      MismatchError: there is no such file.
-    """
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise UnsafeInputError(f"{folder} names a file outside of itself: {name[:80]!r}")
-    if isinstance(folder, ObjectPath):
-        if not (folder / name).is_file():
-            raise MismatchError(f"{folder} has no {name}")
-        return folder / name
-    path, root = folder / name, folder.resolve()
-    if not path.exists() and not path.is_symlink():
-        raise MismatchError(f"{folder} has no {name}")
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    target = path.resolve()
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise UnsafeInputError(f"{path} is a link out of its folder, to {target}")
-    if not target.is_file():
-        raise UnsafeInputError(f"{path} is not a file")
-    return target
 
 
 def read_config(folder: Path) -> dict[str, Any]:

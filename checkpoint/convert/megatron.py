@@ -11,10 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from checkpoint.convert.deepspeed import find_tag
 from checkpoint.convert.families import Family
 from checkpoint.convert.fields import Constant, Theirs
-from checkpoint.convert.huggingface import inside
+from checkpoint.convert.folders import find_tag, inside
 from checkpoint.convert.pieces import Pieces, PieceTensors, check_grid, sound, whole
 from checkpoint.convert.sources import MOMENTS, PARAMS, Source, adam_settings
 from checkpoint.convert.torch_dcp import read_index

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from checkpoint.convert.huggingface import inside
+from checkpoint.convert.folders import inside
 from checkpoint.convert.mapping import aligned
 from checkpoint.convert.pieces import LARGEST, sound
 from checkpoint.convert.safetensors import RANK_LIMIT, read_json

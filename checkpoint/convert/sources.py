@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.convert import huggingface
-from checkpoint.convert.huggingface import inside
+from checkpoint.convert.folders import inside
 from checkpoint.convert.pieces import PieceTensors, whole
 from checkpoint.convert.safetensors import Tensors, read_header, read_json
 from checkpoint.convert.torchfiles import Strided, read_torch

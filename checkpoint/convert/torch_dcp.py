@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.convert.huggingface import inside
+from checkpoint.convert.folders import inside
 from checkpoint.convert.pickles import LIMIT, Global, Inert, dumps, loads
 from checkpoint.convert.pieces import (
     Pieces,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import logging
 
-from checkpoint.objects import DRIVERS, NO_RETRIES, kvstore_spec
+from checkpoint.objects import NO_RETRIES, ObjectPath, kvstore_spec
 from checkpoint.steps import write_whole
 from sharding.config import cache_folder
 from sharding.errors import UsageError
@@ -49,14 +49,12 @@ class Bucket:
 
     def __init__(self, url: str, patience: float) -> None:
         """Parses the address; nothing is asked yet. Raises UsageError for another kind of one."""
-        scheme, _, rest = url.partition("://")
-        bucket, _, path = rest.strip("/").partition("/")
-        if scheme not in DRIVERS or not bucket:
-            raise UsageError(f"dataset {url}: choose gs://BUCKET/FOLDER or s3://BUCKET/FOLDER")
-        self.url = url.rstrip("/")
+        place = ObjectPath.parse(url)
+        self.url = str(place)
         self._patience = patience
         # No retries of the library's own: `_patiently` waits.
-        self._spec = kvstore_spec(scheme, bucket, path and f"{path}/", max_retries=0)
+        below = place.key and f"{place.key}/"
+        self._spec = kvstore_spec(place.scheme, place.bucket, below, max_retries=0)
         self._store: tensorstore.KvStore | None = None
 
     def read(self, name: str, part: slice | None = None) -> bytes:

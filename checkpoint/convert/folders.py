@@ -1,0 +1,64 @@
+"""Files that a foreign folder names are looked for in it and nowhere else.
+
+The cache of the Hugging Face hub keeps its files as links into `blobs` beside `snapshots`; these
+links are followed too.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from checkpoint.objects import ObjectPath
+from sharding.errors import MismatchError, UnsafeInputError
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Returns the file `name` of a folder.
+
+    Raises:
+      UnsafeInputError: the name, or the link it is, leads out of the folder.
+      MismatchError: there is no such file.
+    """
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise UnsafeInputError(f"{folder} names a file outside of itself: {name[:80]!r}")
+    if isinstance(folder, ObjectPath):
+        if not (folder / name).is_file():
+            raise MismatchError(f"{folder} has no {name}")
+        return folder / name
+    path, root = folder / name, folder.resolve()
+    if not path.exists() and not path.is_symlink():
+        raise MismatchError(f"{folder} has no {name}")
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    target = path.resolve()
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise UnsafeInputError(f"{path} is a link out of its folder, to {target}")
+    if not target.is_file():
+        raise UnsafeInputError(f"{path} is not a file")
+    return target
+
+
+def find_tag(
+    folder: Path, pointer: str, wanted: re.Pattern, spell: Callable[[str], str] = str
+) -> Path:
+    """Returns the folder of one step: `folder` itself, or the one that the file `pointer` names.
+
+    spell: makes the folder's name of what the file says.
+
+    Raises:
+      MismatchError: there is none.
+    """
+    if any(wanted.fullmatch(path.name) for path in folder.iterdir()):
+        return folder
+    if not (folder / pointer).exists():
+        raise MismatchError(f"{folder} has no file `{pointer}`, and holds no step itself")
+    name = spell(inside(folder, pointer).read_text(errors="replace")[:200].strip())
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise UnsafeInputError(f"{folder / pointer} names a folder outside of its own: {name!r}")
+    tag = folder / name
+    if name not in {path.name for path in folder.iterdir()} or not tag.is_dir():
+        raise MismatchError(f"{folder / pointer} names {name}, which is not there")
+    if not tag.resolve().is_relative_to(folder.resolve()):
+        raise UnsafeInputError(f"{tag} is a link out of its folder")
+    return tag
