@@ -53,6 +53,7 @@ _T = TypeVar("_T")
 _STATE = "state"
 _FIRST_SAVE = 20  # steps until it is known how often to save
 _LEAST_CHUNK = 2**20  # bytes; Orbax warns of smaller ones
+_DATA_FILE = 2**27  # bytes; a file is written while the next is filled, with Orbax's 2 GB none is
 
 
 @dataclass(frozen=True)
@@ -430,6 +431,7 @@ def _context(config: CheckpointConfig) -> ocp.Context:
     if config.chunk_mib:
         chunks = partial(_chunks, config.chunk_mib * 2**20)
         context.array.saving.scoped_storage_options_creator = chunks
+        context.array.saving.ocdbt_target_data_file_size = _DATA_FILE
     known = ocp.handlers.local_registry(include_global_registry=False)
     known.add(_only(ocp.handlers.PyTreeHandler(context=context)), checkpointable_name=_STATE)
     # Without this a dict of numbers counts as a tree of arrays and its lists, bools and Nones bend.

@@ -205,6 +205,17 @@ def test_compression_and_small_pieces_change_nothing_but_the_file(tmp_path):
     assert size["small"] < size["plain"] and size["plain"] >= 2**22
 
 
+def test_a_file_is_written_while_the_next_is_filled(tmp_path, monkeypatch):
+    monkeypatch.setattr(manager_module, "_DATA_FILE", 2**21)
+    state = {"w": jax.random.normal(jax.random.key(0), (4, 1024, 1024))}  # 16 MiB
+    save_all(tmp_path, [1], state)
+    sizes = [p.stat().st_size for p in tmp_path.rglob("ocdbt.process_0/d/*")]
+    assert len(sizes) > 2 and max(sizes) < 2**24
+    where = SingleDeviceSharding(jax.devices()[0])
+    abstract = {"w": jax.ShapeDtypeStruct((4, 1024, 1024), jnp.float32, sharding=where)}
+    same_bits(load_step(tmp_path, 1, abstract)[0], state)
+
+
 def test_pieces_are_no_larger_than_asked_and_quarter_both_axes(tmp_path):
     state = {"w": jnp.zeros((4096, 4096), jnp.float32)}  # 64 MiB on one device
     for mib, expected in ((1, 2**18), (2, 2**19), (16, 2**20)):
