@@ -296,6 +296,22 @@ def _slice(w: jax.Array, start: int, stop: int) -> jax.Array:
     return w if (start, stop) == (0, w.shape[0]) else w[start:stop]
 
 
+def _embedded(table_VD: jax.Array, tokens_BT: jax.Array, stream: P, dtype: jnp.dtype) -> jax.Array:
+    """Returns the table's rows of the tokens, sharded as `stream`.
+
+    Where a device has fewer tokens than there are ids, they travel and not the table with its
+    gradient: each looks up its columns for all of fsdp, and one all-to-all puts the rows together.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    here = tokens_BT.size / math.prod(sizes.values())
+    if "fsdp" not in jax.typeof(table_VD).sharding.spec or here >= table_VD.shape[0]:
+        table_VD = gathered({"embedding": table_VD}, dtype)["embedding"]
+        return table_VD.at[tokens_BT].get(out_sharding=stream)
+    tokens_BT = reshard(tokens_BT, P("data", jax.typeof(tokens_BT).sharding.spec[1]))
+    x_BTD = table_VD.at[tokens_BT].get(out_sharding=P("data", stream[1], "fsdp"))
+    return reshard(x_BTD.astype(dtype), stream)
+
+
 def forward(
     params: Tree,
     tokens_BT: jax.Array,
@@ -319,8 +335,7 @@ def forward(
     sizes = jax.sharding.get_abstract_mesh().shape
     spread = tokens_BT.shape[1] % math.prod(sizes[axis] for axis in STREAM) == 0
     stream = P(BATCH, STREAM, None) if spread and sizes["tensor"] > 1 else X_BTD
-    embedding_VD = gathered({"embedding": params["embedding"]}, dtype)["embedding"]
-    x_BTD = embedding_VD.at[tokens_BT].get(out_sharding=stream)
+    x_BTD = _embedded(params["embedding"], tokens_BT, stream, dtype)
     if config.scale_embeddings:
         x_BTD = x_BTD * jnp.asarray(config.width**0.5, dtype)
     if config.position == "learned":

@@ -13,7 +13,7 @@ from jax.sharding import reshard
 
 from models import spec
 from models.config import SAVEABLE, ModelConfig
-from models.decoder import forward, head_VD, logits, param_specs
+from models.decoder import X_BTD, _embedded, forward, head_VD, logits, param_specs
 from models.loss import LossOptions, cross_entropy
 from sharding.config import AXES, MeshConfig
 from sharding.errors import UsageError
@@ -198,6 +198,29 @@ def test_tied_embedding_gets_the_gradient_of_both_uses():
         apart = gradient({**params, "head": params["embedding"]}, untied)
     total = np.asarray(apart["embedding"]) + np.asarray(apart["head"])
     np.testing.assert_allclose(both, total, atol=TOLERANCE * np.abs(total).max())
+
+
+@pytest.mark.parametrize(("vocab", "travels"), [(64, "all-to-all"), (8, "all-gather")])
+def test_either_tokens_travel_or_the_table(vocab, travels):
+    table_VD = np.random.default_rng(0).normal(size=(vocab, 32)).astype(np.float32)
+    tokens_BT, weights_BTD = rows()["tokens"] % vocab, np.ones((B, T, 32)) * np.arange(32)
+    mesh = make_mesh(MeshConfig(fsdp=4, seq=2))
+    with jax.set_mesh(mesh):
+        tokens = jax.device_put(tokens_BT, jax.NamedSharding(mesh, P(BATCH, SEQ)))
+        table = jax.device_put(table_VD, jax.NamedSharding(mesh, P(None, "fsdp")))
+
+        def weighted(table):
+            x_BTD = _embedded(table, tokens, X_BTD, jnp.dtype("float32"))
+            return jnp.sum(x_BTD * weights_BTD), x_BTD
+
+        step = jit(jax.grad(weighted, has_aux=True)).lower(table).compile()
+        gradient_VD, x_BTD = step(table)
+    assert x_BTD.sharding.spec == X_BTD and gradient_VD.sharding.spec == P(None, "fsdp")
+    np.testing.assert_array_equal(x_BTD, table_VD[tokens_BT])
+    wanted_VD = np.zeros_like(table_VD)
+    np.add.at(wanted_VD, tokens_BT, weights_BTD)
+    np.testing.assert_array_equal(gradient_VD, wanted_VD)
+    assert f" {travels}(" in step.as_text()
 
 
 def test_parameters_that_do_not_divide_are_refused_by_name():
