@@ -99,6 +99,13 @@ def test_gradients_are_the_same_on_every_mesh(axes):
     check(loss_and_gradient(SMALL, axes), small_gradient())
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gelu_exact"])
+def test_barriers_do_not_change_gradients(activation):
+    plain = dataclasses.replace(SMALL, activation=activation)
+    apart = dataclasses.replace(plain, barriers=True, remat="gate,up")
+    check(loss_and_gradient(apart, MeshConfig(fsdp=2, seq=2, tensor=2)), loss_and_gradient(plain))
+
+
 @pytest.mark.parametrize(
     "remat",
     ["full", ",".join(SAVEABLE), "attention,gate@host,residual@host"],
