@@ -54,7 +54,9 @@ def run(mesh, state, destination):
                 jax.block_until_ready(total(state["w"]))
             manager.poll()
         manager.wait()
+        multihost_utils.sync_global_devices("saved")  # by the first process,
         assert manager.latest() == 8
+        multihost_utils.sync_global_devices("seen")  # which is about to delete it
         manager.discard_where(lambda step, meta: step > 6)
         assert manager.steps() == [6]
         lonely = {"x": jnp.ones(3, device=jax.local_devices()[0])}
