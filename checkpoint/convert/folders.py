@@ -19,7 +19,7 @@ def inside(folder: Path, name: str) -> Path:
       UnsafeInputError: the name, or the link it is, leads out of the folder.
       MismatchError: there is no such file.
     """
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if not _is_name(name):
         raise UnsafeInputError(f"{folder} names a file outside of itself: {name[:80]!r}")
     if isinstance(folder, ObjectPath):
         if not (folder / name).is_file():
@@ -54,7 +54,7 @@ def find_tag(
     if not (folder / pointer).exists():
         raise MismatchError(f"{folder} has no file `{pointer}`, and holds no step itself")
     name = spell(inside(folder, pointer).read_text(errors="replace")[:200].strip())
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if not _is_name(name):
         raise UnsafeInputError(f"{folder / pointer} names a folder outside of its own: {name!r}")
     tag = folder / name
     if name not in {path.name for path in folder.iterdir()} or not tag.is_dir():
@@ -62,3 +62,8 @@ def find_tag(
     if not tag.resolve().is_relative_to(folder.resolve()):
         raise UnsafeInputError(f"{tag} is a link out of its folder")
     return tag
+
+
+def _is_name(text: str) -> bool:
+    """Whether this names something in a folder, not the folder, one above it or one below."""
+    return text not in ("", ".", "..") and not set(text) & set("/\\\0")

@@ -21,7 +21,6 @@ from trainer.plan.cost import time_step
 from trainer.plan.forecast import setting_of
 from trainer.plan.hlo import parse
 from trainer.plan.process import Compilation
-from trainer.plan.recipe import compile_options
 
 ONE_B = {"width": 2048, "layers": 16, "heads": 16, "kv_heads": 8, "head_dim": 128, "mlp": 8192,
          "vocab": 32768}  # fmt: skip
@@ -38,7 +37,7 @@ ATTENTION = ("query_proj", "key_proj", "value_proj", "context")
 NAMES = {
     "all": (*ATTENTION, "out_proj", "mlpwi_0", "mlpwi_1"),
     "attention": (*ATTENTION, "out_proj"),
-    "full": (),
+    "nothing": (),
 }
 
 
@@ -52,7 +51,7 @@ def ours(shape: str) -> Experiment:
     return parse_flags(flags)[0]
 
 
-def theirs(shape: str, kept: str, flags: bool, folder: str) -> tuple[dict, str]:
+def theirs(shape: str, kept: str, options: dict[str, str], folder: str) -> tuple[dict, str]:
     """Returns the answer of peers/maxtext_plan.py and the program's text."""
     name, rows, length, _, model = SHAPES[shape]
     keys = [f"compile_topology={name}", f"per_device_batch_size={rows}"]
@@ -63,12 +62,10 @@ def theirs(shape: str, kept: str, flags: bool, folder: str) -> tuple[dict, str]:
         keys += [f"{f}={value}" for f, value in zip(fields, ONE_B.values(), strict=True)]
     if NAMES[kept]:
         keys += ["remat_policy=custom", *(f"{tensor}=device" for tensor in NAMES[kept])]
-    if flags:
-        experiment, target = ours(shape), parse_slice(name)
-        options = compile_options(experiment, target.chip, experiment.mesh.sizes(target.devices))
+    if options:  # nothing at all is no text to MaxText
         written = " ".join(f"--{option}={value}" for option, value in options.items())
         keys.append(f"compile_xla_flags={written}")
-    program = Path(folder, f"{shape}-{kept}-{flags}.gz")
+    program = Path(folder, "program.gz")
     script = Path(__file__).with_name("peers") / "maxtext_plan.py"
     done = subprocess.run(
         [sys.executable, script, json.dumps({"program": str(program), "keys": keys})],
@@ -94,17 +91,17 @@ def main() -> None:
             raise SystemExit(str(plan or log[-2000:]))
         print(f"\n{shape}, {SHAPES[shape][:3]}, {plan['versions']}, {plan['mesh']}")
         row(f"Torus, {plan['remat']}", plan["forecast"]["seconds"], plan["needed"])
+        setting = setting_of(experiment, target, plan["mesh"])
         with tempfile.TemporaryDirectory() as folder:
-            for kept, flags in (("full", False), ("all", True), ("all", False), ("full", True),
-                                ("attention", True)):  # fmt: skip
-                what = f"MaxText, {kept} kept{', our options' * flags}".replace("full", "nothing")
-                answer, text = theirs(shape, kept, flags, folder)
+            for kept, flags in (("nothing", False), ("all", True), ("all", False),
+                                ("nothing", True), ("attention", True)):  # fmt: skip
+                what = f"MaxText, {kept} kept{', our options' * flags}"
+                answer, text = theirs(shape, kept, plan["options"] if flags else {}, folder)
                 if "error" in answer:
                     need = parse_refusal(answer["error"])
                     said = f"{need[0] / 2**30:.2f} GiB" if need else answer["error"][:300]
                     print(f"| {what} | refused: {said}", flush=True)
                     continue
-                setting = setting_of(experiment, target, plan["mesh"])
                 timing = time_step(parse(text), replace(setting, mesh=answer["mesh"]))
                 row(what, timing.seconds, answer["peak"])
                 for note in timing.notes:
