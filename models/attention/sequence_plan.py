@@ -206,7 +206,7 @@ def estimate(plan: SequencePlan, sizes: Sizes) -> float:
     seconds = 0.0
     if u > 1:  # q, k, v there and the output back, to u - 1 neighbours, u / 4 links away on a ring
         sent = head * 2 * (sizes.heads + sizes.kv_heads * copies) * (u - 1) / u
-        away = 1 if switch else u / (4 if u == plan.devices else 2)
+        away = 1 if switch else max(1, u / (4 if u == plan.devices else 2))
         seconds += sent * away / chip.ici_bandwidth
     block = 2 * head * sizes.kv_heads * copies
     if plan.strategy == "gather":

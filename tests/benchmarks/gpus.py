@@ -3,7 +3,7 @@
 Each row is a run that others published with model, mesh, batch, length and what was kept; the
 formula's seconds for the same settings stand beside. No number of the formula was fitted to them.
 `transfers` counts, in Torus's own step compiled for 8 CPU devices, how often a layer's tokens cross
-the tensor axis: `GPU_TRANSFERS` of trainer/plan/analytic.py.
+the tensor axis: `TRANSFERS` of trainer/plan/analytic.py.
 """
 
 import os
@@ -14,7 +14,7 @@ from dataclasses import replace
 from models.presets import PRESETS
 from sharding.topology import parse_slice
 from trainer.config import Experiment
-from trainer.plan.analytic import GPU_TRANSFERS, step_seconds
+from trainer.plan.analytic import TRANSFERS, step_seconds
 from trainer.plan.forecast import setting_of
 
 MAXTEXT = "NVIDIA/dgxc-benchmarking, maxtext/README_70b.md and configure.sh, release"
@@ -85,6 +85,6 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["transfers"]:
         os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
         for remat in ("full", "rotated_qk,v,attention,residual,gate,up"):
-            print(f"{remat}: {transfers(remat)}, taken to be {GPU_TRANSFERS}")
+            print(f"{remat}: {transfers(remat)}, taken to be {TRANSFERS}")
     else:
         compare()

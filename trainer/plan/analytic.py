@@ -21,10 +21,15 @@ TILE = 128  # of the matrix unit: shorter dimensions are padded to it
 # Passes through memory of one token's activations in a layer, forward and backward: of arrays as
 # wide as the model, as the MLP, as queries with keys and values.
 PASSES = (30, 12, 12)
-# Times that the tokens of a layer are gathered or scattered over tensor, as XLA spells it: once for
-# each matmul, in steps that go one way round. Read from the program of a 32B model on v5p-128.
-TRANSFERS = 24
-GPU_TRANSFERS = 10  # whole ones, whatever is kept: read from the step compiled for CPU devices
+# Times that the tokens of a layer are gathered or scattered over tensor, whatever is kept: read
+# from steps compiled for CPU devices and for small slices.
+TRANSFERS = 10
+# TPUs move large ones along with the matmuls, for each of them, in steps that go one way round:
+# read from the program of a 32B model on v5p-128. Above how many bytes: XLA's default.
+WINDOWED_TRANSFERS, WINDOWED_BYTES = 24, 256 * 2**20
+# Bytes through memory for each number of a layer's queries and each block of keys that it meets,
+# both passes: partial results and gradients of a ring are summed in float32. From small slices.
+MERGED = 45
 UPDATE = 36  # bytes a weight that the optimizer reads and writes
 HIDDEN = 0.6  # of a gradient reduction, with the options of trainer/plan/recipe.py
 # Assumed of GPUs, where nothing was compiled or run, as shares of the datasheet's peak. Matmuls:
@@ -62,9 +67,11 @@ def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
     gathered = 0.0
     if experiment.mesh.zero == 3:
         gathered = 2 * _ring(item * weights, setting, "fsdp")
-    transfers = TRANSFERS + len(again) if chip.torus_axes else GPU_TRANSFERS
-    over_tensor = transfers * _ring(item * tokens * model.width, setting, "tensor")
-    over_seq = _sequence(experiment, setting, again="attention" not in kept)
+    transfers, moved = TRANSFERS, item * tokens * model.width
+    if chip.torus_axes and moved > WINDOWED_BYTES:
+        transfers = WINDOWED_TRANSFERS + len(again)
+    over_tensor = transfers * _ring(moved, setting, "tensor")
+    over_seq = _sequence(experiment, setting, tokens, again="attention" not in kept)
     reduced = _reduced(item * weights, setting)
     if compile_options(experiment, chip.name, sizes):
         reduced *= 1 - HIDDEN
@@ -80,7 +87,7 @@ def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
     once = {
         "matmul": 3 * _roofline(tokens, model.width, model.padded_vocab / tensor, item, setting),
         "memory": (4 * logits + 6 * item * head / tensor) / chip.hbm_bandwidth,
-        "tensor": 4 * _ring(item * tokens * model.width, setting, "tensor"),
+        "tensor": 4 * _ring(moved, setting, "tensor"),
         "gradients": _reduced(item * head / tensor, setting),
     }
     seconds = {
@@ -172,14 +179,23 @@ def _reduced(size: float, setting: Setting) -> float:
     return scattered + 2 * _ring(size / mesh["fsdp"], setting, "data", "seq")
 
 
-def _sequence(experiment: Experiment, setting: Setting, *, again: bool) -> float:
-    """Seconds that one layer waits for the links of the seq axis, both passes."""
+def _sequence(experiment: Experiment, setting: Setting, tokens: float, *, again: bool) -> float:
+    """Seconds that rows spread over the seq axis cost a layer: links, and sums of blocks of keys.
+
+    The backward pass exchanges queries, keys and values once more, and four gradients; where keys
+    are gathered or go round it moves them once more, and their gradients in float32.
+    """
     if setting.mesh["seq"] == 1:
         return 0.0
-    model, mesh, chip = experiment.model, setting.mesh, setting.chip
-    if not chip.torus_axes:
-        chip = replace(chip, ici_bandwidth=bandwidth(setting, "seq"))
-    sizes = Sizes.of(model, mesh, experiment.data.seq_len, chip)
+    model, mesh = experiment.model, setting.mesh
+    sizes = Sizes.of(model, mesh, experiment.data.seq_len, setting.chip)
     rows = experiment.train.batch_size / experiment.train.accumulation
     rows /= mesh["data"] * mesh["fsdp"]
-    return rows * (3 + again) * estimate(sequence_plan(model, sizes), sizes)
+    plan = sequence_plan(model, sizes)
+    links = replace(setting.chip, ici_bandwidth=bandwidth(setting, "seq"))
+    waits = rows * estimate(plan, replace(sizes, chip=links))
+    if plan.ring == 1:
+        return waits * (2.75 + again / 4)
+    blocks = plan.hops(sizes.window or None) * plan.parts * plan.streams
+    queries = tokens * sizes.heads * sizes.head_dim
+    return waits * (4 + again) + MERGED * blocks * queries / setting.chip.hbm_bandwidth
