@@ -299,12 +299,13 @@ def _slice(w: jax.Array, start: int, stop: int) -> jax.Array:
 def _embedded(table_VD: jax.Array, tokens_BT: jax.Array, stream: P, dtype: jnp.dtype) -> jax.Array:
     """Returns the table's rows of the tokens, sharded as `stream`.
 
-    Where a device has fewer tokens than there are ids, they travel and not the table with its
-    gradient: each looks up its columns for all of fsdp, and one all-to-all puts the rows together.
+    Where tokens are few they travel and not the table with its gradient: each device looks up its
+    columns for all of fsdp, and one all-to-all puts the rows together. It goes twice, an eighth of
+    the devices far on a torus; the table is gathered, and its gradient reduced at twice the cost.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
-    here = tokens_BT.size / math.prod(sizes.values())
-    if "fsdp" not in jax.typeof(table_VD).sharding.spec or here >= table_VD.shape[0]:
+    moved = 2 * tokens_BT.size / math.prod(sizes.values()) * max(1, sizes["fsdp"] / 8)
+    if "fsdp" not in jax.typeof(table_VD).sharding.spec or moved >= 3 * table_VD.shape[0]:
         table_VD = gathered({"embedding": table_VD}, dtype)["embedding"]
         return table_VD.at[tokens_BT].get(out_sharding=stream)
     tokens_BT = reshard(tokens_BT, P("data", jax.typeof(tokens_BT).sharding.spec[1]))

@@ -254,7 +254,8 @@ def mlp(x_BTD: jax.Array, params: Tree, config: ModelConfig, spec: P) -> jax.Arr
     else:
         gate_BTF = checkpoint_name(matmul(x_BTD, params["gate"]), "gate")
         gate_BTF, up_BTF = apart((gate_BTF, up_BTF), config)
-        gated = _gated_apart if config.barriers else _gated
+        kept = {name for part in config.remat_names() or () for name in part}
+        gated = _gated_apart if config.barriers and {"gate", "up"} <= kept else _gated
         hidden_BTF = gated(gate_BTF, up_BTF, config.activation)
     y_BTD = matmul(apart(hidden_BTF, config), params["down"], 1, spec)
     return y_BTD + params["down_bias"] if config.out_bias else y_BTD
@@ -265,8 +266,9 @@ def _gated(gate_BTF: jax.Array, up_BTF: jax.Array, activation: str) -> jax.Array
     return act(gate_BTF) * up_BTF
 
 
-# The product is made again for the gradient of the down projection. XLA would make it together with
-# its own gradient, and the matmuls around that take 5% longer (docs/benchmarks.md).
+# Where gate and up are kept, their product is made again for the gradient of the down projection.
+# XLA would make it together with its own gradient, and the matmuls around that take 5% longer on
+# v5e; where gate and up are made again too, it should (docs/benchmarks.md).
 _gated_apart = jax.custom_vjp(_gated, nondiff_argnums=(2,))
 
 

@@ -207,7 +207,7 @@ def test_tied_embedding_gets_the_gradient_of_both_uses():
     np.testing.assert_allclose(both, total, atol=TOLERANCE * np.abs(total).max())
 
 
-@pytest.mark.parametrize(("vocab", "travels"), [(64, "all-to-all"), (8, "all-gather")])
+@pytest.mark.parametrize(("vocab", "travels"), [(64, "all-to-all"), (4, "all-gather")])
 def test_either_tokens_travel_or_the_table(vocab, travels):
     table_VD = np.random.default_rng(0).normal(size=(vocab, 32)).astype(np.float32)
     tokens_BT, weights_BTD = rows()["tokens"] % vocab, np.ones((B, T, 32)) * np.arange(32)
