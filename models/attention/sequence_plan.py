@@ -21,7 +21,11 @@ from sharding.hardware import Chip
 # Share of the chip's peak that the estimates credit attention with: splash forward on v5e reaches
 # 0.61 by the compiler's static schedule.
 EFFICIENCY = 0.6
-# `auto` takes the simplest strategy among those that expose about as little as the best.
+# Bytes through memory for each number of a layer's queries and each block of keys that it meets:
+# partial results and their gradients are read, summed in float32 and written. From the programs of
+# small models compiled for TPUs (docs/benchmarks.md, "The search").
+MERGED = 45
+# `auto` takes the simplest strategy among those that cost about as little as the best.
 _SIMPLEST_FIRST = ("ulysses", "gather", "ring", "bidirectional", "hybrid")
 
 
@@ -106,7 +110,7 @@ class SequencePlan:
 
 
 def sequence_plan(config: ModelConfig, sizes: Sizes) -> SequencePlan:
-    """Returns the plan that `config` asks for, or under `auto` the one that exposes least.
+    """Returns the plan that `config` asks for, or under `auto` the one that costs least.
 
     Raises:
       UsageError: the strategy or the order asked for cannot be done with these sizes.
@@ -126,11 +130,12 @@ def sequence_plan(config: ModelConfig, sizes: Sizes) -> SequencePlan:
         return replace(plan, reason="auto, on links whose speed is not known")
     waits = {plan: estimate(plan, sizes) for plan in plans}
     fitting = [p for p in plans if p.strategy != "gather" or _fits(sizes)] or plans
-    limit = min(waits[p] for p in fitting) + 0.05 * _compute(sizes)
+    attention = 3.5 * _compute(sizes)  # backward 2.5 times the forward
+    limit = min(waits[p] for p in fitting) + 0.05 * attention
     listed = ", ".join(f"{p.strategy} {1e3 * s:.3g}" for p, s in waits.items())
     reason = (
-        f"auto, by estimated ms that a layer's forward pass over a row waits for links: {listed}; "
-        f"its attention takes {1e3 * _compute(sizes):.3g} ({sizes.chip.name}, {sizes.heads} heads, "
+        f"auto, by estimated ms that a layer and row lose to links and sums of blocks: {listed}; "
+        f"attention itself takes {1e3 * attention:.3g} ({sizes.chip.name}, {sizes.heads} heads, "
         f"{sizes.kv_heads} KV heads, length {sizes.length})"
     )
     return replace(next(p for p in fitting if waits[p] <= limit), reason=reason)
@@ -192,11 +197,14 @@ def _fits(sizes: Sizes) -> bool:
     return sizes.length * token <= sizes.chip.hbm_bytes / 8
 
 
-def estimate(plan: SequencePlan, sizes: Sizes) -> float:
-    """Returns the seconds that devices wait for links in one layer's forward pass over one row.
+def estimate(plan: SequencePlan, sizes: Sizes, *, again: bool = False) -> float:
+    """Returns the seconds that spreading costs one layer and row, both passes.
 
     Links are those of one torus axis, half of their rate each way, or of a switch. Exchanges and
-    gathers are exposed whole; a ring exposes what of a hop outlasts the hop's arithmetic.
+    gathers are exposed whole; a ring exposes what of a hop outlasts the hop's arithmetic, and sums
+    what each block of keys gives.
+
+    again: the forward pass is made again for the gradient.
     """
     chip, u, ring = sizes.chip, plan.head_devices, plan.ring
     switch = chip.torus_axes == 0
@@ -207,11 +215,16 @@ def estimate(plan: SequencePlan, sizes: Sizes) -> float:
     if u > 1:  # q, k, v there and the output back, to u - 1 neighbours, u / 4 links away on a ring
         sent = head * 2 * (sizes.heads + sizes.kv_heads * copies) * (u - 1) / u
         away = 1 if switch else max(1, u / (4 if u == plan.devices else 2))
-        seconds += sent * away / chip.ici_bandwidth
-    block = 2 * head * sizes.kv_heads * copies
+        passes = 2.75 + again / 4  # backward: q, k, v once more, and four gradients
+        seconds += passes * sent * away / chip.ici_bandwidth
+    if ring == 1:
+        return seconds
+    block, passes = 2 * head * sizes.kv_heads * copies, 4 + again  # gradients travel in float32
+    blocks = plan.hops(sizes.window or None) * plan.parts * plan.streams
+    seconds += blocks * MERGED * rows * sizes.heads * sizes.head_dim / chip.hbm_bandwidth
     if plan.strategy == "gather":
-        return seconds + (ring - 1) * block / chip.ici_bandwidth
+        return seconds + passes * (ring - 1) * block / chip.ici_bandwidth
     both_ways = switch or plan.streams == 2
     hop = block / (chip.ici_bandwidth if both_ways else chip.ici_bandwidth / 2)
-    passes = plan.hops(sizes.window or None) - 1
-    return seconds + passes * max(0.0, hop - _compute(sizes) / (passes + 1))
+    hops = plan.hops(sizes.window or None) - 1
+    return seconds + passes * hops * max(0.0, hop - _compute(sizes) / (hops + 1))

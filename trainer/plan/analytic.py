@@ -27,9 +27,6 @@ TRANSFERS = 10
 # TPUs move large ones along with the matmuls, for each of them, in steps that go one way round:
 # read from the program of a 32B model on v5p-128. Above how many bytes: XLA's default.
 WINDOWED_TRANSFERS, WINDOWED_BYTES = 24, 256 * 2**20
-# Bytes through memory for each number of a layer's queries and each block of keys that it meets,
-# both passes: partial results and gradients of a ring are summed in float32. From small slices.
-MERGED = 45
 UPDATE = 36  # bytes a weight that the optimizer reads and writes
 HIDDEN = 0.6  # of a gradient reduction, with the options of trainer/plan/recipe.py
 # Assumed of GPUs, where nothing was compiled or run, as shares of the datasheet's peak. Matmuls:
@@ -71,7 +68,7 @@ def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
     if chip.torus_axes and moved > WINDOWED_BYTES:
         transfers = WINDOWED_TRANSFERS + len(again)
     over_tensor = transfers * _ring(moved, setting, "tensor")
-    over_seq = _sequence(experiment, setting, tokens, again="attention" not in kept)
+    over_seq = _sequence(experiment, setting, again="attention" not in kept)
     reduced = _reduced(item * weights, setting)
     if compile_options(experiment, chip.name, sizes):
         reduced *= 1 - HIDDEN
@@ -179,12 +176,8 @@ def _reduced(size: float, setting: Setting) -> float:
     return scattered + 2 * _ring(size / mesh["fsdp"], setting, "data", "seq")
 
 
-def _sequence(experiment: Experiment, setting: Setting, tokens: float, *, again: bool) -> float:
-    """Seconds that rows spread over the seq axis cost a layer: links, and sums of blocks of keys.
-
-    The backward pass exchanges queries, keys and values once more, and four gradients; where keys
-    are gathered or go round it moves them once more, and their gradients in float32.
-    """
+def _sequence(experiment: Experiment, setting: Setting, *, again: bool) -> float:
+    """Seconds that rows spread over the seq axis cost a layer, both passes."""
     if setting.mesh["seq"] == 1:
         return 0.0
     model, mesh = experiment.model, setting.mesh
@@ -193,9 +186,4 @@ def _sequence(experiment: Experiment, setting: Setting, tokens: float, *, again:
     rows /= mesh["data"] * mesh["fsdp"]
     plan = sequence_plan(model, sizes)
     links = replace(setting.chip, ici_bandwidth=bandwidth(setting, "seq"))
-    waits = rows * estimate(plan, replace(sizes, chip=links))
-    if plan.ring == 1:
-        return waits * (2.75 + again / 4)
-    blocks = plan.hops(sizes.window or None) * plan.parts * plan.streams
-    queries = tokens * sizes.heads * sizes.head_dim
-    return waits * (4 + again) + MERGED * blocks * queries / setting.chip.hbm_bandwidth
+    return rows * estimate(plan, replace(sizes, chip=links), again=again)
