@@ -128,6 +128,31 @@ def test_more_work_takes_longer_and_more_is_kept_for_less(data, tensor, seq, acc
     assert levels == sorted(levels, reverse=True) and levels[0] == full
 
 
+# Seconds of the compiled step of llama3_8b on v5e-256: docs/benchmarks.md, "The search".
+COMPILED = (
+    # data, fsdp, seq, tensor, microbatches, strategy, remat
+    ((1, 256, 1, 1), 2, "auto", "rotated_qk,v,attention,residual", 6.634),
+    ((1, 256, 1, 1), 2, "auto", "rotated_qk,v,attention", 6.639),
+    ((1, 256, 1, 1), 1, "auto", "full", 6.856),
+    ((4, 64, 1, 1), 1, "auto", "full", 6.891),
+    ((2, 64, 1, 2), 2, "auto", "rotated_qk,v,attention,residual", 6.975),
+    ((1, 64, 4, 1), 1, "ulysses", "full", 7.228),
+    ((8, 16, 1, 2), 2, "auto", "full", 7.292),
+    ((1, 128, 2, 1), 1, "ring", "full", 7.305),
+)
+
+
+@pytest.mark.parametrize("row", COMPILED, ids=lambda row: f"{row[0]}-{row[1]}")
+def test_the_formula_is_near_the_compiled_step(row):
+    sizes, accumulation, strategy, remat, compiled = row
+    exp = llama3_8b()
+    exp.train.accumulation = accumulation
+    exp.model.seq_strategy, exp.model.remat = strategy, remat
+    mesh = dict(zip(("data", "fsdp", "seq", "tensor"), sizes, strict=True))
+    found = sum(search.step_seconds(exp, setting_of(exp, parse_slice("v5e-256"), mesh)).values())
+    assert found == pytest.approx(compiled, rel=0.025)
+
+
 # ---------------------------------------------------------------- the loop around the compiler
 
 
