@@ -128,17 +128,17 @@ def sequence_plan(config: ModelConfig, sizes: Sizes) -> SequencePlan:
     if sizes.chip is None:
         plan = next((p for p in plans if p.strategy == "gather"), plans[0])
         return replace(plan, reason="auto, on links whose speed is not known")
-    waits = {plan: estimate(plan, sizes) for plan in plans}
+    costs = {plan: estimate(plan, sizes) for plan in plans}
     fitting = [p for p in plans if p.strategy != "gather" or _fits(sizes)] or plans
     attention = 3.5 * _compute(sizes)  # backward 2.5 times the forward
-    limit = min(waits[p] for p in fitting) + 0.05 * attention
-    listed = ", ".join(f"{p.strategy} {1e3 * s:.3g}" for p, s in waits.items())
+    limit = min(costs[p] for p in fitting) + 0.05 * attention
+    listed = ", ".join(f"{p.strategy} {1e3 * s:.3g}" for p, s in costs.items())
     reason = (
         f"auto, by estimated ms that a layer and row lose to links and sums of blocks: {listed}; "
         f"attention itself takes {1e3 * attention:.3g} ({sizes.chip.name}, {sizes.heads} heads, "
         f"{sizes.kv_heads} KV heads, length {sizes.length})"
     )
-    return replace(next(p for p in fitting if waits[p] <= limit), reason=reason)
+    return replace(next(p for p in fitting if costs[p] <= limit), reason=reason)
 
 
 def _candidate(

@@ -25,7 +25,8 @@ PASSES = (30, 12, 12)
 # from steps compiled for CPU devices and for small slices.
 TRANSFERS = 10
 # TPUs move large ones along with the matmuls, for each of them, in steps that go one way round:
-# read from the program of a 32B model on v5p-128. Above how many bytes: XLA's default.
+# read from the program of a 32B model on v5p-128. Above how many bytes: the default of XLA's
+# partitioner, to which libtpu does not always keep.
 WINDOWED_TRANSFERS, WINDOWED_BYTES = 24, 256 * 2**20
 UPDATE = 36  # bytes a weight that the optimizer reads and writes
 HIDDEN = 0.6  # of a gradient reduction, with the options of trainer/plan/recipe.py
