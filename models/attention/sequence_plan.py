@@ -220,11 +220,11 @@ def estimate(plan: SequencePlan, sizes: Sizes, *, again: bool = False) -> float:
     if ring == 1:
         return seconds
     block, passes = 2 * head * sizes.kv_heads * copies, 4 + again  # gradients travel in float32
-    blocks = plan.hops(sizes.window or None) * plan.parts * plan.streams
+    hops = plan.hops(sizes.window or None)
+    blocks = hops * plan.parts * plan.streams
     seconds += blocks * MERGED * rows * sizes.heads * sizes.head_dim / chip.hbm_bandwidth
     if plan.strategy == "gather":
         return seconds + passes * (ring - 1) * block / chip.ici_bandwidth
     both_ways = switch or plan.streams == 2
     hop = block / (chip.ici_bandwidth if both_ways else chip.ici_bandwidth / 2)
-    hops = plan.hops(sizes.window or None) - 1
-    return seconds + passes * hops * max(0.0, hop - _compute(sizes) / (hops + 1))
+    return seconds + passes * (hops - 1) * max(0.0, hop - _compute(sizes) / hops)
