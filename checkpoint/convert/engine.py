@@ -181,7 +181,8 @@ class InFlight:
 
     def run(self, jobs: Iterable[tuple[int, Callable[[], None]]]) -> None:
         """Runs (bytes it holds, work) one after the other begun; raises what failed first."""
-        with ThreadPoolExecutor((os.cpu_count() or 1) + 1, "convert") as pool:
+        # More than cores: storage takes writes one at a time, and who waits for it does nothing.
+        with ThreadPoolExecutor((os.cpu_count() or 1) + 2, "convert") as pool:
             try:
                 started = [pool.submit(self._do, *job) for job in jobs if self._admit(job[0])]
                 for job in started:

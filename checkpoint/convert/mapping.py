@@ -370,8 +370,11 @@ def build(element: Element, sources: Tensors, dtype: np.dtype) -> np.ndarray:
             if place.dtype == values.dtype:  # NumPy moves integers faster than ml_dtypes' floats
                 bits = np.dtype(f"u{min(dtype.itemsize, 8)}")
                 place, values = place.view(bits), values.view(bits)
+            place, values = _as_it_lies(place, values)
+            if place.size == out.size and place.flags.c_contiguous and place.dtype == values.dtype:
+                return np.ascontiguousarray(values).view(dtype).reshape(element.shape)
             with np.errstate(over="ignore", invalid="ignore"):  # of a cast that was asked for
-                _assign(place, values)
+                place[...] = values
     return out
 
 
@@ -383,14 +386,19 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _assign(target: np.ndarray, values: np.ndarray) -> None:
-    """Copies; large transposed values by XLA's own moves, which are 3 to 9 times as fast."""
+def _as_it_lies(target: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns both with their axes in the order in which the target lies in memory.
+
+    Large values that this transposes are moved by XLA, which is 3 to 9 times as fast as NumPy.
+    """
+    axes = sorted(range(target.ndim), key=lambda axis: -target.strides[axis])
+    target, values = target.transpose(axes), values.transpose(axes)
     moved = values.dtype == target.dtype and values.itemsize <= 4 and not values.flags.c_contiguous
     if values.size > LARGE and moved:
         import jax  # not for the proof of a table, which comes before anything is read
 
         values = np.asarray(jax.device_put(values))
-    target[...] = values
+    return target, values
 
 
 def _shifted(values: np.ndarray, element: Element) -> np.ndarray:

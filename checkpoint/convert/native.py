@@ -22,7 +22,8 @@ from checkpoint.steps import CheckpointError
 
 PARAMS = "params/"
 CHUNK = 4 * 2**20  # bytes, within one layer
-CACHE = 2**27  # bytes of chunks kept while rows are read
+CACHE = 2**26  # bytes of chunks kept while rows are read
+DATA_FILE = 2**24  # bytes; a file that is full is written while others are filled and written
 
 
 class NativeTensors:
@@ -152,8 +153,10 @@ class NativeTensors:
 
     def _spec(self, name: str) -> dict[str, Any]:
         path = (self._prefix + name).replace("/", ".") + "/"
-        return {"driver": "zarr3",
-                "kvstore": {"driver": "ocdbt", "base": self._base, "path": path}}  # fmt: skip
+        return {"driver": "zarr3", "kvstore": {
+            "driver": "ocdbt", "base": self._base, "path": path,
+            "target_data_file_size": DATA_FILE,
+        }}  # fmt: skip
 
 
 class CheckedReads:

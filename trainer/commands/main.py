@@ -7,6 +7,7 @@ device or host gave other bits than it must, 130 interrupted.
 Only the chosen command's module is imported; this file and the table it reads import no JAX.
 """
 
+import gc
 import os
 import sys
 import traceback
@@ -110,6 +111,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if name in _ON_HOST:
         os.environ["JAX_PLATFORMS"] = "cpu"
+        gc.set_threshold(100_000)  # or all that JAX imports is searched for cycles again and again
     return command.main(rest)
 
 
