@@ -22,7 +22,7 @@ from checkpoint.steps import CheckpointError
 
 PARAMS = "params/"
 CHUNK = 4 * 2**20  # bytes, within one layer
-CACHE = 2**26  # bytes of chunks kept while rows are read
+CACHE = 2**27  # bytes of chunks kept while rows are read
 DATA_FILE = 2**24  # bytes; a file that is full is written while others are filled and written
 
 
