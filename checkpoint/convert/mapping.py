@@ -26,7 +26,7 @@ import numpy as np
 
 from sharding.errors import UsageError
 
-BLOCK = 8 * 2**20  # bytes of a tensor held at a time on either side, where the table allows it
+BLOCK = 4 * 2**20  # bytes of a tensor held at a time on either side, where the table allows it
 LARGE = 2**14  # elements
 TIED = {"head": "embedding"}  # our leaf that may be missing → the one that then serves for it
 
@@ -381,7 +381,7 @@ def build(element: Element, sources: Tensors, dtype: np.dtype) -> np.ndarray:
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Returns an empty array that XLA takes without copying it: it begins at 64 bytes."""
     size = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(size + 64, np.uint8)
+    buffer = np.empty(size + 4096, np.uint8)  # XLA asks for a little more: what is freed fits it
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size].view(dtype).reshape(shape)
 

@@ -116,13 +116,13 @@ def test_max_memory(tmp_path, capsys):
     tensors = random_tensors(family, model)
     folder = write_folder(tmp_path / "hf", family.write(model), tensors)
     command = ["convert", str(folder), f"torus:{tmp_path}/start", "--max-memory"]
-    assert main([*command, "20"]) == 2
-    assert "--max-memory 20: the largest tensor needs 24 MiB" in capsys.readouterr().err
+    assert main([*command, "10"]) == 2
+    assert "--max-memory 10: the largest tensor needs 12 MiB" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
-    assert main([*command, "30", "--json"]) == 0
+    assert main([*command, "15", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert 0 < facts["in_flight"] <= 30 * 2**20
-    assert main(["convert", f"{tmp_path}/start", f"{tmp_path}/out", "--max-memory", "30"]) == 0
+    assert 0 < facts["in_flight"] <= 15 * 2**20
+    assert main(["convert", f"{tmp_path}/start", f"{tmp_path}/out", "--max-memory", "15"]) == 0
     assert "MiB in flight" in capsys.readouterr().out
     assert same(read_folder(tmp_path / "out"), tensors)
 
