@@ -372,6 +372,7 @@ def build(element: Element, sources: Tensors, dtype: np.dtype) -> np.ndarray:
                 place, values = place.view(bits), values.view(bits)
             place, values = _as_it_lies(place, values)
             if place.size == out.size and place.flags.c_contiguous and place.dtype == values.dtype:
+                # One block is all of it: no second copy.
                 return np.ascontiguousarray(values).view(dtype).reshape(element.shape)
             with np.errstate(over="ignore", invalid="ignore"):  # of a cast that was asked for
                 place[...] = values
