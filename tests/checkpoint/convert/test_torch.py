@@ -237,7 +237,7 @@ def test_torch_loads_what_we_write_and_we_what_torch_writes(tmp_path, capsys):
 
 
 SHARDED = """
-import sys, torch
+import os, sys, torch
 from torch.distributed import checkpoint as dcp, init_process_group, device_mesh
 from torch.distributed.tensor import Shard, Replicate, distribute_tensor
 init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=int(sys.argv[2]),
@@ -248,6 +248,7 @@ places = [Shard(0), Shard(1), Replicate()]
 state = {n: distribute_tensor(t, mesh, [places[i % 3] if t.ndim > 1 else Shard(0)])
          for i, (n, t) in enumerate(tensors.items())}
 dcp.save({"model": state}, checkpoint_id=f"{sys.argv[1]}/sharded")
+os._exit(0)  # one interpreter in ten aborts in gloo's threads as it goes down
 """
 
 
