@@ -31,8 +31,9 @@ from models.config import ModelConfig
 from sharding.errors import MismatchError, UsageError
 
 STAGING = ".converting"  # added to the target's name while it is being made
+STORING = 16  # threads that wait for storage: the more puts it has, the more it takes at once
 _FORCE_EVERY = 0.5  # seconds
-MEMORY = 2**28  # bytes in flight, unless one tensor needs more
+MEMORY = 2**27  # bytes in flight beside what the largest tensor needs
 FLOATS = {str(np.dtype(d)): np.dtype(d)
           for d in (np.float32, np.float16, ml_dtypes.bfloat16)}  # fmt: skip
 
@@ -170,6 +171,9 @@ class Moved:
     in_flight: int
 
 
+Job = Callable[[], "Job | None"]  # what it returns is left to do, and mostly waits for storage
+
+
 class InFlight:
     """Runs jobs in threads while the bytes that they hold at once stay within a limit."""
 
@@ -179,45 +183,52 @@ class InFlight:
         self._changed = threading.Condition()
         self.peak = 0
 
-    def run(self, jobs: Iterable[tuple[int, Callable[[], None]]]) -> None:
+    def run(self, jobs: Iterable[tuple[int, Job]]) -> None:
         """Runs (bytes it holds, work) one after the other begun; raises what failed first."""
-        # More than cores: storage takes writes one at a time, and who waits for it does nothing.
-        with ThreadPoolExecutor((os.cpu_count() or 1) + 2, "convert") as pool:
+        with (
+            ThreadPoolExecutor(STORING, "store") as storing,
+            ThreadPoolExecutor((os.cpu_count() or 1) + 1, "convert") as making,
+        ):
             try:
-                started = [pool.submit(self._do, *job) for job in jobs if self._admit(job[0])]
-                for job in started:
-                    job.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                if self._failed is not None:
-                    raise self._failed  # noqa: B904  (mostly the very error; its cause stays)
+                for nbytes, work in jobs:
+                    self._admit(nbytes)
+                    if self._failed is not None:
+                        break
+                    making.submit(self._do, storing, nbytes, work)
+                with self._changed:
+                    self._wait(lambda: not self._held)
+            except BaseException as error:  # Ctrl-C: what is queued is let go
+                self._failed = self._failed or error
                 raise
+        if self._failed is not None:
+            raise self._failed
 
-    def _admit(self, nbytes: int) -> bool:
+    def _admit(self, nbytes: int) -> None:
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._failed is not None or not self._held or self._held + nbytes <= self._limit
-                )
-            )
+            self._wait(lambda: not self._held or self._held + nbytes <= self._limit)
             self._held += nbytes
             self.peak = max(self.peak, self._held)
-            return self._failed is None
 
-    def _do(self, nbytes: int, work: Callable[[], None]) -> None:
+    def _wait(self, until: Callable[[], bool]) -> None:
+        self._changed.wait_for(lambda: self._failed is not None or until())
+
+    def _do(self, storing: ThreadPoolExecutor, nbytes: int, work: Job) -> None:
+        rest = None
         try:
-            work()
+            if self._failed is None:
+                rest = work()
         except BaseException as error:
             self._failed = self._failed or error  # what follows from it may fail first in order
-            raise
-        finally:
-            with self._changed:
-                self._held -= nbytes
-                self._changed.notify()
+        if rest is not None:
+            storing.submit(self._do, storing, nbytes, rest)
+            return
+        with self._changed:
+            self._held -= nbytes
+            self._changed.notify()
 
 
 def memory_limit(plan: Plan, wanted: int | None) -> int:
-    """Returns how many bytes `run` may hold: `wanted`, or MEMORY and what the largest tensor needs.
+    """Returns how many bytes `run` may hold: `wanted`, or what the largest tensor needs and MEMORY.
 
     Raises:
       UsageError: `wanted` is less than the largest tensor needs.
@@ -227,7 +238,7 @@ def memory_limit(plan: Plan, wanted: int | None) -> int:
         raise UsageError(
             f"--max-memory {wanted / 2**20:g}: the largest tensor needs {-(-needed // 2**20)} MiB"
         )
-    return wanted or max(MEMORY, needed + MEMORY // 2)
+    return wanted or needed + MEMORY
 
 
 def _held(plan: Plan, part: Element) -> int:
@@ -272,7 +283,7 @@ def run(
     made: list[tuple[Element, int, int, int, bytes]] = []
     renamed = Renamed(source, plan.names)
 
-    def make(part: Element) -> None:
+    def make(part: Element) -> Job:
         dtype, shape = plan.target[part.name]
         array = build(part, renamed, dtype)
         for start, stop, nbytes in _blocks((dtype, array.shape)):
@@ -282,8 +293,12 @@ def run(
             more = rows_sums(array, part.lead, part.start, shape)
             with adding:
                 sums[part.name] = sums.get(part.name, 0) + more
-        target.put(part.name, part.lead, array, *([part.start] if rows else []))
-        advance(array.nbytes)
+
+        def store() -> None:
+            target.put(part.name, part.lead, array, *([part.start] if rows else []))
+            advance(array.nbytes)
+
+        return store
 
     rows = getattr(target, "part_rows", None)
     parts = (

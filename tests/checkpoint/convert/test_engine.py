@@ -73,9 +73,10 @@ def test_parts_make_the_whole(preset, rows):
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=40),
     limit=st.integers(30, 60),
+    stored=st.booleans(),
 )
 @settings(max_examples=30, deadline=None)
-def test_jobs_stay_within_the_limit(sizes, limit):
+def test_jobs_stay_within_the_limit(sizes, limit, stored):
     lock, held, most = threading.Lock(), 0, 0
 
     def work(size):
@@ -84,6 +85,10 @@ def test_jobs_stay_within_the_limit(sizes, limit):
             with lock:
                 held += size
                 most = max(most, held)
+            return let_go if stored else let_go()
+
+        def let_go():
+            nonlocal held
             with lock:
                 held -= size
 
@@ -94,12 +99,16 @@ def test_jobs_stay_within_the_limit(sizes, limit):
     assert held == 0 and max(sizes) <= most <= crew.peak <= limit
 
 
-def test_a_failing_job_ends_the_others():
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_failing_job_ends_the_others(stored):
     begun = []
 
     def work(number):
         def run():
             begun.append(number)
+            return store if stored else store()
+
+        def store():
             if number == 3:
                 raise OSError("No space left on device")
 
