@@ -11,10 +11,11 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoint.inflight import MEMORY, WAITING, InFlight
 from sharding.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -234,40 +235,80 @@ def check_free(target: ObjectPath) -> None:
         raise UsageError(f"{target} exists already; name a folder that does not")
 
 
-def send(folder: Path, target: ObjectPath, last: str, advance: Callable[[int], None]) -> None:
-    """Copies all files below a folder and reads them back, a file at a time in memory.
+def send(
+    folder: Path,
+    target: ObjectPath,
+    last: str,
+    advance: Callable[[int], None],
+    memory: int = MEMORY,
+) -> None:
+    """Copies all files below a folder and reads them back; `advance` is told bytes, each twice.
 
     While SENDING is beside them, they are not all there. What an interrupted sending left stays
-    where it has the same bytes and goes where it is of no use. last: the name of the file without
-    which other programs take the rest for nothing.
+    where it has the same bytes and goes where it is of no use.
+
+    Args:
+      last: the name of the file without which other programs take the rest for nothing.
+      memory: bytes that may be in flight; a file is sent as a whole.
 
     Raises:
       StorageError: the store refuses, or gives back other bytes.
     """
-    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: (p.name == last, p))
-    names = {path.relative_to(folder).as_posix(): path for path in files}
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    crew = InFlight(memory, WAITING)
+
+    def put(name: str) -> None:
+        (target / name).write_bytes(files[name].read_bytes())
+        advance(sizes[name])
+
     (target / SENDING).touch()
-    for name in set(target.below()) - {SENDING, *names}:
+    there = set(target.below()) - {SENDING}
+    for name in there - set(files):
         (target / name).unlink()
-    for name, path in names.items():
-        if not _same(path, target / name):
-            (target / name).write_bytes(path.read_bytes())
-            if not _same(path, target / name):
-                raise StorageError(f"{target / name} is not what was sent there")
-        advance(path.stat().st_size)
+    kept = there & set(files)
+    kept -= _others({n: files[n] for n in kept}, target, crew, lambda nbytes: None)
+    advance(2 * sum(sizes[name] for name in kept))
+    todo = sorted(set(files) - kept)
+    for ending in (False, True):
+        names = [name for name in todo if (files[name].name == last) == ending]
+        crew.run((2 * sizes[name], partial(put, name)) for name in names)
+        if wrong := _others({n: files[n] for n in names}, target, crew, advance):
+            raise StorageError(f"{target / min(wrong)} is not what was sent there")
     (target / SENDING).unlink()
 
 
-def _same(path: Path, there: ObjectPath) -> bool:
+def _others(
+    files: dict[str, Path], target: ObjectPath, crew: InFlight, advance: Callable[[int], None]
+) -> set[str]:
+    """Returns the names of the files that have other bytes below `target`, or are not there."""
+    found = set()
+
+    def compare(name: str, part: slice) -> None:
+        if not _same(files[name], target / name, part):
+            found.add(name)
+        advance(part.stop - part.start)
+
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    parts = (
+        (name, slice(start, min(start + PIECE, size)))
+        for name, size in sizes.items()
+        for start in range(0, max(1, size), PIECE)
+    )
+    crew.run((2 * (part.stop - part.start), partial(compare, name, part)) for name, part in parts)
+    return found
+
+
+def _same(path: Path, there: ObjectPath, part: slice) -> bool:
+    """Whether a part of a file has the same bytes there, and the end of one is the end there."""
     size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(part.start)
+        content = file.read(part.stop - part.start)
     try:
-        if reaches(there, size + 1):
-            return False
-        with path.open("rb") as file:
-            for start in range(0, max(size, 1), PIECE):
-                part = slice(start, min(size, start + PIECE))
-                if there.read_bytes(part) != file.read(PIECE):
-                    return False
+        if len(content) == size:
+            return there.read_bytes() == content
+        ends = part.stop < size or not reaches(there, size + 1)
+        return ends and there.read_bytes(part) == content
     except (FileNotFoundError, EOFError):
         return False
-    return True

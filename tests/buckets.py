@@ -3,6 +3,7 @@
 import http.server
 import json
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ class Google:
         self.sent: dict[str, int] = {}  # bytes of each object that went out
         self.written: list[str] = []  # names, in order
         self.refuse = 0  # a status to answer with
+        self.pause = 0.0  # seconds before each answer
+        self.waiting, self.most = 0, 0  # requests that wait for one, and the most at once
         self.url = ""
 
     def fill(self, bucket: str, folder: Path) -> None:
@@ -31,6 +34,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """objects.get with alt=media, list, insert with uploadType=media, and delete."""
 
     store: Google
+    counting = threading.Lock()
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # headers and data in one packet
 
@@ -89,11 +93,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer(
         self, status: int, data: bytes = b"", headers: dict[str, str] | None = None
     ) -> None:
+        if self.store.pause:
+            self._wait()
         self.send_response(status)
         for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
         self.wfile.write(data)
+
+    def _wait(self) -> None:
+        with self.counting:
+            self.store.waiting += 1
+            self.store.most = max(self.store.most, self.store.waiting)
+        time.sleep(self.store.pause)
+        with self.counting:
+            self.store.waiting -= 1
 
     def log_message(self, format: str, *args) -> None:
         """Says nothing."""

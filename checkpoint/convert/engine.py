@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,14 +26,13 @@ from xxhash import xxh3_64_digest
 from checkpoint.convert.families import Family
 from checkpoint.convert.mapping import BLOCK, Element, Row, build, to_ours, to_theirs
 from checkpoint.fingerprint import rows_sums
+from checkpoint.inflight import MEMORY, WAITING, InFlight, Job
 from checkpoint.steps import CheckpointError, reason
 from models.config import ModelConfig
 from sharding.errors import MismatchError, UsageError
 
 STAGING = ".converting"  # added to the target's name while it is being made
-STORING = 16  # threads that wait for storage: the more puts it has, the more it takes at once
 _FORCE_EVERY = 0.5  # seconds
-MEMORY = 2**27  # bytes in flight beside what the largest tensor needs
 FLOATS = {str(np.dtype(d)): np.dtype(d)
           for d in (np.float32, np.float16, ml_dtypes.bfloat16)}  # fmt: skip
 
@@ -171,62 +170,6 @@ class Moved:
     in_flight: int
 
 
-Job = Callable[[], "Job | None"]  # what it returns is left to do, and mostly waits for storage
-
-
-class InFlight:
-    """Runs jobs in threads while the bytes that they hold at once stay within a limit."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._held = limit, 0
-        self._failed: BaseException | None = None
-        self._changed = threading.Condition()
-        self.peak = 0
-
-    def run(self, jobs: Iterable[tuple[int, Job]]) -> None:
-        """Runs (bytes it holds, work) one after the other begun; raises what failed first."""
-        with (
-            ThreadPoolExecutor(STORING, "store") as storing,
-            ThreadPoolExecutor((os.cpu_count() or 1) + 1, "convert") as making,
-        ):
-            try:
-                for nbytes, work in jobs:
-                    self._admit(nbytes)
-                    if self._failed is not None:
-                        break
-                    making.submit(self._do, storing, nbytes, work)
-                with self._changed:
-                    self._wait(lambda: not self._held)
-            except BaseException as error:  # Ctrl-C: what is queued is let go
-                self._failed = self._failed or error
-                raise
-        if self._failed is not None:
-            raise self._failed
-
-    def _admit(self, nbytes: int) -> None:
-        with self._changed:
-            self._wait(lambda: not self._held or self._held + nbytes <= self._limit)
-            self._held += nbytes
-            self.peak = max(self.peak, self._held)
-
-    def _wait(self, until: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: self._failed is not None or until())
-
-    def _do(self, storing: ThreadPoolExecutor, nbytes: int, work: Job) -> None:
-        rest = None
-        try:
-            if self._failed is None:
-                rest = work()
-        except BaseException as error:
-            self._failed = self._failed or error  # what follows from it may fail first in order
-        if rest is not None:
-            storing.submit(self._do, storing, nbytes, rest)
-            return
-        with self._changed:
-            self._held -= nbytes
-            self._changed.notify()
-
-
 def memory_limit(plan: Plan, wanted: int | None) -> int:
     """Returns how many bytes `run` may hold: `wanted`, or what the largest tensor needs and MEMORY.
 
@@ -261,6 +204,7 @@ def run(
     memory: int | None = None,
     *,
     fingerprints: bool = False,
+    far: bool = False,
 ) -> Moved:
     """Makes every tensor of the target and reads it back; `advance` is told bytes, each twice.
 
@@ -270,13 +214,14 @@ def run(
         rows, put(name, lead, array, start), says by part_rows(name, lead) how many at least.
       memory: bytes that may be in flight, as `memory_limit` has it.
       fingerprints: sum up those of the target's tensors.
+      far: the source is asked over a network.
 
     Raises:
       UsageError: `memory` is too little.
       MismatchError: a tensor that repeats another one differs from it.
       CheckpointError: what was read back is not what was written.
     """
-    crew = InFlight(memory_limit(plan, memory))
+    crew = InFlight(memory_limit(plan, memory), WAITING if far else None)
     crew.run(_comparing(plan, source))
     sums: dict[str, np.ndarray] = {}
     adding = threading.Lock()

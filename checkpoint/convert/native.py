@@ -7,6 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import tensorstore as ts
 from checkpoint import steps
 from checkpoint.convert.mapping import aligned
 from checkpoint.fingerprint import rows_sums, sums_text
+from checkpoint.inflight import MEMORY, WAITING, InFlight
 from checkpoint.manager import save_frame
 from checkpoint.manifest import check_fingerprints, read_manifest, write_record
 from checkpoint.objects import folder_spec
@@ -52,7 +54,7 @@ class NativeTensors:
         cache = {"total_bytes_limit": CACHE if checked else 0}
         # Not forced to disk chunk by chunk: who makes a step forces all of it, once, at the end.
         self._context = ts.Context({"cache_pool": cache, "file_io_sync": False})
-        self._open: dict[str, ts.TensorStore] = {}
+        self._open: dict[str, ts.Future[ts.TensorStore]] = {}
         self._opening = threading.Lock()
         facts = read_manifest(folder, step, checked=checked)["arrays"]
         self.facts = {
@@ -118,9 +120,10 @@ class NativeTensors:
             if name not in self._open:
                 spec, new = self._spec(name), metadata is not None
                 spec |= {"metadata": metadata} if new else {}
-                opened = ts.open(spec, create=new, delete_existing=new, context=self._context)
-                self._open[name] = opened.result()
-            return self._open[name]
+                opening = ts.open(spec, create=new, delete_existing=new, context=self._context)
+                self._open[name] = opening
+            opening = self._open[name]
+        return opening.result()  # several are opened at once
 
     def verify(self, advance: Callable[[int], None] = lambda nbytes: None) -> None:
         """Reads every array and compares it with its fingerprint; `advance` is told bytes.
@@ -128,14 +131,22 @@ class NativeTensors:
         Raises:
           CheckpointError: an array cannot be read, or holds other bits; the message names all.
         """
-        found = {}
-        for name, (dtype, shape) in self.facts.items():
-            sums = np.zeros(2, np.uint32)
-            for lead, start, stop in _parts(shape, dtype.itemsize):
-                part = self.read(name, lead, start, stop)
-                sums = sums + rows_sums(part, lead, start, shape)
-                advance(part.nbytes)
-            found[name] = sums
+        found = {name: np.zeros(2, np.uint32) for name in self.facts}
+        adding = threading.Lock()
+
+        def check(name: str, lead: tuple[int, ...], start: int, stop: int) -> None:
+            part = self.read(name, lead, start, stop)
+            more = rows_sums(part, lead, start, self.facts[name][1])
+            with adding:
+                found[name] = found[name] + more
+            advance(part.nbytes)
+
+        far = steps.is_remote(steps.folder_path(self._step[0]))
+        InFlight(MEMORY, WAITING if far else None).run(
+            (2 * CHUNK, partial(check, name, *part))
+            for name, (dtype, shape) in self.facts.items()
+            for part in _parts(shape, dtype.itemsize)
+        )
         self.compare(found)
 
     def compare(self, sums: dict[str, np.ndarray]) -> None:

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.convert --gib 2 --rounds 2
     python -m tests.benchmarks.convert --gib 1 --rounds 2 --maxtext PYTHON
+    python -m tests.benchmarks.convert --gib 1 --bucket
 
 Prints the peak of resident memory above the imports, the limit of 1.5 × the largest tensor +
 300 MB, and the time as a multiple of `cp` and `sync` of the source's files, taken in turns. A
@@ -11,6 +12,9 @@ goes back to the host of a virtual machine, and getting it again takes seconds f
 With --maxtext, the interpreter of an environment that has MaxText, its own converter takes turns
 with ours on the same folder instead: seconds of the whole process and its largest resident memory,
 imports included on both sides.
+
+With --bucket, seconds of each way to and from a stand-in for a bucket that answers every request
+after 80 ms.
 """
 
 import argparse
@@ -140,6 +144,25 @@ def beside_maxtext(folder: Path, python: str, devices: int) -> None:
     shutil.rmtree(folder / "maxtext")
 
 
+def with_bucket(folder: Path) -> None:
+    """Converts to a bucket, from there and back into it, verifies, and prints the seconds."""
+    from tests.buckets import google
+
+    with google() as store:
+        store.buckets["bucket"], store.pause = {}, 0.08
+        store.fill("bucket", folder)
+        place = {"TENSORSTORE_GCS_HTTP_URL": store.url, "TORUS_CACHE": f"{folder}/cache"}
+        for arguments in (
+            ["convert", "gs://bucket/hf", f"torus:{folder}/start"],
+            ["convert", f"{folder}/hf", "torus:gs://bucket/start"],
+            ["verify", "gs://bucket/start"],
+            ["convert", "gs://bucket/start", f"hf:{folder}/out"],
+            ["convert", f"{folder}/start", "hf:gs://bucket/out"],
+        ):
+            seconds, _ = whole([sys.executable, "-m", "trainer.commands.main", *arguments], **place)
+            print(f"  {seconds:.1f} s: {' '.join(arguments).replace(str(folder), '')}")
+
+
 def copy(source: Path, target: Path) -> float:
     """Returns the seconds of `cp` of a folder, until the bytes are on the disk."""
     start = time.perf_counter()
@@ -149,21 +172,28 @@ def copy(source: Path, target: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gib", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", default=None, help="needs 1 + 3 × rounds times GIB")
     parser.add_argument("--maxtext", default=None, help="a Python that has MaxText")
+    parser.add_argument("--bucket", action="store_true", help="a stand-in for one, 80 ms away")
     parser.add_argument("--devices", type=int, default=16, help="that MaxText simulates (its 16)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as work:
         folder = Path(work)
-        largest = make_source(folder / "hf", args.gib, 32_768 if args.maxtext else 128_256)
+        largest = make_source(
+            folder / "hf", args.gib, 32_768 if args.maxtext or args.bucket else 128_256
+        )
         size = sum(p.stat().st_size for p in (folder / "hf").iterdir())
         limit = 1.5 * largest + 300e6
         print(
             f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, limit {limit / 1e6:.0f}"
         )
+        if args.bucket:
+            return with_bucket(folder)
         for _ in range(args.rounds if args.maxtext else 0):
             beside_maxtext(folder, args.maxtext, args.devices)
         for n in range(0 if args.maxtext else args.rounds):

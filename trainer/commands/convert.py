@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoint.inflight import MEMORY
 from checkpoint.steps import COMMITTED, is_remote
 from sharding.config import cache_folder
 from sharding.errors import MismatchError, UsageError
@@ -146,8 +147,9 @@ def _send(
     if kind != "torus":
         (local / "checkpoints/0" / COMMITTED).touch()  # how a step in a bucket is told
     sizes = [path.stat().st_size for path in local.rglob("*") if path.is_file()]
-    with progress(f"sending to {target}", sum(sizes), in_bytes=True) as advance:
-        objects.send(local, target, CONFIG if kind == "torus" else COMMITTED, advance)
+    last = CONFIG if kind == "torus" else COMMITTED
+    with progress(f"sending to {target}", 2 * sum(sizes), in_bytes=True) as advance:
+        objects.send(local, target, last, advance, args.memory or MEMORY)
     shutil.rmtree(local.parent)
     if not args.json:
         print(f"{target}: {len(sizes)} objects, {sum(sizes):,} bytes, sent and read back")
@@ -227,7 +229,10 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
         for move in todo:
             prefix = moves.PREFIXES[move.part]
             below = native.NativeTensors(folder / "checkpoints", 0, prefix, checked=False)
-            moved = engine.run(move.plan, move.tensors, below, advance, memory, fingerprints=True)
+            moved = engine.run(
+                move.plan, move.tensors, below, advance, memory,
+                fingerprints=True, far=is_remote(source),
+            )  # fmt: skip
             sums |= {prefix + name: found_sums for name, found_sums in moved.sums.items()}
             peak = max(peak, moved.in_flight)
         if carried:
@@ -273,30 +278,38 @@ def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) 
     carried = {"step": found.step} if optimizer else None
     if args.dry_run:
         return _report(todo, args, [], carried)
+    run = partial(_run, todo, memory, is_remote(source))
     bar = progress(_DOING, 2 * sum(m.plan.nbytes for m in todo), in_bytes=True)
     with engine.staged(target) as folder, bar as advance:
         huggingface.copy_extras(extras, folder)
         if kind == "hf":
             entries = [(name, *facts) for name, facts in plan.target.items()]
             files = huggingface.create_folder(folder, config, entries, shard_bytes)
-            peak = _run(todo, {PARAMS: files}, advance, memory)
+            peak = run({PARAMS: files}, advance)
             files.close()
         else:
             (folder / huggingface.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
             writer = _writer(kind, folder, found.step)
-            peak = _run(todo, writer.parts, advance, memory)
+            peak = run(writer.parts, advance)
             writer.finish()
     return _report(todo, args, [], carried, in_flight=peak)
 
 
-def _run(todo: "list[Move]", parts: dict[str, Any], advance: Any, memory: int) -> int:
+def _run(
+    todo: "list[Move]",
+    memory: int,
+    far: bool,
+    parts: dict[str, Any],
+    advance: Callable[[int], None],
+) -> int:
     """Moves everything, checking what is read of ours; returns the most bytes held at once."""
     from checkpoint.convert import engine, native
 
     peak = 0
     for move in todo:
         reads = native.CheckedReads(move.tensors)
-        peak = max(peak, engine.run(move.plan, reads, parts[move.part], advance, memory).in_flight)
+        moved = engine.run(move.plan, reads, parts[move.part], advance, memory, far=far)
+        peak = max(peak, moved.in_flight)
         reads.finish()
     return peak
 
@@ -317,12 +330,10 @@ def _shard_bytes(args: argparse.Namespace, plan: Any) -> int:
     Raises:
       UsageError: --shard-size, or the largest tensor, is more than that.
     """
-    from checkpoint.convert.engine import MEMORY
-
     if not args.sent:
         return int((args.shard_size or 5) * 1e9)
     largest = max(math.prod(shape) * dtype.itemsize for dtype, shape in plan.target.values())
-    room = (args.memory or max(MEMORY, 2 * largest)) // 2
+    room = args.memory // 2 if args.memory else max(MEMORY, largest)
     wanted = int(args.shard_size * 1e9) if args.shard_size else room
     if max(largest, wanted) > room:
         needed = -(-2 * max(largest, wanted) // 2**20)

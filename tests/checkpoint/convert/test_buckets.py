@@ -130,6 +130,18 @@ def test_no_more_is_read_than_is_needed(gs, tmp_path, capsys):
         assert main(["inspect", place]) == 0
 
 
+def test_a_store_is_asked_for_much_at_once(gs, model, tmp_path):
+    gs.pause = 0.05
+    for command in (
+        ["convert", f"{model}/hf", "torus:gs://bucket/start"],
+        ["convert", "gs://bucket/start", f"hf:{tmp_path}/out"],
+        ["verify", "gs://bucket/start"],
+    ):
+        gs.most = 0
+        assert main(command) == 0
+        assert gs.most >= 4
+
+
 def test_an_interrupted_sending_goes_on(gs, model, tmp_path, monkeypatch, capsys):
     command = ["convert", f"{model}/hf", "torus:gs://bucket/start"]
     write, room = ObjectPath.write_bytes, iter(range(5))
