@@ -2,11 +2,16 @@
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoint.inflight import MEMORY, WAITING, InFlight
+from checkpoint.steps import is_remote
 from sharding.errors import UsageError
 from trainer.commands.parser import CommandParser
+from trainer.commands.progress import progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +33,7 @@ Exit status: 0 all bits are equal, 1 something differs.
   torus diff ./Llama-3.2-1B ./out
 """
 
-PIECE = 32 * 2**20  # bytes
+PIECE = 8 * 2**20  # bytes
 
 
 def main(argv: list[str]) -> int:
@@ -51,15 +56,24 @@ def main(argv: list[str]) -> int:
         "only in B": sorted(set(facts_b) - set(facts_a)),
         "other shape or dtype": {}, "other values": {}, "equal": 0,
     }  # fmt: skip
+    sizes: dict[str, int] = {}
     for name in sorted(set(facts_a) & set(facts_b)):
         (dtype, shape), other = facts_a[name], facts_b[name]
-        if other != (dtype, shape):
+        if other == (dtype, shape):
+            sizes[name] = math.prod(shape) * dtype.itemsize
+        else:
             pair = [f"{d}{list(s)}" for d, s in ((dtype, shape), other)]
             found["other shape or dtype"][name] = pair
-        elif differs := compare(a, b, name, dtype, shape):
-            found["other values"][name] = differs
-        else:
-            found["equal"] += 1
+    differs: dict[str, dict] = {}
+    with progress("comparing", sum(sizes.values()), in_bytes=True) as advance:
+
+        def job(name: str) -> None:
+            differs[name] = compare(a, b, name, *facts_a[name], advance)
+
+        crew = InFlight(MEMORY, WAITING if any(is_remote(path) for _, path in places) else None)
+        crew.run((2 * min(size, PIECE), partial(job, name)) for name, size in sizes.items())
+    found["other values"] = {name: differs[name] for name in sizes if differs[name]}
+    found["equal"] = len(sizes) - len(found["other values"])
     _print(found, as_json=args.json)
     return int(any(value for key, value in found.items() if key != "equal"))
 
@@ -77,7 +91,14 @@ def _open(kind: str, path: Path) -> tuple[Any, dict]:
     return found, found.facts
 
 
-def compare(a: Any, b: Any, name: str, dtype: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+def compare(
+    a: Any,
+    b: Any,
+    name: str,
+    dtype: Any,
+    shape: tuple[int, ...],
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
     """Returns {} for equal bits, else `differing` (elements), `abs`, `relative`, `ulp`, `first`."""
     import numpy as np
 
@@ -88,6 +109,7 @@ def compare(a: Any, b: Any, name: str, dtype: Any, shape: tuple[int, ...]) -> di
         stop = min(start + step, rows)
         left, right = (np.asarray(x.read(name, (), start, stop)) for x in (a, b))
         bits = [x.reshape(-1).view(f"u{dtype.itemsize}") for x in (left, right)]
+        advance(left.nbytes)
         places = np.flatnonzero(bits[0] != bits[1])
         if not places.size:
             continue
