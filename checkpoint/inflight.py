@@ -12,7 +12,11 @@ Job = Callable[[], "Job | None"]  # what it returns is left to do, and mostly wa
 
 
 class InFlight:
-    """Runs jobs in threads while the bytes that they hold at once stay within a limit."""
+    """Runs jobs in threads while the bytes that they hold at once stay within a limit.
+
+    What a job returns is run by other threads, so that waiting for storage keeps no job from
+    beginning that computes.
+    """
 
     def __init__(self, limit: int, threads: int | None = None) -> None:
         """threads: WAITING for jobs that mostly wait; else one more than there are cores."""
