@@ -18,10 +18,10 @@ class InFlight:
     beginning that computes.
     """
 
-    def __init__(self, limit: int, threads: int | None = None) -> None:
-        """threads: WAITING for jobs that mostly wait; else one more than there are cores."""
+    def __init__(self, limit: int, *, far: bool = False) -> None:
+        """far: jobs mostly wait for a network, so that more of them are under way than cores."""
         self._limit, self._held = limit, 0
-        self._threads = threads or (os.cpu_count() or 1) + 1
+        self._threads = WAITING if far else (os.cpu_count() or 1) + 1
         self._failed: BaseException | None = None
         self._changed = threading.Condition()
         self.peak = 0

@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint.inflight import MEMORY, WAITING, InFlight
+from checkpoint.inflight import MEMORY, InFlight
 from sharding.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def send(
     """
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    crew = InFlight(memory, WAITING)
+    crew = InFlight(memory, far=True)
 
     def put(name: str) -> None:
         (target / name).write_bytes(files[name].read_bytes())

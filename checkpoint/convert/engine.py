@@ -26,7 +26,7 @@ from xxhash import xxh3_64_digest
 from checkpoint.convert.families import Family
 from checkpoint.convert.mapping import BLOCK, Element, Row, build, to_ours, to_theirs
 from checkpoint.fingerprint import rows_sums
-from checkpoint.inflight import MEMORY, WAITING, InFlight, Job
+from checkpoint.inflight import MEMORY, InFlight, Job
 from checkpoint.steps import CheckpointError, reason
 from models.config import ModelConfig
 from sharding.errors import MismatchError, UsageError
@@ -221,7 +221,7 @@ def run(
       MismatchError: a tensor that repeats another one differs from it.
       CheckpointError: what was read back is not what was written.
     """
-    crew = InFlight(memory_limit(plan, memory), WAITING if far else None)
+    crew = InFlight(memory_limit(plan, memory), far=far)
     crew.run(_comparing(plan, source))
     sums: dict[str, np.ndarray] = {}
     adding = threading.Lock()

@@ -16,7 +16,7 @@ import tensorstore as ts
 from checkpoint import steps
 from checkpoint.convert.mapping import aligned
 from checkpoint.fingerprint import rows_sums, sums_text
-from checkpoint.inflight import MEMORY, WAITING, InFlight
+from checkpoint.inflight import MEMORY, InFlight
 from checkpoint.manager import save_frame
 from checkpoint.manifest import check_fingerprints, read_manifest, write_record
 from checkpoint.objects import folder_spec
@@ -142,10 +142,10 @@ class NativeTensors:
             advance(part.nbytes)
 
         far = steps.is_remote(steps.folder_path(self._step[0]))
-        InFlight(MEMORY, WAITING if far else None).run(
-            (2 * CHUNK, partial(check, name, *part))
+        InFlight(MEMORY, far=far).run(
+            (2 * nbytes, partial(check, name, *part))
             for name, (dtype, shape) in self.facts.items()
-            for part in _parts(shape, dtype.itemsize)
+            for nbytes, *part in _parts(shape, dtype.itemsize)
         )
         self.compare(found)
 
@@ -234,16 +234,18 @@ def _chunk(shape: tuple[int, ...], lead: int, itemsize: int) -> tuple[int, ...]:
     return (*(1 for _ in range(lead)), rows, *rest[1:])
 
 
-def _parts(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
-    """Yields (lead, start, stop) of parts of at most CHUNK bytes, or of a single row."""
+def _parts(
+    shape: tuple[int, ...], itemsize: int
+) -> Iterator[tuple[int, tuple[int, ...], int, int]]:
+    """Yields (bytes, lead, start, stop) of parts of at most CHUNK bytes, or of a single row."""
     if not shape:
-        yield (), 0, 1
+        yield itemsize, (), 0, 1
         return
-    row = math.prod(shape[1:]) * itemsize
-    if row <= CHUNK or len(shape) == 1:
-        rows = max(1, CHUNK // row)
-        yield from (((), i, min(i + rows, shape[0])) for i in range(0, shape[0], rows))
-        return
-    rows = max(1, CHUNK // (row // shape[1]))
-    for lead in range(shape[0]):
-        yield from (((lead,), i, min(i + rows, shape[1])) for i in range(0, shape[1], rows))
+    leads, row = [()], math.prod(shape[1:]) * itemsize
+    if row > CHUNK and len(shape) > 1:
+        leads, row = [(lead,) for lead in range(shape[0])], row // shape[1]
+    rows = max(1, CHUNK // row)
+    for lead in leads:
+        for start in range(0, shape[len(lead)], rows):
+            stop = min(start + rows, shape[len(lead)])
+            yield (stop - start) * row, lead, start, stop

@@ -55,7 +55,7 @@ pickle names is ever imported or called.
   --like FOLDER    take config.json, where SOURCE has none, tokenizer files and token ids from there
   --shard-size GB  largest file for Hugging Face (5; in a bucket half of --max-memory)
   --max-memory MIB most bytes of tensors in flight; the process holds some 500 MB beside them
-                   (256, or what the largest tensor needs)
+                   (what the largest tensor needs and 128)
   --dry-run        check everything, print the plan row by row, write nothing
   --json           print the plan and the result as JSON
 

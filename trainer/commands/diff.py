@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint.inflight import MEMORY, WAITING, InFlight
+from checkpoint.inflight import MEMORY, InFlight
 from checkpoint.steps import is_remote
 from sharding.errors import UsageError
 from trainer.commands.parser import CommandParser
@@ -70,8 +70,10 @@ def main(argv: list[str]) -> int:
         def job(name: str) -> None:
             differs[name] = compare(a, b, name, *facts_a[name], advance)
 
-        crew = InFlight(MEMORY, WAITING if any(is_remote(path) for _, path in places) else None)
-        crew.run((2 * min(size, PIECE), partial(job, name)) for name, size in sizes.items())
+        crew = InFlight(MEMORY, far=any(is_remote(path) for _, path in places))
+        crew.run(
+            (_held(facts_a[name][1], size), partial(job, name)) for name, size in sizes.items()
+        )
     found["other values"] = {name: differs[name] for name in sizes if differs[name]}
     found["equal"] = len(sizes) - len(found["other values"])
     _print(found, as_json=args.json)
@@ -89,6 +91,11 @@ def _open(kind: str, path: Path) -> tuple[Any, dict]:
 
     found = open_source(kind, path)
     return found, found.facts
+
+
+def _held(shape: tuple[int, ...], size: int) -> int:
+    """Returns the bytes of a piece of both sides: whole rows, whatever one of them takes."""
+    return 2 * max(min(size, PIECE), size // max((1, *shape[:1])))
 
 
 def compare(
