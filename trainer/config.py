@@ -147,8 +147,8 @@ def validate(experiment: Experiment) -> None:
     if optimizer.warmup_steps > train.steps:
         raise UsageError(
             f"config.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds "
-            f"config.train.steps = {train.steps}; to stop early on the same schedule, leave steps and "
-            f"set config.train.stop_at = {train.steps}"
+            f"config.train.steps = {train.steps}; to stop early on the same schedule, leave steps "
+            f"as they are and set config.train.stop_at = {train.steps}"
         )
     # An axis of -1 is not known yet: the loop checks again once the devices are.
     check_sizes(experiment, {axis: max(getattr(experiment.mesh, axis), 1) for axis in AXES})
@@ -226,15 +226,11 @@ def from_dict(data: Any, cls: type[Fields] = Experiment) -> Any:
     """Builds a config from nested dicts; raises FieldError on a field or type it does not have."""
     if not isinstance(data, dict):
         raise FieldError(f"{cls.at}: {type(data).__name__} found where fields are expected")
-    groups = {
-        name: kind for name, kind in field_types(cls).items() if dataclasses.is_dataclass(kind)
-    }
-    return cls(
-        **{
-            name: from_dict(raw, groups[name]) if name in groups else raw
-            for name, raw in data.items()
-        }
-    )
+    values = dict(data)
+    for name, kind in field_types(cls).items():
+        if name in data and dataclasses.is_dataclass(kind):
+            values[name] = from_dict(data[name], kind)
+    return cls(**values)
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:
