@@ -15,7 +15,7 @@ from typing import Any
 
 from sharding.errors import UsageError
 from sharding.topology import Slice, parse_slice, require_libtpu
-from trainer.config import Experiment, check_sizes, parse_flags
+from trainer.config import Experiment, check_sizes, joined, parse_flags
 from trainer.plan.calibration import add_run, factor, measured_step
 from trainer.plan.process import Compilation
 from trainer.plan.screen import format_plan, format_search
@@ -78,7 +78,8 @@ _FAILURES = {
 def main(argv: list[str]) -> int:
     """Returns 0 when the config fits, 1 when it does not, 3 when the compiler failed."""
     switches = {a for a in argv if a in ("--json", "--search", "--pareto", "--check")}
-    argv, as_json = [a for a in argv if a not in switches], "--json" in switches
+    argv = joined([a for a in argv if a not in switches])
+    as_json = "--json" in switches
     if "--check" in switches and not argv:
         return _check_all()
     run = next((a.partition("=")[2] for a in argv if a.startswith("--calibrate=")), "")
@@ -150,6 +151,8 @@ def _check_file(name: str, path: str) -> None:
         raise UsageError(f"--{name}={path}: there is no folder {folder}")
     if path and os.path.isdir(path):
         raise UsageError(f"--{name}={path} is a folder; name a file")
+    if path and not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UsageError(f"--{name}={path} cannot be written")
 
 
 def _number(name: str, text: str, meaning: str) -> float | None:

@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def make_plan(experiment: Experiment, target: Slice, save: str = "", page: str =
         from trainer.plan.explain import write_page
 
         setting = setting_of(choice.experiment, target, dict(mesh.shape))
-        write_whole(page, write_page(text, plan.to_json(), setting))
+        write_whole(Path(page), write_page(text, plan.to_json(), setting))
     return plan
 
 

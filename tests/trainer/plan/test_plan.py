@@ -1,5 +1,6 @@
 """`torus plan`: refusals without the compiler, its answers read right, and two real compiles."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -257,8 +258,11 @@ def test_published_runs_are_whole():
 
 @needs_libtpu
 @pytest.mark.tpu_compile
-def test_a_real_compilation_for_a_slice_that_is_not_there(capsys):
-    assert command.main([*TINY, "--json"]) == 0
+def test_a_real_compilation_for_a_slice_that_is_not_there(capsys, tmp_path):
+    page, program = tmp_path / "plan.html", tmp_path / "program.gz"
+    assert command.main([*TINY, "--json", f"--explain={page}", "--program", str(program)]) == 0
+    assert "<h2>Roofline</h2>" in page.read_text()
+    assert gzip.decompress(program.read_bytes()).startswith(b"HloModule")
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"] and plan["mesh"]["fsdp"] == 4 and plan["devices"] == 4
     state = plan["parameter_bytes"] + plan["optimizer_bytes"]
