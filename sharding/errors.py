@@ -31,6 +31,11 @@ class StorageError(UsageError, OSError):
     status = 5
 
 
+def install_hint(extra: str) -> str:
+    """Returns how to install an extra of Torus, which is installed from a clone."""
+    return f"pip install -e '.[{extra}]' in the folder of Torus"
+
+
 def nearest(value: str, choices: Iterable[str]) -> str:
     """Returns "; did you mean `x`?" for the choice closest to `value`, or "" when none is close.
 

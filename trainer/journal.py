@@ -12,11 +12,17 @@ from models.flops import train_flops_per_token
 from sharding.hardware import peak_flops
 from trainer.config import Experiment
 from trainer.console import Console
+from trainer.data.corpus import is_builtin
 from trainer.data.rows import Steps
 from trainer.evaluate import to_bits_per_byte
 from trainer.metrics import MetricsWriter, StepTimer, memory_gib
 from trainer.packages import library_versions
 
+LARGE = 100_000_000  # parameters from which the built-in text is too little to learn from
+_LITTLE_TEXT = (
+    "{parameters:,} parameters and the built-in text, 9 MB of Python's documentation and sources: "
+    "for a real run give --config.data.path=DATASET, made by `torus prepare`"
+)
 CPU_RATE_SECONDS = 0.3  # spent at start on this machine's own matmul rate, where no table has it
 
 
@@ -62,7 +68,11 @@ class Journal:
             device_count=mesh.size,
         )
         if not start:
-            self.event(0, "start", **_facts(experiment, mesh, dataset, tokens))
+            facts = _facts(experiment, mesh, dataset, tokens)
+            self.event(0, "start", **facts)
+            data = experiment.data
+            if facts["parameters"] >= LARGE and is_builtin(data.path) and not data.mixture:
+                self.event(0, "warning", text=_LITTLE_TEXT.format(**facts))
 
     def __enter__(self) -> "Journal":
         return self

@@ -48,18 +48,13 @@ _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 @dataclass
 class LogConfig(Fields, at="config.log"):
-    """What is written while training runs, and which steps are profiled.
+    """What is written while training runs, and which steps are profiled."""
 
-    `every` steps there is one log line and one record; every `fingerprint_every` steps (0 = never)
-    one of the fingerprints of all arrays, which `torus replay` compares. With `profile_start` >= 0
-    the `profile_steps` steps from that one on are traced into <run>/profile.
-    """
-
-    every: int = 10
-    fingerprint_every: int = 0
-    tensorboard: bool = True
-    profile_start: int = -1
-    profile_steps: int = 3
+    every: int = 10  # steps between log lines, each a record of metrics.jsonl
+    fingerprint_every: int = 0  # steps between fingerprints for `torus replay`; 0 = never
+    tensorboard: bool = True  # also write the numbers to RUN/tensorboard
+    profile_start: int = -1  # first step that is traced into RUN/profile; -1 = none
+    profile_steps: int = 3  # how many steps are traced
 
     def validate(self) -> None:
         """Raises UsageError for values that cannot be used."""

@@ -4,11 +4,13 @@ import json
 import math
 import re
 import time
+from pathlib import Path
 
 import pytest
 
 from sharding.errors import UsageError
 from trainer.commands import report as command
+from trainer.compare import losses
 from trainer.metrics import MetricsWriter, bits_per_byte
 from trainer.report import facts, load_run, render_html, write_report
 
@@ -181,3 +183,34 @@ def test_incidents_of_a_supervisor_are_shown(tmp_path):
     (tmp_path / "incidents.jsonl").write_text(json.dumps(crash) + '\n{"time": 6.0, "ki')
     (shown,) = [e for e in load_run(tmp_path).events if e["event"] == "crash"]
     assert (shown["step"], shown["cause"], shown["rank"]) == (7, "gone", 1)
+
+
+def test_several_runs_in_one_picture_and_table(tmp_path, capsys):
+    a = _make_run(tmp_path / "a", train={"steps": 200, "seed": 0})
+    b = _make_run(tmp_path / "b", steps=60, name="<i>b", train={"steps": 200, "seed": 1})
+    assert command.main([str(a), str(b), f"--out={tmp_path / 'out'}"]) == 0
+    page, picture = (Path(line) for line in capsys.readouterr().out.splitlines())
+    assert picture.read_bytes().startswith(PNG)
+    text = page.read_text()
+    assert not re.search(r"(src|href)=[\"'](?!data:)", text) and "<i>" not in text
+    assert "<tr><th>config.train.seed</th><td>0</td><td>1</td></tr>" in text
+    assert "config.train.steps" not in text, "what is alike is left out"
+    assert re.search(r"<th>Train loss</th><td>1\.14.*?</td><td>1\.54", text)
+    assert not list(a.glob("compare.*"))
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [(["a", "a"], "named twice"), (["a", "nothing"], "no run at"), (["a"] * 9, "at most 8")],
+)
+def test_what_cannot_be_compared(runs, message, tmp_path):
+    _make_run(tmp_path / "a", steps=2)
+    with pytest.raises(UsageError, match=message):
+        command.main([*(str(tmp_path / run) for run in runs), f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_losses_that_a_picture_can_show():
+    records = [{"step": step, "loss": math.nan if step % 2 else 1.0} for step in range(10_000)]
+    assert len(losses(records)) <= 2000 and not any(step % 2 for step, _ in losses(records))
+    assert losses([]) == losses([{"step": 1}]) == []

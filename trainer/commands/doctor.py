@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sharding.errors import install_hint
 from sharding.hardware import chip_for
 from trainer.commands.parser import CommandParser
 from trainer.packages import check_packages, check_platform_packages, library_versions
@@ -305,7 +306,7 @@ def _idle_accelerator() -> str:
         extra = "tpu"
     if not extra or os.environ.get("JAX_PLATFORMS") == "cpu":
         return ""
-    return f"an accelerator is there and not used: pip install 'torus-train[{extra}]'"
+    return f"an accelerator is there and not used: {install_hint(extra)}"
 
 
 def _conflict(status: str, problem: str) -> Finding:

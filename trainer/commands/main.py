@@ -96,7 +96,7 @@ def _dispatch(arguments: list[str]) -> int:
             print(usage(), end="")
             return 0
         name, rest = rest[0], ["--help"]
-    if name in ("version", "--version"):
+    if name in ("version", "--version") or rest == ["--version"]:
         from trainer.packages import torus_version
 
         print(f"torus {torus_version()}")

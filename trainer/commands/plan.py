@@ -31,7 +31,7 @@ Compiles the train step of CONFIG ahead of time for a TPU slice that need not be
 machine's CPU. Prints the memory that the compiler gives each chip and what holds it, an estimate of
 the step's time with its range and where it goes, days to the configured tokens, and what the
 program does that nobody asked for. A config that fits takes one to three minutes, one that does not
-is refused in seconds, with how much it lacks. Needs libtpu: pip install 'torus-train[aot]'.
+is refused in seconds, with how much it lacks. Needs libtpu: pip install -e '.[aot]'.
 
   torus plan --config=llama3_8b --on=v5e-256 --price=1.2
   torus plan --config=llama3_8b --on=v5p-128 --config.mesh.tensor=4

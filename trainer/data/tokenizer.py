@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sharding.errors import UsageError, nearest
+from sharding.errors import UsageError, install_hint, nearest
 
 
 @dataclass(frozen=True)
@@ -403,7 +403,7 @@ def _build(kind: str, definition: bytes, path: Path) -> Tokenizer:
         raise UsageError(f"tokenizer {path}: {error}") from None
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"tokenizer {path}: reading it needs {error.name}; pip install 'torus-train[data]'"
+            f"tokenizer {path}: reading it needs {error.name}; {install_hint('data')}"
         ) from None
     except Exception as error:  # the libraries raise bare Exception on files they cannot read
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -19,7 +19,7 @@ from checkpoint.convert.pickles import Global, Inert, Persistent, dumps, loads
 from checkpoint.convert.torchfiles import KNOWN, contiguous, read_torch, write_torch
 from sharding.errors import UnsafeInputError
 
-REASON = "no file that torch wrote was read: pip install 'torus-train[parity]'"
+REASON = "no file that torch wrote was read: pip install -e '.[parity]'"
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**100), 2**100) | st.floats(allow_nan=False)
     | st.text(max_size=8),

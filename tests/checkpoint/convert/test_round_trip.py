@@ -30,7 +30,7 @@ from tests.checkpoint.convert.folders import (
 from trainer.commands.main import main
 from trainer.run import read_experiment
 
-REASON = "no conversion of what transformers writes was checked: pip install 'torus-train[parity]'"
+REASON = "no conversion of what transformers writes was checked: pip install -e '.[parity]'"
 
 
 def there_and_back(folder, tmp_path, *options):
