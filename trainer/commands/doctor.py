@@ -33,7 +33,7 @@ finding: ok, warn or FAIL, and what to do about it.
 
 The exit status is 1 if anything FAILs, so that a job script can stop there:
 
-  torus doctor /mnt/runs && torus train ...
+  torus doctor runs && torus train --config=quickstart --workdir=runs/a
 """
 
 _IMPORTS = ("jax", "flax", "optax", "orbax.checkpoint", "tensorstore", "grain", "ml_collections")

@@ -12,7 +12,7 @@ dataset, or of another one, and prints nats per token and bits per byte beside w
 xz -9 make of the same text.
 
   torus eval runs/a
-  torus eval runs/a --step 500 --data data/other
+  torus eval runs/a --step 350 --data data/notes
 """
 
 

@@ -28,11 +28,12 @@ usage: torus COMMAND [arguments]        torus COMMAND --help
 {commands}
 
 Start here:
-  torus doctor                                         is this machine ready?
-  torus train --config=quickstart --workdir=runs/a     train a small model
+  torus doctor                                         # is this machine ready?
+  torus train --config=quickstart --workdir=runs/a     # train a small model
+  torus config --config=quickstart                     # every field, its value and its meaning
   torus train --config=quickstart --config.optimizer.peak_lr=1e-3 --workdir=runs/b
-  torus sample runs/a --prompt="The "                  use it
-  torus report runs/a                                  see how training went
+  torus sample runs/a --prompt="The "                  # use it
+  torus report runs/a                                  # see how training went
 
 Every field of a config can be set from the command line as --config.PATH=VALUE. Running the same
 train command again resumes the run where it stopped.

@@ -16,8 +16,8 @@ of every array at checkpoints and every config.log.fingerprint_every steps. The 
 of device give the same bits: a difference is hardware that erred, or files that were changed.
 Nothing is written.
 
-  torus replay runs/a --steps 400:420
-  torus replay runs/a --steps 0:20               from the very beginning
+  torus replay runs/a --steps 690:700
+  torus replay runs/a --steps 0:20               # from the very beginning
 
 With --against the records of two runs are compared first. Where they part, both are done again
 from their last common point, and the first step and array that differ are told: if the repeats

@@ -17,7 +17,7 @@ a run, a folder of steps, or one step, on a disk or in a bucket (gs://…, s3://
 1 if a step is damaged, and names what is.
 
   torus verify runs/a
-  torus verify runs/a --step 500
+  torus verify runs/a --step 350
 """
 
 
