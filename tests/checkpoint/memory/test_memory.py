@@ -166,6 +166,20 @@ def test_alone_every_step_may_be_taken():
     assert agreement.done([0], 25, 26) and (agreement.committed, agreement.next) == (25, 27)
 
 
+def test_the_look_ahead_after_misses_shrinks_again():
+    """Each miss doubles it up to 64 steps; each snapshot that counts then takes one step off it."""
+    agreement = Agreement(2, 1)
+    agreement.ready([0, 1], 0, -1)
+    for _ in range(8):
+        agreement.missed(agreement.next, agreement.next)
+    ahead = []
+    for _ in range(70):
+        step = agreement.next
+        agreement.done([0, 1], step, step)
+        ahead.append(agreement.next - step)
+    assert ahead == [64 - n if n < 63 else 2 for n in range(70)]
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 6), st.integers(1, 7), st.integers(0, 2**32))
 def test_processes_that_hear_late_still_agree(count, every, seed):
