@@ -64,9 +64,9 @@ def test_figures_are_in_base_units():
         assert 100 < chip.flops_bf16 / chip.hbm_bandwidth < 1000, chip.name
 
 
-# The vendors' own figures per chip: dense bfloat16 TFLOP/s, memory in GB (TPU: GiB), GB/s of memory,
-# and GB/s that a chip sends over all of its links: of a v5e 1,600 Gb/s over two torus axes. The page
-# of tpu7x counts both directions (1,200 GB/s bidirectional), as NVIDIA does for NVLink.
+# The vendors' own figures per chip: dense bfloat16 TFLOP/s, memory in GB (TPU: GiB), GB/s of memory
+# and GB/s sent over all links of the chip (v5e: 1,600 Gb/s over two torus axes). The page of tpu7x
+# counts both directions (1,200 GB/s bidirectional), as NVIDIA does for NVLink.
 DATASHEETS = {
     "v4": (275, 32, 1228, 300), "v5e": (197, 16, 819, 200), "v5p": (459, 95, 2765, 600),
     "v6e": (918, 32, 1638, 400), "tpu7x": (2307, 192, 7380, 600),
