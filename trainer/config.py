@@ -255,7 +255,7 @@ def load_config(reference: str) -> Experiment:
       UsageError: there is no such file, or it does not return an Experiment.
     """
     name, _, argument = reference.partition(":")
-    shipped = {p.stem: p for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "__init__"}
+    shipped = _shipped()
     candidates = [Path(name), ROOT / name, *([shipped[name]] if name in shipped else [])]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
@@ -263,6 +263,26 @@ def load_config(reference: str) -> Experiment:
             f"no config file {name!r}; shipped: {', '.join(shipped)}"
             f"{nearest(Path(name).stem, shipped)}"
         )
+    return _run_config(path, argument)
+
+
+def load_shipped(reference: str) -> Experiment:
+    """Returns the experiment of a shipped config that a file names: never that of another path.
+
+    Raises:
+      UsageError: no such config is shipped.
+    """
+    name, _, argument = reference.partition(":")
+    if (path := _shipped().get(name)) is None:
+        raise UsageError(f"no config {name!r} is shipped{nearest(name, _shipped())}")
+    return _run_config(path, argument)
+
+
+def _shipped() -> dict[str, Path]:
+    return {p.stem: p for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "__init__"}
+
+
+def _run_config(path: Path, argument: str) -> Experiment:
     get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:
         raise UsageError(f"{path} has no function get_config()")
