@@ -6,10 +6,11 @@ Plain data, read by the experiment config and by every command, so JAX is not im
 from dataclasses import dataclass
 
 from sharding.errors import UsageError
+from sharding.fields import Fields
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(Fields, at="config.checkpoint"):
     """When a checkpoint is written, which ones stay, and in what form."""
 
     every: int = 1000

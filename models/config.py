@@ -4,9 +4,12 @@ A model family is a value of `ModelConfig`; no family has code of its own. `mode
 holds the published ones.
 """
 
+import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 from sharding.errors import UsageError, nearest
+from sharding.fields import Fields
 
 # Activations that a remat policy may keep, in the order in which keeping them pays
 # (each costs memory for every layer and saves its recomputation in the backward pass).
@@ -36,7 +39,7 @@ CHOICES = {
 
 
 @dataclass
-class RopeConfig:
+class RopeConfig(Fields, at="config.model.rope"):
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-split layout."""
 
     theta: float = 10_000.0
@@ -52,7 +55,7 @@ class RopeConfig:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Fields, at="config.model"):
     """One decoder-only transformer. Sizes use the letters of the code: D, L, N, K, H, F, V."""
 
     # Shape.
@@ -130,35 +133,34 @@ class ModelConfig:
             (offloaded if where else kept).append(base)
         return kept, offloaded
 
+    def _value(self, path: str) -> Any:
+        return functools.reduce(getattr, path.split("."), self)
+
     def validate(self) -> None:
         """Raises UsageError, naming the field, its value and the choices."""
         for path, choices in CHOICES.items():
-            owner, _, leaf = path.rpartition(".")
-            value = getattr(getattr(self, owner) if owner else self, leaf)
-            if value not in choices:
+            if (value := self._value(path)) not in choices:
                 raise UsageError(
                     f"config.model.{path} = {value!r}: choose {', '.join(choices)}"
                     f"{nearest(value, choices)}"
                 )
-        for name in (
-            "vocab",
-            "layers",
-            "width",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "mlp",
-            "max_length",
-            "pad_vocab_to",
-        ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"config.model.{name} = {getattr(self, name)}: at least 1")
-        if self.seq_head_devices < 0:
-            raise UsageError(f"config.model.seq_head_devices = {self.seq_head_devices}: at least 0")
+        for path, least in {
+            "vocab": 1, "layers": 1, "width": 1, "heads": 1, "kv_heads": 1, "head_dim": 1, "mlp": 1,
+            "max_length": 1, "pad_vocab_to": 1, "norm_eps": 0, "window": 0, "attention_scale": 0,
+            "attention_softcap": 0, "final_softcap": 0, "loss_chunks": 0, "seq_head_devices": 0,
+            "rope.local_theta": 0,
+        }.items():  # fmt: skip
+            if (value := self._value(path)) < least:
+                raise UsageError(f"config.model.{path} = {value}: at least {least}")
+        for path in ("rope.theta", "rope.factor"):
+            if (value := self._value(path)) <= 0:
+                raise UsageError(f"config.model.{path} = {value}: must be above 0")
         if self.heads % self.kv_heads:
             raise UsageError(
                 f"config.model.kv_heads = {self.kv_heads} does not divide heads = {self.heads}"
             )
+        if not self.pattern:
+            raise UsageError("config.model.pattern is empty: name the kinds of layers")
         for kind in self.pattern:
             if kind not in ("global", "local"):
                 raise UsageError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharding.errors import UsageError
+from sharding.fields import Fields
 
 AXES = ("data", "fsdp", "seq", "tensor")  # slowest link first
 
@@ -19,7 +20,7 @@ def cache_folder() -> Path:
 
 
 @dataclass
-class MeshConfig:
+class MeshConfig(Fields, at="config.mesh"):
     """Sizes of the mesh axes, slowest link first; one of them may be -1 and takes what is left.
 
     `data` holds replicas, `fsdp` shards rows of the batch and the model state (see `zero`), `seq`

@@ -32,6 +32,11 @@ class StorageError(UsageError, OSError):
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:
-    """Returns "; did you mean `x`?" for the choice closest to `value`, or "" when none is close."""
-    match = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.6)
+    """Returns "; did you mean `x`?" for the choice closest to `value`, or "" when none is close.
+
+    A choice of several words is also close to its last one: `lr` to `peak_lr`.
+    """
+    known = list(choices)
+    match = difflib.get_close_matches(str(value), known, n=1, cutoff=0.6)
+    match = match or [choice for choice in known if str(choice).endswith(f"_{value}")]
     return f"; did you mean `{match[0]}`?" if match else ""

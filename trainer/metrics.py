@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from checkpoint.steps import folder_path, is_remote
 from sharding.errors import UsageError
+from sharding.fields import Fields
 
 TRAIN_FIELDS = (
     "loss",  # nats per target token
@@ -46,7 +47,7 @@ _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 @dataclass
-class LogConfig:
+class LogConfig(Fields, at="config.log"):
     """What is written while training runs, and which steps are profiled.
 
     `every` steps there is one log line and one record; every `fingerprint_every` steps (0 = never)

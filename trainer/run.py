@@ -82,7 +82,14 @@ def check_start(workdir: str, experiment: Experiment) -> None:
 
 
 def write_experiment(workdir: str, experiment: Experiment) -> None:
-    """Writes the resolved experiment, whole or not at all."""
+    """Writes the resolved experiment, whole or not at all.
+
+    Raises:
+      UsageError: a folder that cannot be made. (A full disk stays an OSError: `launch` retries.)
+    """
     path = folder_path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{workdir} cannot be written: {error.strerror or error}") from error
     write_whole(path / EXPERIMENT, to_json(experiment).encode())

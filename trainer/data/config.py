@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from sharding.errors import UsageError, nearest
+from sharding.fields import Fields
 
 PACKINGS = ("bestfit", "concat")
 COLLATES = ("none", "fim", "prefix", "instruction")
@@ -11,7 +12,7 @@ FIELDS = ("tokens", "targets", "positions", "segment_ids")
 
 
 @dataclass
-class CollateConfig:
+class CollateConfig(Fields, at="config.data.collate"):
     """What is made of the documents of the training split on their way into rows.
 
     "fim" (arXiv:2207.14255) turns a share `rate` of the documents into prefix, suffix, middle, or
@@ -53,7 +54,7 @@ class CollateConfig:
 
 
 @dataclass
-class RemoteConfig:
+class RemoteConfig(Fields, at="config.data.remote"):
     """How a dataset in object storage (`path` = gs://… or s3://…) is read; its rows stay the same.
 
     Shards are fetched by `workers` at a time into the cache folder, at most `cache_gb` on this
@@ -77,7 +78,7 @@ class RemoteConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Fields, at="config.data"):
     """The dataset and the packing of its documents into rows of `seq_len` positions.
 
     `path` is a dataset folder, or "builtin": text of the running Python's standard library as

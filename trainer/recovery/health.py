@@ -20,6 +20,7 @@ from typing import Any
 
 from checkpoint.steps import write_whole
 from sharding.errors import UsageError
+from sharding.fields import Fields
 
 DIVERGED, SUSPECT = 71, 77
 """Exit statuses: all rewinds are spent; a device or host gave other bits than it must."""
@@ -29,7 +30,7 @@ _LEAST = 0.01, 0.05  # spread of losses (as a share of the median) and of log gr
 
 
 @dataclass
-class HealthConfig:
+class HealthConfig(Fields, at="config.health"):
     """When a step is unhealthy, and what follows from it.
 
     A step that is not finite is always left out; `skip_spikes` also leaves out those that are
