@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 import runpy
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from models.attention.sequence_plan import Sizes, sequence_plan
 from models.config import COMPUTATION, ModelConfig
 from sharding.config import AXES, MeshConfig
 from sharding.errors import UsageError, nearest
+from torus import PACKAGES
 from trainer.data.config import DataConfig
 from trainer.metrics import LogConfig
 from trainer.plan.recipe import check_perf
@@ -263,7 +265,7 @@ def load_config(reference: str) -> Experiment:
             f"no config file {name!r}; shipped: {', '.join(shipped)}"
             f"{nearest(Path(name).stem, shipped)}"
         )
-    get_config = runpy.run_path(str(path)).get("get_config")
+    get_config = _run(path).get("get_config")
     if get_config is None:
         raise UsageError(f"{path} has no function get_config()")
     experiment = get_config(argument) if argument else get_config()
@@ -272,6 +274,22 @@ def load_config(reference: str) -> Experiment:
             f"get_config() of {path} returned {type(experiment).__name__}, not an Experiment"
         )
     return experiment
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """Runs a config file, which may import modules that lie beside it; these are found last."""
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        return runpy.run_path(str(path))
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in PACKAGES:
+            raise
+        raise UsageError(
+            f"{path}: {error}; `{package}` is a package of Torus, so yours needs another name"
+        ) from error
 
 
 def parse_flags(argv: Sequence[str], **extra: str) -> tuple[Experiment, dict[str, str]]:
