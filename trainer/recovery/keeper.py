@@ -23,6 +23,7 @@ from checkpoint.memory.agreement import Agreement
 from checkpoint.memory.slots import HEADER, Slots
 from checkpoint.memory.wire import Connection, Directory, Message, Refused
 from sharding.errors import UsageError
+from torus import module_command
 
 _BLOCK = 2**22  # bytes received at once
 _PARITY_INDEX = 64  # bytes of room after a parity
@@ -53,7 +54,7 @@ class KeeperProcess:
         ended = self._process is not None and self._process.poll() is not None
         if self._directory is not None and (self._process is None or ended):
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "trainer.recovery.keeper"],
+                module_command("trainer.recovery.keeper"),
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=self._before,
             )  # fmt: skip
