@@ -151,7 +151,7 @@ def test_only_who_knows_the_token_is_heard():
         message = keeper.receive()
         assert message == {"op": "add", "size": 10**6}
         assert keeper.take(10**6) == content.tobytes()
-        client._socket.sendall(struct.pack(">I", 2**31))
+        client._socket.sendall(struct.pack(">I", 2**31))  # before a tag is waited for
         with pytest.raises(OSError, match="message of 2147483648 bytes"):
             keeper.receive()
 
