@@ -14,6 +14,7 @@ from typing import Any
 
 from checkpoint import steps
 from checkpoint.steps import CheckpointError
+from sharding.errors import MismatchError
 
 MANIFEST = "manifest"
 META = "meta"
@@ -82,6 +83,23 @@ def read_meta(folder: str | os.PathLike, step: int) -> dict[str, Any]:
     meta = _read(folder, step, META)
     _check_digest(folder, step, META, meta, _read_record(folder, step))
     return meta
+
+
+def source_of(meta: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the `meta` of a converted step says of its source, {} for a step of a run.
+
+    `format` and `family` are strings, `config` and `optimizer` objects; each may be missing.
+
+    Raises:
+        MismatchError: the record has another form.
+    """
+    kinds = {"format": str, "family": str, "config": dict, "optimizer": dict}
+    found = meta.get("source", {})
+    if not isinstance(found, dict) or any(
+        not isinstance(found.get(name, kind()), kind) for name, kind in kinds.items()
+    ):
+        raise MismatchError("the step's record of its source is not one that a conversion writes")
+    return found
 
 
 def write_record(folder: str | os.PathLike, step: int, arrays: dict[str, str]) -> None:

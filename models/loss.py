@@ -77,8 +77,9 @@ def _forward(x_BTD, head_VD, targets_BT, weights_BT, options):
 
 def _backward(options, gradients, cotangents):
     dx_BTD, dhead_VD = gradients
-    scale, _ = cotangents
-    return (scale.astype(dx_BTD.dtype) * dx_BTD, scale * dhead_VD, None, None)
+    scale, _ = cotangents  # float32; rounded to bfloat16 it would scale the whole body's gradient
+    dx_BTD = (scale * dx_BTD.astype(jnp.float32)).astype(dx_BTD.dtype)
+    return dx_BTD, scale * dhead_VD, None, None
 
 
 cross_entropy.defvjp(_forward, _backward)

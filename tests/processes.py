@@ -15,6 +15,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 ROOT = Path(__file__).parent.parent
+BESIDE = ROOT / "tests/beside"  # as if of a user: files with the names of Torus's packages
 
 
 def run_processes(

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import json
 import runpy
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from models.config import COMPUTATION, ModelConfig
 from sharding.config import AXES, MeshConfig
 from sharding.errors import UsageError, nearest
 from sharding.fields import FieldError, Fields, convert, field_type, field_types, type_name
+from torus import PACKAGES
 from trainer.data.config import DataConfig
 from trainer.metrics import LogConfig
 from trainer.plan.recipe import check_perf
@@ -257,7 +259,7 @@ def load_config(reference: str) -> Experiment:
       UsageError: there is no such file, or it does not return an Experiment.
     """
     name, _, argument = reference.partition(":")
-    shipped = {p.stem: p for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "__init__"}
+    shipped = _shipped()
     candidates = [Path(name), ROOT / name, *([shipped[name]] if name in shipped else [])]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
@@ -265,6 +267,26 @@ def load_config(reference: str) -> Experiment:
             f"no config file {name!r}; shipped: {', '.join(shipped)}"
             f"{nearest(Path(name).stem, shipped)}"
         )
+    return _run_config(path, argument)
+
+
+def load_shipped(reference: str) -> Experiment:
+    """Returns the experiment of a shipped config that a file names: never that of another path.
+
+    Raises:
+      UsageError: no such config is shipped.
+    """
+    name, _, argument = reference.partition(":")
+    if (path := _shipped().get(name)) is None:
+        raise UsageError(f"no config {name!r} is shipped{nearest(name, _shipped())}")
+    return _run_config(path, argument)
+
+
+def _shipped() -> dict[str, Path]:
+    return {p.stem: p for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "__init__"}
+
+
+def _run_config(path: Path, argument: str) -> Experiment:
     try:
         experiment = _call(path, argument)
     except FieldError as error:
@@ -278,7 +300,7 @@ def load_config(reference: str) -> Experiment:
 
 def _call(path: Path, argument: str) -> Any:
     """Runs a config file; what goes wrong in it keeps its traceback, which names its lines."""
-    get_config = runpy.run_path(str(path)).get("get_config")
+    get_config = _run(path).get("get_config")
     if not callable(get_config):
         raise UsageError(f"{path} has no function get_config()")
     if not argument:
@@ -293,6 +315,22 @@ def _line(path: Path, error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     return f" line {lines[-1]}" if lines else ""
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """Runs a config file, which may import modules that lie beside it; these are found last."""
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        return runpy.run_path(str(path))
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in PACKAGES:
+            raise
+        raise UsageError(
+            f"{path}: {error}; `{package}` is a package of Torus, so yours needs another name"
+        ) from error
 
 
 def parse_flags(argv: Sequence[str], **extra: str) -> tuple[Experiment, dict[str, str]]:

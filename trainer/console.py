@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from trainer.terminal import bare, one_line
+
 
 class Console:
     """Shows the records of one run on a stream. A context manager that always leaves it sane.
@@ -42,6 +44,7 @@ class Console:
 
     def print(self, line: str) -> None:
         """Prints one line, above the bar if there is one."""
+        line = one_line(line)  # events hold texts of errors, and these hold names from files
         if self._progress is not None:
             self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -128,7 +131,7 @@ def _start_bar(stream: TextIO) -> Any:
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    terminal = RichConsole(file=stream, force_terminal=True)
+    terminal = RichConsole(file=bare(stream), force_terminal=True)
     progress = Progress(
         BarColumn(bar_width=24),
         MofNCompleteColumn(),

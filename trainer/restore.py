@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from checkpoint.manager import CheckpointManager, load_step
-from checkpoint.manifest import read_manifest, read_meta
+from checkpoint.manifest import read_manifest, read_meta, source_of
 from checkpoint.memory.snapshots import Snapshots
 from checkpoint.steps import pick_step
 from checkpoint.tree import name_optimizer, unname_optimizer
@@ -125,7 +125,7 @@ def first_state(state: TrainState, experiment: Experiment, layout: Layout) -> Tr
     step = pick_step(folder)
     abstract = abstract_state(experiment, layout)
     wanted = {"params": abstract.params}
-    if "optimizer" in read_meta(folder, step).get("source", {}):
+    if "optimizer" in source_of(read_meta(folder, step)):
         wanted["optimizer"] = name_optimizer(abstract.opt_state)
     stored = _load(folder, step, wanted)
     if "optimizer" in stored:

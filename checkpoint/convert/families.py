@@ -321,25 +321,38 @@ layers/attention/k_norm/scale: L K H = model.layers.{L}.self_attn.k_norm.weight:
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 
-def find_family(name: str) -> Family:
-    """Returns a family by model_type, or the FAMILY of a Python file that the user names.
+def find_family(model_type: Any) -> Family:
+    """Returns the family of a model_type that a file names: a key of FAMILIES, never a path.
 
     Raises:
-      UsageError: there is no such family, or the file has no FAMILY.
+      MismatchError: there is no such family.
     """
-    if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise UsageError(f"--family {name}: no such file")
-        family = runpy.run_path(name).get("FAMILY")
-        if not isinstance(family, Family):
-            raise UsageError(f"--family {name}: the file defines no FAMILY = Family(...)")
-        return family
-    if name not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        named = isinstance(model_type, str | None)
+        name = str(model_type)[:80] if named else type(model_type).__name__
         raise MismatchError(
             f"no table for model_type {name!r}; known: {', '.join(FAMILIES)}"
-            f"{nearest(name, FAMILIES)}"
+            f"{nearest(name, FAMILIES)} (--family FILE.py names a table of your own)"
         )
-    return FAMILIES[name]
+    return FAMILIES[model_type]
+
+
+def chosen_family(name: str) -> Family:
+    """Returns the family that the user chose on the command line: a model_type, or a Python file.
+
+    The file is run. So `name` must never come from a checkpoint; that is what `find_family` is for.
+
+    Raises:
+      UsageError: there is no such family or file, or the file has no FAMILY.
+    """
+    if not name.endswith(".py"):
+        return find_family(name)
+    if not Path(name).is_file():
+        raise UsageError(f"--family {name}: no such file")
+    family = runpy.run_path(name).get("FAMILY")
+    if not isinstance(family, Family):
+        raise UsageError(f"--family {name}: the file defines no FAMILY = Family(...)")
+    return family
 
 
 def family_of(model: ModelConfig) -> Family:

@@ -16,6 +16,7 @@ from sharding.config import cache_folder
 from sharding.errors import MismatchError, UsageError
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
+from trainer.terminal import one_line
 
 if TYPE_CHECKING:
     from checkpoint.convert.families import Family
@@ -161,7 +162,7 @@ def _read(
 ) -> "tuple[Path, dict[str, Any], Family, ModelConfig, Source]":
     """Returns the folder beside a source, its config.json, the table, the model and the tensors."""
     from checkpoint.convert import huggingface, maxtext, megatron
-    from checkpoint.convert.families import find_family
+    from checkpoint.convert.families import chosen_family, find_family
     from checkpoint.convert.formats import as_path
     from checkpoint.convert.sources import config_folder, open_source
 
@@ -179,7 +180,8 @@ def _read(
     config = huggingface.read_config(beside)
     name = config.get("model_type")
     of_maxtext = args.family == maxtext.NAME
-    family = find_family(str(name) if of_maxtext else args.family or str(name))
+    chosen = args.family and not of_maxtext
+    family = chosen_family(args.family) if chosen else find_family(name)
     if name != family.model_type:
         raise MismatchError(f"config.json: model_type = {name!r} is not {family.model_type!r}")
     model = family.read(config)
@@ -246,20 +248,23 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
 
 def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) -> int:
     from checkpoint.convert.formats import as_path, find_step
-    from checkpoint.manifest import read_meta
+    from checkpoint.manifest import read_meta, source_of
     from trainer.run import read_experiment
 
     model = read_experiment(source).model
     steps, step = find_step(source, args.step)
 
     from checkpoint.convert import engine, huggingface, moves
-    from checkpoint.convert.families import family_of, find_family
+    from checkpoint.convert.families import chosen_family, family_of, find_family
     from checkpoint.convert.fields import NEUTRAL
     from checkpoint.convert.sources import PARAMS
 
-    origin = read_meta(steps, step).get("source", {})
-    named = args.family or origin.get("family", "")
-    family = find_family(named) if named else family_of(model)
+    origin = source_of(read_meta(steps, step))
+    recorded = origin.get("family")
+    if args.family:
+        family = chosen_family(args.family)
+    else:
+        family = find_family(recorded) if recorded else family_of(model)
     config = family.write(model)
     neutral, extras = origin.get("config", {}), source / "tokenizer"
     if args.like:
@@ -367,16 +372,16 @@ def _report(
     if args.dry_run:
         print("\n".join(facts["rows"]))
     for name, cast in casts.items():
-        print(f"cast: {name} {cast}")
+        print(one_line(f"cast: {name} {cast}"))
     for what in ("ignored", "repeated"):
         for name in facts[what]:
-            print(f"{what}: {name}")
+            print(one_line(f"{what}: {name}"))
     if left:
         some = ", ".join(left[:4]) + (", …" if len(left) > 4 else "")
-        print(f"left behind: {len(left)} values ({some})")
+        print(one_line(f"left behind: {len(left)} values ({some})"))
     if carried:
         settings = ", ".join(f"{key} {value}" for key, value in carried.items())
-        print(f"moments of Adam: {settings}")
+        print(one_line(f"moments of Adam: {settings}"))
     done = "would be written"
     if written:
         done = f"written and read back, at most {in_flight / 2**20:.0f} MiB in flight"

@@ -3,12 +3,14 @@
 import argparse
 import glob
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from sharding.errors import UsageError, nearest
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
+from trainer.terminal import bare, printable
 
 USAGE = """\
 usage: torus data show   DIR [--split S] [--row N] [--seq-len T]
@@ -63,7 +65,7 @@ def _show(args: argparse.Namespace) -> int:
     dataset = _open(args)
     row = dataset.row(args.row)
     tokenizer, segments = dataset.tokenizer, row["segment_ids"]
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(file=bare(sys.stdout), highlight=False, soft_wrap=True)
     console.print(
         f"row {args.row:,} of {dataset.rows_per_epoch:,} an epoch, split {args.split}, "
         f"{len(segments)} positions, {int((segments == 0).sum())} of them padding"
@@ -78,7 +80,7 @@ def _show(args: argparse.Namespace) -> int:
         )  # fmt: skip
         # The last target belongs to the document too; as a token it would be in no column.
         ids = [*row["tokens"][places].tolist(), int(row["targets"][places[-1]])]
-        console.print(Text(tokenizer.decode(ids), style=style))
+        console.print(Text(printable(tokenizer.decode(ids)), style=style))
     return 0
 
 

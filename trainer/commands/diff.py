@@ -13,6 +13,7 @@ from checkpoint.steps import is_remote
 from sharding.errors import UsageError
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
+from trainer.terminal import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,12 +178,12 @@ def _print(found: dict[str, Any], *, as_json: bool) -> None:
         return
     for where in ("only in A", "only in B"):
         for name in found[where]:
-            print(f"{where}: {name}")
+            print(one_line(f"{where}: {name}"))
     for name, (left, right) in found["other shape or dtype"].items():
-        print(f"{name}: {left} against {right}")
+        print(one_line(f"{name}: {left} against {right}"))
     for name, d in found["other values"].items():
         print(
-            f"{name}: {d['differing']:,} elements, abs {d['abs']:.3g}, relative "
+            f"{one_line(name)}: {d['differing']:,} elements, abs {d['abs']:.3g}, relative "
             f"{d['relative']:.3g}, ulp {d['ulp']:,}, first at {d['first']}"
         )
     print(f"{found['equal']} arrays equal in every bit")

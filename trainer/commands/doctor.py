@@ -8,6 +8,7 @@ is there to find. Each finding is one line: ok, warn (it will run, but worse) or
 import importlib
 import os
 import platform
+import re
 import shutil
 import statistics
 import sys
@@ -172,7 +173,9 @@ def check_memory() -> Iterator[Finding]:
     text = f"{free / _GIB:.1f} GiB free of {total / _GIB:.1f}"
     if limit.isdigit() and int(limit) < total:
         used = _read("/sys/fs/cgroup/memory.current").strip()
-        free = min(free, int(limit) - (int(used) if used.isdigit() else 0))
+        cached = re.search(r"^inactive_file (\d+)$", _read("/sys/fs/cgroup/memory.stat"), re.M)
+        used = (int(used) if used.isdigit() else 0) - (int(cached[1]) if cached else 0)
+        free = min(free, int(limit) - used)
         text = f"{free / _GIB:.1f} GiB free, the container's limit is {int(limit) / _GIB:.1f}"
     if free < 2 * _GIB:
         yield Finding("warn", "memory", text, "checkpoints and data need some: free at least 2 GiB")

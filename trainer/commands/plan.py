@@ -20,6 +20,7 @@ from trainer.plan.calibration import add_run, factor, measured_step
 from trainer.plan.process import Compilation
 from trainer.plan.screen import format_plan, format_search
 from trainer.run import read_experiment
+from trainer.terminal import bare
 
 USAGE = """\
 usage: torus plan --config=CONFIG --on=SLICE [--config.PATH=VALUE ...] [--price=X] [--json]
@@ -272,7 +273,7 @@ def _progress(text: str, total: int | None = None) -> Iterator[Callable[[str, in
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    terminal = Console(stderr=True)
+    terminal = Console(file=bare(sys.stderr))
     columns = (BarColumn(bar_width=24), TimeElapsedColumn())
     words = TextColumn("{task.description}", markup=False)
     with Progress(*columns, words, console=terminal, transient=True) as progress:

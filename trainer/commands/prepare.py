@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sharding.errors import UsageError
 from trainer.commands.parser import CommandParser
+from trainer.terminal import bare
 
 USAGE = """\
 usage: torus prepare --input PATTERN[:FIELD] ... --out FOLDER [--tokenizer bytes|FILE] [...]
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> int:
     with bars.Progress(
         bars.BarColumn(24), bars.DownloadColumn(), bars.TransferSpeedColumn(),
         bars.TimeRemainingColumn(), bars.TextColumn("{task.description}"),
-        console=Console(stderr=True), disable=not sys.stderr.isatty(),
+        console=Console(file=bare(sys.stderr)), disable=not sys.stderr.isatty(),
     ) as bar:  # fmt: skip
         task = bar.add_task("", total=None)
 

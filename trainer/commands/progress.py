@@ -1,7 +1,10 @@
 """The progress bar of commands that read or write for long."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from trainer.terminal import bare
 
 
 @contextmanager
@@ -16,13 +19,13 @@ def progress(text: str, total: int, *, in_bytes: bool = False) -> Iterator[Calla
     columns = bars.Progress.get_default_columns()
     if in_bytes:
         columns = (
-            bars.TextColumn(text),
+            bars.TextColumn(text, markup=False),
             bars.BarColumn(),
             bars.DownloadColumn(),
             bars.TransferSpeedColumn(),
             bars.TimeRemainingColumn(),
         )
-    console = Console(stderr=True)
+    console = Console(file=bare(sys.stderr))
     with bars.Progress(
         *columns, console=console, transient=not in_bytes, disable=not console.is_terminal
     ) as bar:

@@ -7,6 +7,7 @@ from checkpoint.steps import CheckpointError
 from sharding.errors import UsageError
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
+from trainer.terminal import one_line
 
 USAGE = """\
 usage: torus verify PATH [--step N]
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
             print(f"step {step}: {_verify(folder, step)}")
         except CheckpointError as error:
             damaged += 1
-            print(f"torus: damaged: {error}", file=sys.stderr)
+            print(one_line(f"torus: damaged: {error}"), file=sys.stderr)
     return 1 if damaged else 0
 
 

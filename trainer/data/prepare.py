@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import torus
 from sharding.errors import UsageError
 from trainer.data.clean import Duplicates, Rejected, Rules, band_keys, clean, digest
 from trainer.data.corpus import HELD_OUT, TRAIN
@@ -244,7 +245,7 @@ def _parts(
     context = multiprocessing.get_context("spawn")
     pool: Executor = ThreadPoolExecutor(1)
     if workers > 1:
-        pool = ProcessPoolExecutor(workers, context, _start_worker)
+        pool = ProcessPoolExecutor(workers, context, torus.call, (__name__, "_start_worker"))
 
     def first() -> tuple[list[Piece], _Part]:
         pieces, path, job = waiting.popleft()

@@ -137,9 +137,10 @@ def check_perf(perf: str) -> None:
     if first not in ("auto", "off"):
         raise UsageError(f"config.perf = {perf!r}: starts with {first!r}; choose auto or off")
     for change in changes:
-        if not re.fullmatch(r"-xla_\w+|xla_\w+=\S+|-barriers", change):
+        if not re.fullmatch(r"-xla_\w+|xla_\w+=[^\s/\\]+|-barriers", change):
             raise UsageError(
-                f"config.perf = {perf!r}: {change!r} is neither xla_NAME=VALUE nor -xla_NAME"
+                f"config.perf = {perf!r}: {change!r} is neither -xla_NAME nor "
+                "xla_NAME=VALUE with a VALUE that is no path"
             )
 
 

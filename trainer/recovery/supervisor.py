@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 from checkpoint.memory.wire import Directory
 from checkpoint.steps import complete_steps, folder_path, is_remote
+from torus import module_command
 from trainer.goodput import INCIDENTS
 from trainer.recovery.cluster import VARIABLES
 from trainer.recovery.health import SUSPECT
@@ -237,7 +238,7 @@ class Supervisor:
         output = None if rank == first else self._log(rank)
         environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
         process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.recovery.standby"], env=environment,
+            module_command("trainer.recovery.standby"), env=environment,
             stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
             preexec_fn=_die_with_parent,
         )  # fmt: skip

@@ -6,7 +6,13 @@ import json
 import pytest
 
 from checkpoint.convert import families
-from checkpoint.convert.families import FAMILIES, family_of, find_family, shrunk
+from checkpoint.convert.families import (
+    FAMILIES,
+    chosen_family,
+    family_of,
+    find_family,
+    shrunk,
+)
 from checkpoint.convert.fields import flat
 from checkpoint.convert.mapping import check
 from models.config import ModelConfig, RopeConfig
@@ -145,7 +151,7 @@ layers/mlp/down: L F D       = net.{L}.d: D F
             Fixed({"head_dim": lambda ours: ours["width"] // ours["heads"]}), Rope()),
 )
 ''')
-    family = find_family(str(path))
+    family = chosen_family(str(path))
     model = family.read(
         {
             "model_type": "mine",
@@ -164,12 +170,18 @@ layers/mlp/down: L F D       = net.{L}.d: D F
 
 def test_no_such_family(tmp_path):
     with pytest.raises(MismatchError, match=r"no table for model_type 'lama'.*`llama`"):
-        find_family("lama")
+        chosen_family("lama")
     with pytest.raises(UsageError, match="no such file"):
-        find_family(str(tmp_path / "absent.py"))
+        chosen_family(str(tmp_path / "absent.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(UsageError, match="defines no FAMILY"):
-        find_family(str(tmp_path / "empty.py"))
+        chosen_family(str(tmp_path / "empty.py"))
+
+
+@pytest.mark.parametrize("model_type", [["llama"], {"a": 1}, 7, None, "x" * 5000])
+def test_a_model_type_of_another_kind_is_no_family(model_type):
+    with pytest.raises(MismatchError, match=r"^no table for model_type .{1,400}$"):
+        find_family(model_type)
 
 
 def test_the_families_of_the_tests_exist():

@@ -151,7 +151,7 @@ def test_only_who_knows_the_token_is_heard():
         message = keeper.receive()
         assert message == {"op": "add", "size": 10**6}
         assert keeper.take(10**6) == content.tobytes()
-        client._socket.sendall(struct.pack(">I", 2**31))
+        client._socket.sendall(struct.pack(">I", 2**31))  # before a tag is waited for
         with pytest.raises(OSError, match="message of 2147483648 bytes"):
             keeper.receive()
 
@@ -164,6 +164,20 @@ def test_alone_every_step_may_be_taken():
         assert agreement.next == step + 1
     assert not agreement.done([0], 3, 20)
     assert agreement.done([0], 25, 26) and (agreement.committed, agreement.next) == (25, 27)
+
+
+def test_the_look_ahead_after_misses_shrinks_again():
+    """Each miss doubles it up to 64 steps; each snapshot that counts then takes one step off it."""
+    agreement = Agreement(2, 1)
+    agreement.ready([0, 1], 0, -1)
+    for _ in range(8):
+        agreement.missed(agreement.next, agreement.next)
+    ahead = []
+    for _ in range(70):
+        step = agreement.next
+        agreement.done([0, 1], step, step)
+        ahead.append(agreement.next - step)
+    assert ahead == [64 - n if n < 63 else 2 for n in range(70)]
 
 
 @settings(deadline=None, max_examples=30)

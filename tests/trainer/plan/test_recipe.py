@@ -57,7 +57,10 @@ def test_options_are_overridden_by_name():
     assert compile_options(llama(perf="off,xla_x=1"), "v5e", POD) == {"xla_x": "1"}
 
 
-@pytest.mark.parametrize(("perf", "match"), [("fast", "choose auto or off"), ("auto,x", "neither")])
+@pytest.mark.parametrize(
+    ("perf", "match"),
+    [("fast", "choose auto or off"), ("auto,x", "neither"), ("off,xla_dump_to=/tmp/x", "no path")],
+)
 def test_a_choice_that_cannot_be_read(perf, match):
     exp = get_config()
     exp.perf = perf

@@ -31,6 +31,13 @@ def test_the_one_that_failed_first_is_blamed(ends, rank):
     assert first_cause(ends).rank == rank
 
 
+def test_an_end_says_how_it_came():
+    """The text that incidents and the report give as the cause."""
+    assert end(0, None).text == "hung"
+    assert end(0, -signal.SIGKILL).text == "killed by SIGKILL"
+    assert end(0, 77).text == "ended with status 77"
+
+
 def test_what_no_retry_cures():
     assert [permanent(end(0, s)) for s in (2, 3, 4, 1, -9, None)] == [64, 65, 65, None, None, None]
 
