@@ -210,6 +210,7 @@ def test_tied_embedding_gets_the_gradient_of_both_uses():
 @pytest.mark.parametrize(("vocab", "travels"), [(64, "all-to-all"), (4, "all-gather")])
 def test_either_tokens_travel_or_the_table(vocab, travels):
     table_VD = np.random.default_rng(0).normal(size=(vocab, 32)).astype(np.float32)
+    config = dataclasses.replace(CONFIG, vocab=vocab, pad_vocab_to=vocab)
     tokens_BT, weights_BTD = rows()["tokens"] % vocab, np.ones((B, T, 32)) * np.arange(32)
     mesh = make_mesh(MeshConfig(fsdp=4, seq=2))
     with jax.set_mesh(mesh):
@@ -217,7 +218,7 @@ def test_either_tokens_travel_or_the_table(vocab, travels):
         table = jax.device_put(table_VD, jax.NamedSharding(mesh, P(None, "fsdp")))
 
         def weighted(table):
-            x_BTD = _embedded(table, tokens, X_BTD, jnp.dtype("float32"))
+            x_BTD = _embedded({"embedding": table}, tokens, X_BTD, config)
             return jnp.sum(x_BTD * weights_BTD), x_BTD
 
         step = jit(jax.grad(weighted, has_aux=True)).lower(table).compile()
