@@ -174,7 +174,7 @@ def resolve_remat(
 def kept_bytes(experiment: Experiment, name: str, sizes: dict[str, int]) -> float:
     """Bytes of one device that keeping a name costs, over all layers."""
     model = experiment.model
-    item = 2 if model.dtype == "bfloat16" else 4
+    item = item_bytes(model.dtype)
     query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
     per_token = {
         "rotated_qk": item * (query + key) / sizes["tensor"],
@@ -199,17 +199,18 @@ def fixed_parts(experiment: Experiment, sizes: dict[str, int]) -> dict[str, floa
     its gradient, a chunk of logits and of their gradient) and one layer's backward pass.
     """
     model, tokens = experiment.model, device_tokens(experiment, sizes)
-    item = 2 if model.dtype == "bfloat16" else 4
+    item, summed = item_bytes(model.dtype), item_bytes(model.reduce_dtype)
     tensor, shards = sizes["tensor"], sizes["tensor"] * sizes["fsdp"]
     layer = layer_weights(model)
     head = model.padded_vocab * model.width
     weights = layer * model.layers + head * (1 if model.tie_embeddings else 2)
     zero = experiment.mesh.zero
     logits, chunk = tokens * model.padded_vocab * 4, max(2 * head, 2**25)
-    loss = (2 * item * head + logits) / tensor
+    loss = ((item + summed) * head + logits) / tensor
     if logits > chunk:
         loss = ((item + 4) * head + 1.5 * chunk) / tensor
-    wide = item * tokens * (5 * model.mlp + 4 * model.heads * model.head_dim) + 3 * item * layer
+    wide = item * tokens * (5 * model.mlp + 4 * model.heads * model.head_dim)
+    wide += (2 * item + summed) * layer  # two layers' weights gathered, the gradient of one
     return {
         "parameters": weights * 4 / (shards if zero == 3 else tensor),
         "optimizer": weights * 8 / shards,
@@ -217,6 +218,11 @@ def fixed_parts(experiment: Experiment, sizes: dict[str, int]) -> dict[str, floa
         "inputs of layers": item * tokens * model.width * (model.layers / tensor + 4),
         "loss or a layer": max(loss, wide / tensor),
     }
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one element of `model.dtype` or `model.reduce_dtype`."""
+    return 2 if dtype == "bfloat16" else 4
 
 
 def layer_weights(model: ModelConfig) -> int:
