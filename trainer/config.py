@@ -83,7 +83,8 @@ class Experiment:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
-    perf: str = "auto"  # auto | off, then ",xla_NAME=VALUE" or ",-xla_NAME": trainer/plan/recipe.py
+    # auto | fast | off, then ",xla_NAME=VALUE" or ",-xla_NAME": trainer/plan/recipe.py
+    perf: str = "auto"
 
 
 # Fields that a resumed run may change: they alter speed, place or reporting, not the experiment.

@@ -29,7 +29,7 @@ TRANSFERS = 10
 # partitioner, to which libtpu does not always keep.
 WINDOWED_TRANSFERS, WINDOWED_BYTES = 24, 256 * 2**20
 UPDATE = 36  # bytes a weight that the optimizer reads and writes
-HIDDEN = 0.6  # of a gradient reduction, with the options of trainer/plan/recipe.py
+HIDDEN = 0.6  # of a gradient reduction, with the options for it of trainer/plan/recipe.py
 # Assumed of GPUs, where nothing was compiled or run, as shares of the datasheet's peak. Matmuls:
 # what cuBLAS reached with the best shapes, so an upper bound (stas00/ml-engineering, accelerators,
 # "Maximum Achievable Matmul FLOPS", bfloat16). Attention, forward and backward: cuDNN on an H100,
@@ -72,7 +72,7 @@ def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
     over_tensor = transfers * _ring(moved, setting, "tensor")
     over_seq = _sequence(experiment, setting, again="attention" not in kept)
     reduced = _reduced(summed * weights, setting)
-    if compile_options(experiment, chip.name, sizes):
+    if any("all_reduce" in name for name in compile_options(experiment, chip.name, sizes)):
         reduced *= 1 - HIDDEN
     work = matmul + attention + memory
     layer = {
