@@ -89,7 +89,7 @@ class Experiment(Fields, at="config"):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
-    # Compile options: auto | off, then ",xla_NAME=VALUE" or ",-xla_NAME"; see docs/plan.md.
+    # Compile options: auto | fast | off, then ",xla_NAME=VALUE" or ",-xla_NAME"; see docs/plan.md.
     perf: str = "auto"
 
 

@@ -21,7 +21,7 @@ Useful overrides:
   --config.mesh.data, .fsdp, .seq, .tensor (one may be -1)     over which devices
   --config.mesh.zero=1|2|3                                     what fsdp shards
   --config.model.remat=auto|none|full|NAMES                    memory against speed
-  --config.perf=auto|off                                       compile options for a TPU
+  --config.perf=auto|fast|off                                  compile options for a TPU
   --config.log.profile_start=STEP                              trace a few steps
 Several processes: set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each.
 Without the hardware: JAX_NUM_CPU_DEVICES=8 simulates eight devices on the CPU.

@@ -8,7 +8,7 @@ from sharding.hardware import CHIPS
 from sharding.topology import Slice, program_bytes
 from trainer.config import Experiment
 from trainer.console import format_duration
-from trainer.plan.recipe import fixed_bytes
+from trainer.plan.recipe import fixed_bytes, untested
 
 _GIB = 2.0**30
 _OPTIMAL = 20  # tokens a parameter: compute-optimal by Hoffmann et al. 2022, arXiv:2203.15556
@@ -114,7 +114,11 @@ def format_mesh(mesh: dict[str, int]) -> str:
 
 
 def _options(plan: dict[str, Any], experiment: Experiment) -> list[str]:
-    options = [f"{name}={value}" for name, value in plan["options"].items()]
+    unknown = untested(plan["options"])
+    options = [
+        f"{name}={value}{', untested on hardware' if name in unknown else ''}"
+        for name, value in plan["options"].items()
+    ]
     return [
         f"  compiler    {option}" + (f" (config.perf={experiment.perf})" if not number else "")
         for number, option in enumerate(options)
