@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import jax
@@ -32,6 +33,7 @@ from orbax.checkpoint import v1 as ocp
 
 from checkpoint import steps
 from checkpoint.config import CheckpointConfig, validate
+from checkpoint.failures import collect_reads, read_failure
 from checkpoint.fingerprint import as_text, fingerprints
 from checkpoint.manifest import (
     FORMAT,
@@ -44,7 +46,7 @@ from checkpoint.manifest import (
     read_step,
 )
 from checkpoint.steps import CheckpointError
-from checkpoint.tree import check_storable, flatten
+from checkpoint.tree import check_storable, flatten, unflatten
 from sharding.errors import UsageError
 
 Tree = Any
@@ -332,23 +334,46 @@ def load_step(
     _check_matching(stored, wanted, f"step {step} in {folder}")
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
+    state = _together(lambda: _load(path, abstract, context))
+    if verify:
+        check_fingerprints(folder, step, as_text(fingerprints(state), list(flatten(state))), saved)
+    return state, meta
+
+
+def try_restore(folder: str | os.PathLike, step: int) -> None:
+    """Opens every array of a step as `load_step` does, and reads the first element of each.
+
+    For a step too large to hold: what is left to read are values, of which Orbax knows no more
+    than tensorstore does (checkpoint/convert/native.py).
+
+    Raises:
+        CheckpointError: the step could not be restored; the message names files or arrays.
+    """
+    _quiet_orbax()
+    manifest, _, _ = read_step(folder, step)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    first = {
+        name: jax.ShapeDtypeStruct((1,) * len(fact["shape"]), fact["dtype"], sharding=here)
+        for name, fact in manifest["arrays"].items()
+    }
+    context = ocp.Context()
+    context.array.loading.enable_padding_and_truncation = True
+    _load(steps.folder_path(folder) / str(step), unflatten(first), context)
+
+
+def _load(path: Path, abstract: Tree, context: ocp.Context) -> Tree:
+    """Returns the state of the step at `path`, this process alone; CheckpointError if it cannot."""
     # Orbax would have all wait for one another, and so for one whose part is damaged.
     me = jax.process_index()
     context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
     context.multiprocessing.barrier_sync_key_prefix = f"process{me}"
-
-    def load() -> Tree:
-        try:
-            with context:
-                return ocp.load(path, abstract, checkpointable_name=_STATE)
-        except Exception as error:
-            text = f"cannot read step {step} in {folder}: {steps.reason(error)}"
-            raise CheckpointError(text) from error
-
-    state = _together(load)
-    if verify:
-        check_fingerprints(folder, step, as_text(fingerprints(state), list(flatten(state))), saved)
-    return state, meta
+    try:
+        with context:
+            return ocp.load(path, abstract, checkpointable_name=_STATE)
+    except Exception as error:
+        text = read_failure(error, list(flatten(abstract)))
+    collect_reads()
+    raise CheckpointError(f"cannot read step {path.name} in {path.parent}: {text}")
 
 
 def _together(read: Callable[[], _T]) -> _T:

@@ -202,6 +202,7 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
     from checkpoint.convert.families import FAMILIES
     from checkpoint.convert.fields import NEUTRAL
     from checkpoint.fingerprint import rows_sums
+    from checkpoint.manager import try_restore
     from trainer.config import Experiment, to_json
 
     todo, left = moves.to_ours(found, family, model, args.dtype, optimizer=args.with_optimizer)
@@ -243,6 +244,7 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
             sums[moves.COUNT] = rows_sums(count, (), 0, ())
         found.close()
         arrays.finish(sums)
+        try_restore(folder / "checkpoints", 0)
     return _report(todo, args, left, carried, in_flight=peak)
 
 
