@@ -273,7 +273,8 @@ def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) 
         extras = as_path(args.like)
         neutral = huggingface.read_config(extras)
     known = (NEUTRAL | family.neutral) - {"dtype"}
-    config = {k: v for k, v in neutral.items() if k in known} | config
+    carried_over = {k: v for k, v in neutral.items() if k in known}
+    config = family.defaults(model) | carried_over | config
     optimizer = args.with_optimizer or kind == "ucp"
     found = moves.native_source(steps, step, optimizer=optimizer)
     dtype = args.dtype or ("float32" if kind == "ucp" else None)
