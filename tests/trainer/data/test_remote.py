@@ -1,7 +1,9 @@
 """Datasets in object storage: S3 by moto in a real process, GCS by a stand-in for its reads."""
 
+import dataclasses
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ import pytest
 
 from sharding.errors import UsageError
 from tests.buckets import google
-from tests.processes import ROOT
+from tests.processes import ROOT, run_processes
 from tests.tiny import get_config
 from tests.trainer.data.emulator import Emulator
 from trainer.data import remote as remote_module
@@ -190,6 +192,41 @@ def test_training_outlives_an_outage(storage, bucket, tmp_path, monkeypatch, sec
     (baseline,) = [r for r in found["local"] if r.get("event") == "baseline"]
     assert 7 < baseline["gzip_bits_per_byte"] < 9  # of random bytes
     assert found["remote"] == found["local"]
+
+
+def test_two_processes_train_and_evaluate_on_remote_data(storage, bucket, tmp_path):
+    code = (
+        "import sys\n"
+        "from sharding.config import MeshConfig\n"
+        "from tests.trainer.data.test_remote import *\n"
+        "from trainer.loop import train\n"
+        "experiment = get_config()\n"
+        "experiment.mesh, experiment.data = MeshConfig(fsdp=2), config(URL)\n"
+        "experiment.train.steps = experiment.eval.every = 2\n"
+        "experiment.optimizer.warmup_steps = 0\n"
+        "train(experiment, sys.argv[1])\n"
+    )
+    run_processes(code, 2, args=[tmp_path / "run"])
+    from trainer.metrics import read_metrics
+
+    records = read_metrics(tmp_path / "run")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2]
+    (evaluated,) = [r for r in records if r["kind"] == "eval"]
+    held_out = open_dataset(config(bucket / "set"), "val")
+    assert evaluated["tokens"] == held_out.shards.starts[-1] - HELD_OUT  # each once
+    assert evaluated["loss"] == pytest.approx(np.log(259), rel=0.1)  # of random bytes
+    assert "baseline" in [r.get("event") for r in records]
+
+
+def test_a_mixture_of_remote_and_local_data(storage, bucket, tmp_path):
+    copy = shutil.copytree(bucket / "set", tmp_path / "copy")
+    for split in ("train", "val"):
+        rows = []
+        for path in (URL, bucket / "set"):
+            mixed = dataclasses.replace(config(path), mixture=((str(path), 2.0), (str(copy), 1.0)))
+            rows.append(open_dataset(mixed, split).rows(np.arange(40)))
+        for name, array in rows[0].items():
+            np.testing.assert_array_equal(array, rows[1][name])
 
 
 def test_an_outage_beyond_the_patience_is_an_error(storage, monkeypatch, tmp_path):
