@@ -6,8 +6,9 @@ USAGE = """\
 usage: torus report RUN [--out=FOLDER]
 
 Draws the run in folder RUN: loss of training and evaluation, learning rate, gradient norm, step
-time, tokens per second, MFU and data wait, with the run's facts, events and incidents. Writes
-report.html (one file that needs nothing else) and report.png into RUN, or into FOLDER.
+time, tokens per second, MFU (on CPU memory) and data wait, with the run's facts, events and
+incidents. Writes report.html (one file that needs nothing else) and report.png into RUN, or into
+FOLDER.
 
 Works while the run is going on, after it crashed, and on a machine without devices.
 

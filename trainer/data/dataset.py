@@ -147,6 +147,9 @@ class Dataset(Rows):
     def costs(self, ids: np.ndarray) -> np.ndarray:
         return self.plan.costs(ids)
 
+    def pieces(self, ids: np.ndarray) -> np.ndarray:
+        return self.plan.rows(ids).counts
+
     def _announce(self, first: int) -> None:
         """Tells the shards what the rows from `first` on will read, each row once."""
         end = first + self.shards.ahead
