@@ -7,7 +7,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from models.spec import Tree
-from trainer.data.corpus import compression_baselines, held_out_bytes
+from trainer.data.corpus import compression_baselines, split_bytes
 from trainer.data.dataset import Dataset
 from trainer.data.loader import eval_batches
 from trainer.data.rows import Rows, Steps
@@ -50,11 +50,13 @@ def to_bits_per_byte(loss: float, data: Steps, row: int = 0) -> float | None:
 def baselines(dataset: Rows) -> dict[str, float] | None:
     """Returns gzip -9 and xz -9 bits per byte of the held-out text.
 
-    None if it is large, of several datasets, or not what the loss is about.
+    None if it is large, of several datasets, partly skipped, or not what the loss is about.
     """
     if not isinstance(dataset, Dataset) or dataset.bytes_per_token() is None:
         return None
     if dataset.shards.text_bytes > BASELINE_LIMIT:
         return None
-    found = compression_baselines(held_out_bytes(dataset.shards.folder))
+    if not (text := split_bytes(dataset.shards)):
+        return None
+    found = compression_baselines(text)
     return {f"{name}_bits_per_byte": bits for name, bits in found.items()}
