@@ -183,7 +183,8 @@ class Hosts:
         """
         if not self._linked:
             return []
-        return sorted(set(self.members) - set(self._connected(self.members, within)))
+        there = [n for n in self.members if n == self.index or self._stays(n)]
+        return sorted(set(there) - set(self._connected(there, within)))
 
     def over_well(self) -> bool:
         """Whether the others' trainers ended by themselves, so that this host's soon will."""
@@ -316,7 +317,7 @@ class Hosts:
         """Says where this host can be reached and a coordinator may listen; tries the others."""
         address = self._first if self.index == 0 else self.address() or socket.gethostname()
         self._own |= {"address": address, "coordinator": join_port(address, _free_port())}
-        self._since = now
+        self._since, self._ready_before = now, ([], now)
         if self._reach:
             self._reach.hurry()
 
