@@ -248,7 +248,7 @@ class Supervisor:
     def _load(self, rank: int, first: int) -> tuple[subprocess.Popen, TextIO | None]:
         """Starts a process that can become the trainer of `rank`."""
         # What the others say is kept for the stacks of a hang; the first speaks for all.
-        output = None if rank == first else self._log(rank)
+        output = None if rank == first else self._rank_log(rank)
         environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
         process = subprocess.Popen(
             module_command("trainer.recovery.standby"), env=environment,
@@ -267,7 +267,7 @@ class Supervisor:
                 output.close()
         self._loaded = {}
 
-    def _log(self, rank: int) -> TextIO:
+    def _rank_log(self, rank: int) -> TextIO:
         workdir = self._options.workdir
         place = Path(tempfile.gettempdir()) if is_remote(workdir) else folder_path(workdir)
         (place / "launch").mkdir(parents=True, exist_ok=True)
