@@ -5,6 +5,7 @@ is not there (ahead-of-time compilation) and on a pod. Axes are `AxisType.Explic
 of a value is part of its type, and a forgotten axis is an error when the step is traced.
 """
 
+import contextlib
 import ctypes
 import glob
 import logging
@@ -15,10 +16,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import cache_key
+from jax._src import cache_key, xla_bridge
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from sharding.addresses import ADDRESS, is_loopback, own_address, without_port
 from sharding.config import AXES, MeshConfig, cache_folder
 from sharding.errors import UsageError
 from sharding.hardware import has_tpu
@@ -55,6 +57,7 @@ def start_runtime() -> None:
     if count and int(count) > 1 and not jax.distributed.is_initialized():
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         _share_compiled()
+        _name_this_host(os.environ["JAX_COORDINATOR_ADDRESS"])
         # JAX's own notifier would swallow a SIGTERM until the loop asks for signals itself.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
@@ -75,6 +78,27 @@ def keep_freed_memory() -> None:
     if mallopt is not None:  # not so without glibc
         for option, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**30), (_ARENA_MAX, 1)):
             mallopt(option, value)
+
+
+def _name_this_host(coordinator: str) -> None:
+    """Has CPU collectives listen where the other hosts reach this one.
+
+    Gloo would look up the host's own name, which may be unknown, mean this machine alone
+    (127.0.1.1 on Debian), or lie on another network. JAX passes no name on (0.10 to 0.12).
+    """
+    near = without_port(coordinator)
+    address = os.environ.get(ADDRESS, "")
+    with contextlib.suppress(OSError):  # then gloo's own way may still do
+        address = address or own_address(near)
+    make = getattr(getattr(xla_bridge, "_jax", None), "make_gloo_tcp_collectives", None)
+    known = ADDRESS in os.environ or near in ("localhost", address)
+    if make is None or not address or (is_loopback(address) and not known):
+        return
+
+    def make_here(*arguments: Any, **named: Any) -> Any:
+        return make(*arguments, **{"hostname": address, **named})
+
+    xla_bridge._jax.make_gloo_tcp_collectives = make_here
 
 
 def _share_compiled() -> None:

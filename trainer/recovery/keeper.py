@@ -270,7 +270,7 @@ class Keeper:
         Afterwards this keeper holds it; it is not compared with anything here. Every other host
         has the parity of another part of it, and these parts are computed at the same time.
         """
-        owner, step, sizes = message["owner"], message["step"], message["sizes"]
+        owner, sizes = message["owner"], message["sizes"]
         found: dict[int, Slots] = {}
         hosts = [host for host in range(self._directory.hosts) if host != owner]
         status = connection.status
