@@ -144,7 +144,7 @@ def running(folder: Path, kill_wait: int) -> Iterator[Slurm]:
     try:
         for command in commands:
             subprocess.run(command, env=slurm.environment, check=True)
-        wait_for(lambda: slurm.ask("sinfo", "-h", "-o", "%T %D") == "idle 2\nidle 2", 60)
+        wait_for(lambda: slurm.ask("sinfo", "-h", "-p", "low", "-o", "%D %T") == "2 idle", 120)
         yield slurm
     finally:
         slurm.ask("scancel", "--signal=KILL", "--full", "--me")
