@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoint.manager import CheckpointManager
 from checkpoint.memory.snapshots import Snapshots
-from sharding.mesh import make_mesh, start_runtime
+from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
+from sharding.runtime import start_runtime
 from trainer.config import Experiment, check_sizes, validate
 from trainer.data.corpus import HELD_OUT
 from trainer.data.dataset import open_dataset, open_training

@@ -15,7 +15,8 @@ from checkpoint.tree import name_optimizer, unname_optimizer
 from models.spec import Tree, path_name
 from sharding.config import MeshConfig
 from sharding.errors import UsageError
-from sharding.mesh import make_mesh, start_runtime
+from sharding.mesh import make_mesh
+from sharding.runtime import start_runtime
 from trainer.config import Experiment
 from trainer.data.rows import Steps, resume_row
 from trainer.recovery.health import Rewinds

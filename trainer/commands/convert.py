@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
     args.sent = is_remote(target)
     if args.sent and target_kind not in REMOTE:
         raise UsageError(f"{target}: {target_kind} is not written to buckets; torus and hf are")
-    from sharding.mesh import keep_freed_memory
+    from sharding.runtime import keep_freed_memory
 
     keep_freed_memory()
     todo = partial(_to_ours, args, kind, source)

@@ -30,8 +30,8 @@ steps; --config.checkpoint.snapshot_every), and ends on the same bits as one tha
   torus launch --processes 2 --limit step=60 --config=quickstart --workdir=runs/b
 
   --processes N          trainers on this host, a JAX job of N processes (1)
-  --grace S              seconds to save and end after SIGTERM or Ctrl-C (60); a second one ends
-                         all at once
+  --grace S              seconds to save and end after SIGTERM or Ctrl-C (60); a second Ctrl-C
+                         ends all at once
   --limit PHASE=SECONDS  of start, data, restore, compile, step, eval, save or end, instead of one
                          that is learned: 20 times the slowest of 100, at least 10 s
   --tries N              give up after N starts in a row without a new checkpoint (3)
@@ -53,6 +53,7 @@ that all of them see. tpu_scripts/ has what starts them: tpu.sh, slurm.sbatch, j
   torus launch --mesh 4 --mesh 2 --mesh 1:fsdp=4 --config=quickstart --workdir=/shared/run
 
 What happened is in RUN/incidents.jsonl. SIGTERM and Ctrl-C save and end; so does SIGUSR2, with 78.
+What could not be saved within --grace is told there, and on the console, as lost_steps.
 
 Exit status, and what a scheduler should do
    0  finished                                               nothing

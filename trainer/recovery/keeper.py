@@ -10,6 +10,7 @@ on which step counts. Never imports JAX; ends with its supervisor.
 import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -430,6 +431,8 @@ def _tell_exception(work: Future) -> None:
 
 def main() -> int:
     """Runs the keeper that the environment describes, until it is killed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # of a whole job: trainers are saving, and need this
     directory = Directory.of_environment()
     keeper = Keeper(directory)
     try:

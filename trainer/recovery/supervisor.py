@@ -148,9 +148,10 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _remember(self, number: int, frame: Any) -> None:
-        if self._signal:  # a second one: no more waiting
+        # A person's second Ctrl-C: no more waiting. SLURM sends SIGTERM two or three times.
+        if self._signal and number == signal.SIGINT:
             self._options = replace(self._options, grace=0.0)
-        self._signal = signal.Signals(number)
+        self._signal = self._signal or signal.Signals(number)
 
     def _meet_in(self, folder: Path) -> None:
         """A host that is alone has nobody to tell, and its run's folder may not be made yet."""
@@ -436,7 +437,9 @@ class Supervisor:
 
     def _stopped(self) -> int:
         cause = self._signal.name if self._signal else "another host"
-        self._record("stopped", cause=cause, checkpoint=self._newest())
+        newest = self._newest()
+        lost = max(0, self._step - max(newest, 0))  # could not be saved within the grace
+        self._record("stopped", cause=cause, checkpoint=newest, lost_steps=lost or None)
         return _STATUSES[self._signal] if self._signal else PREEMPTED
 
     def _newest(self) -> int:
