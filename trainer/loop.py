@@ -80,6 +80,8 @@ def train(experiment: Experiment, workdir: str) -> TrainResult:
         Profiler(f"{workdir}/profile", experiment.log) as profiler,
     ):
         start = begin(experiment, layout, dataset, checkpoints, snapshots, progress)
+        if start.past.count:
+            checkpoints.discard_where(start.past.gave_up)
         state = start.state
 
         train_step, choice = jit_train_step(experiment, layout)
