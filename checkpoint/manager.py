@@ -132,6 +132,10 @@ class CheckpointManager:
         """Returns the newest complete step, or None."""
         return max(self.steps(), default=None)
 
+    def compile(self, state: Tree) -> None:
+        """Compiles what a save of `state` runs on the devices, which may take long."""
+        jax.block_until_ready(fingerprints(state))
+
     def due(self, step: int) -> bool:
         """Whether the interval asks for a save after `step` updates."""
         return self.every > 0 and step % self.every == 0

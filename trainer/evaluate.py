@@ -23,17 +23,26 @@ def evaluate(
     batch_size: int,
     sharding: NamedSharding,
     batches: int = 0,
+    compiled: Callable[[], None] = lambda: None,
 ) -> dict[str, float | None]:
     """Returns loss (nats per token), bits_per_byte and tokens over `batches` (0 = all) batches.
 
     Bits per byte divide by the text the tokens stand for: every byte is predicted exactly once, so
     the figure compares with a compressor's on the same text. It is None with loss on a part only.
+    Where no token carries loss, loss and bits per byte are None.
+
+    Args:
+      compiled: called once the first batch has been handed over, for which `eval_step` is compiled.
     """
     sums = None
     for batch in itertools.islice(eval_batches(dataset, batch_size, sharding), batches or None):
         part = eval_step(params, batch)
+        if sums is None:
+            compiled()
         sums = part if sums is None else jax.tree.map(lambda a, b: a + b, sums, part)
     nll, tokens = (float(x) for x in jax.device_get((sums["nll"], sums["tokens"])))
+    if not tokens:
+        return {"loss": None, "bits_per_byte": None, "tokens": 0}
     loss = nll / tokens
     return {"loss": loss, "bits_per_byte": to_bits_per_byte(loss, dataset), "tokens": int(tokens)}
 

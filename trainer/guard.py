@@ -7,13 +7,12 @@ checkpoint called good, a rewind, or the end with a status that says why.
 """
 
 import functools
-import gc
 import math
 import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,21 +47,6 @@ _ENOUGH = 8
 
 class Rewind(Exception):
     """The run goes back: where to is in its folder."""
-
-
-def rewinding(train: Callable) -> Callable:
-    """Makes `train` start again, in this process, from where a rewind goes back to."""
-
-    @functools.wraps(train)
-    def run(*arguments: Any, **named: Any) -> Any:
-        while True:
-            try:
-                return train(*arguments, **named)
-            except Rewind:
-                pass
-            gc.collect()  # the state of the attempt that ended, or both would need memory
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -169,6 +153,22 @@ class Guard:
         return steps_between_saves(seconds, took, hours), hours
 
     # ------------------------------------------------------------ every step
+
+    def programs(self, batch: dict) -> Hashable:
+        """Returns a name for what the next step and its comparisons run: new ones are compiled."""
+        number = self._step + 1
+        due = (
+            _due(number, every)
+            for every in (
+                self._config.replay_every,
+                self._config.compare_every,
+                self._experiment.log.fingerprint_every,
+            )
+        )
+        # The second step waits for the first one, which is run without its phase being left.
+        second = number - self._start.step > 1
+        exchange = self._told[0] == self._start.step and self._journal.due(self._step)
+        return batch["tokens"].shape[1], *due, second, exchange
 
     def step(self, train_step: Callable, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """Takes one step, and starts whatever comparison of its result is due."""

@@ -18,7 +18,11 @@ AGREE_SECONDS = 2.0  # or as many steps as the slowest process does in this time
 
 
 class StopSignals:
-    """While entered, remembers SIGINT and SIGTERM instead of dying of them."""
+    """From `remember` until it is left, notes SIGINT and SIGTERM instead of dying of them.
+
+    One object serves all attempts of a run: a signal that comes while the run goes back to an
+    earlier step stops the next attempt.
+    """
 
     def __init__(self) -> None:
         self.name = ""  # of the signal that was received, "" for none
@@ -27,18 +31,25 @@ class StopSignals:
         self._next = 0  # step to agree on again
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._remember)
-            except ValueError:  # not the main thread: whoever runs it handles its signals
-                return self
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before.clear()
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def remember(self) -> None:
+        """Begins an attempt: signals that came before it still count, steps agreed on do not."""
+        self._agreed, self._next = None, 0
+        if self._before:
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._received)
+            except ValueError:  # not the main thread: whoever runs it handles its signals
+                return
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
         if self.name:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name

@@ -87,6 +87,11 @@ class Hosts:
         )
 
     @property
+    def job(self) -> str:
+        """The name of the job that the plan belongs to, for the lock of the run's folder."""
+        return self._plan.get("job", "")
+
+    @property
     def leads(self) -> bool:
         """Whether this host is the lowest of its generation that lives.
 
@@ -237,8 +242,11 @@ class Hosts:
         hoped = not begun and waited <= self._patience  # that all come for the first generation
         if hosts == self._sizes[0] or not (coming or hoped):
             members = ready[:hosts]
+            # While one supervisor stays it is the same job, which holds the lock of the run.
+            job = plan.get("job") if any(self._named(n, plan) for n in ready) else None
             self._put({
                 "generation": max(plan.get("generation", -1), self.generation) + 1,
+                "job": job or secrets.token_hex(8),
                 "coordinator": f"{self._address}:{_free_port()}",
                 "members": members,
                 "tokens": self._tokens(members),

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 from checkpoint.memory.wire import Directory
 from checkpoint.steps import complete_steps, folder_path, is_remote
 from trainer.goodput import INCIDENTS
+from trainer.lock import JOB
 from trainer.recovery.cluster import VARIABLES
 from trainer.recovery.health import SUSPECT
 from trainer.recovery.hosts import Hosts, Place
@@ -211,7 +212,7 @@ class Supervisor:
             path = folder / f"{self._hosts.generation}.{rank}.progress"
             page = ProgressPage(path)
             page.enter("start", 0)
-            environment = {VARIABLE: str(path)}
+            environment = {VARIABLE: str(path), JOB: self._hosts.job}
             if place.hosts == self._options.hosts:  # keepers know hosts by their number in the job
                 environment |= self._keeper.environment
             if count > 1:
