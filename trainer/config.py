@@ -7,6 +7,7 @@ a mistake is refused at once, in one line, with nothing written.
 
 import dataclasses
 import json
+import math
 import re
 import runpy
 from collections.abc import Iterator, Sequence
@@ -118,10 +119,13 @@ def validate(experiment: Experiment) -> None:
             raise UsageError(
                 f"config.{path} = {value!r}: choose {', '.join(choices)}{nearest(value, choices)}"
             )
+    for path, value in leaves(experiment):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"config.{path} = {value}: a finite number is needed")
     for path, least in {
         "train.steps": 1, "train.batch_size": 1, "train.accumulation": 1, "train.stop_at": 0,
-        "eval.every": 0, "eval.batches": 0, "optimizer.warmup_steps": 0, "optimizer.peak_lr": 0,
-        "optimizer.clip_norm": 0,
+        "train.seed": 0, "eval.every": 0, "eval.batches": 0, "optimizer.warmup_steps": 0,
+        "optimizer.peak_lr": 0, "optimizer.clip_norm": 0,
     }.items():  # fmt: skip
         if (value := _get(experiment, path)) < least:
             raise UsageError(f"config.{path} = {value}: at least {least}")
@@ -135,10 +139,19 @@ def validate(experiment: Experiment) -> None:
             f"config.data.seq_len = {data.seq_len} is longer than config.model.max_length = "
             f"{model.max_length}"
         )
+    if train.seed >= 1 << 32:
+        raise UsageError(f"config.train.seed = {train.seed}: below 2**32")
+    if train.stop_at > train.steps:
+        raise UsageError(
+            f"config.train.stop_at = {train.stop_at} lies beyond config.train.steps = "
+            f"{train.steps}, where the schedule ends: raise steps (in a new run), or lower stop_at"
+        )
     if optimizer.warmup_steps > train.steps:
         raise UsageError(
             f"config.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds "
-            f"config.train.steps = {train.steps}"
+            f"config.train.steps = {train.steps}: to try the first {train.steps} steps of this run "
+            f"set --config.train.stop_at={train.steps} instead of steps; for a run that short also "
+            "lower --config.optimizer.warmup_steps"
         )
     # An axis of -1 is not known yet: the loop checks again once the devices are.
     check_sizes(experiment, {axis: max(getattr(experiment.mesh, axis), 1) for axis in AXES})

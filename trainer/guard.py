@@ -216,6 +216,10 @@ class Guard:
         loss, norm, skipped = _numbers(metrics)
         left_out, self._skipped = skipped > self._skipped, skipped
         self._judge(step, loss, norm, left_out)
+        if last and skipped == step:  # too short a run for a rewind
+            raise Unhealthy(
+                DIVERGED, f"all {step} updates of the run were left out: it has learned nothing"
+            )
 
     def _slowest(self, step: int) -> dict[str, Any]:
         """Who was the slowest at the last exchange of times; begins another at log steps."""
@@ -252,8 +256,6 @@ class Guard:
         return self._start.row + (step - self._start.step) * self._experiment.train.batch_size
 
     def _judge(self, step: int, loss: float, norm: float, left_out: bool) -> None:
-        if not self._config.window:
-            return
         if verdict := self._watch.judge(step, loss, norm, left_out):
             update = "left out" if left_out else "kept"
             self._journal.event(step, verdict, loss=loss, grad_norm=norm, update=update)

@@ -18,10 +18,10 @@ from checkpoint.memory.snapshots import Snapshots
 from sharding.mesh import make_mesh, start_runtime
 from sharding.rules import BATCH, SEQ
 from trainer.config import Experiment, check_sizes, validate
-from trainer.data.corpus import HELD_OUT
+from trainer.data.corpus import HELD_OUT, TRAIN
 from trainer.data.dataset import open_dataset, open_training
 from trainer.data.loader import Loader
-from trainer.evaluate import baselines, evaluate
+from trainer.evaluate import baselines, check_loss_tokens, evaluate
 from trainer.guard import Guard, Rewind
 from trainer.journal import Journal
 from trainer.lock import RunLock, job_lock
@@ -80,8 +80,12 @@ def _attempt(
     # -------------------------------------------------------------------- data
     progress.enter("data")
     config, batch_size = experiment.train, experiment.train.batch_size
-    dataset = guard.data(open_training(experiment.data, batch_size, experiment.model.vocab))
+    dataset = open_training(experiment.data, batch_size, experiment.model.vocab)
     held_out = open_dataset(experiment.data, HELD_OUT) if experiment.eval.every else None
+    for split, data in ((TRAIN, dataset), (HELD_OUT, held_out)):
+        if data is not None:
+            check_loss_tokens(data, experiment.data.collate, batch_size, split)
+    dataset = guard.data(dataset)
 
     with contextlib.ExitStack() as stack:
         # ---------------------------------------------------------------- state: restored or new

@@ -34,7 +34,7 @@ class HealthConfig:
 
     A step that is not finite is always left out; `skip_spikes` also leaves out those that are
     `factor` robust standard deviations above the median of the last `window` healthy ones (0 =
-    only record them; `window` = 0 looks at nothing). `sustained` unhealthy steps among twice as
+    only record them; `window` = 0 looks for none). `sustained` unhealthy steps among twice as
     many rewind the run to its newest checkpoint that `good_after` healthy steps followed, past the
     data read since; after `rewinds` of them it ends with status 71.
 
