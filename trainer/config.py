@@ -147,6 +147,13 @@ def validate(experiment: Experiment) -> None:
             f"config.data.seq_len = {data.seq_len} is longer than config.model.max_length = "
             f"{model.max_length}"
         )
+    if train.seed >= 1 << 32:
+        raise UsageError(f"config.train.seed = {train.seed}: below 2**32")
+    if train.stop_at > train.steps:
+        raise UsageError(
+            f"config.train.stop_at = {train.stop_at} lies beyond config.train.steps = "
+            f"{train.steps}, where the schedule ends: raise steps (in a new run), or lower stop_at"
+        )
     if optimizer.warmup_steps > train.steps:
         raise UsageError(
             f"config.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds "

@@ -25,9 +25,11 @@ AGREE_SECONDS = 2.0  # or as many steps as the slowest process does in this time
 
 
 class StopSignals:
-    """While entered, remembers signals that ask to stop, instead of dying of them.
+    """From `remember` until it is left, notes signals that ask to stop, instead of dying of them.
 
     These are SIGINT and SIGTERM; for a trainer of `torus launch` also SIGUSR2, which it acts on.
+    One object serves all attempts of a run: a signal that comes while the run goes back to an
+    earlier step stops the next attempt.
     """
 
     def __init__(self) -> None:
@@ -38,19 +40,26 @@ class StopSignals:
         self._next = 0  # step to agree on again
 
     def __enter__(self) -> "StopSignals":
-        more = (signal.SIGUSR2,) if self._supervised else ()
-        for number in (signal.SIGINT, signal.SIGTERM, *more):
-            try:
-                self._before[number] = signal.signal(number, self._remember)
-            except ValueError:  # not the main thread: whoever runs it handles its signals
-                return self
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before.clear()
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def remember(self) -> None:
+        """Begins an attempt: signals that came before it still count, steps agreed on do not."""
+        self._agreed, self._next = None, 0
+        if self._before:
+            return
+        more = (signal.SIGUSR2,) if self._supervised else ()
+        for number in (signal.SIGINT, signal.SIGTERM, *more):
+            try:
+                self._before[number] = signal.signal(number, self._received)
+            except ValueError:  # not the main thread: whoever runs it handles its signals
+                return
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
         if self.name and number == signal.SIGINT and not self._supervised:
             raise KeyboardInterrupt
         self.name = self.name or signal.Signals(number).name

@@ -60,8 +60,10 @@ def main(argv: list[str]) -> int:
     dataset.check_vocab(experiment.model.vocab)
     _check_tokenizer(args.run, trained_on, dataset)
     params, mesh = restore_params(args.run, experiment, step)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.train.accumulation
     batch_size = args.batch_size or -(-experiment.train.batch_size // shards) * shards
+    if args.batch_size:  # what was asked for, in one piece
+        experiment.train.accumulation = 1
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, PartitionSpec(BATCH, SEQ))
         eval_step = jax.jit(make_eval_step(experiment))

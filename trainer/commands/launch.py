@@ -75,6 +75,7 @@ Exit status, and what a scheduler should do
 def main(argv: list[str]) -> int:
     """Returns the exit status of the supervised run."""
     from trainer.config import parse_flags, validate
+    from trainer.lock import check_unlocked
     from trainer.recovery.progress import PHASES
     from trainer.recovery.supervisor import Options, Supervisor
     from trainer.run import check_workdir
@@ -99,6 +100,8 @@ def main(argv: list[str]) -> int:
     experiment, flags = parse_flags(rest, workdir="folder of the run, local or gs://")
     validate(experiment)
     check_workdir(flags["workdir"], experiment)
+    if cluster.hosts == 1:  # of several hosts, one may come back to the job that holds the lock
+        check_unlocked(flags["workdir"])
     limits = dict(_limit(text, PHASES) for text in own.limit)
     lease = own.lease if own.lease is not None else 75.0 if is_remote(flags["workdir"]) else 15.0
     options = Options(

@@ -14,7 +14,7 @@ there now. Ctrl-C stops after the current step, saved; a second Ctrl-C stops at 
 
   torus train --config=quickstart --workdir=runs/a
   torus train --config=ladder:100m --config.mesh.tensor=2 --workdir=runs/b
-  torus train --config=quickstart --config.train.stop_at=100 --workdir=runs/c   # stop and save early
+  torus train --config=quickstart --config.train.stop_at=100 --workdir=runs/c  # stop and save early
 
 Useful overrides:
   --config.train.steps, .batch_size, .accumulation, .seed      how much

@@ -24,6 +24,7 @@ from checkpoint.memory.wire import Directory
 from checkpoint.steps import complete_steps, folder_path, is_remote, listing
 from sharding.addresses import ADDRESS
 from torus import module_command
+from trainer.lock import JOB
 from trainer.recovery.cluster import VARIABLES
 from trainer.recovery.health import SUSPECT
 from trainer.recovery.hosts import Hosts, Place
@@ -223,7 +224,7 @@ class Supervisor:
             path = folder / f"{self._hosts.generation}.{rank}.progress"
             page = ProgressPage(path)
             page.enter("start", 0)
-            environment = {VARIABLE: str(path)}
+            environment = {VARIABLE: str(path), JOB: self._hosts.job}
             if self._options.hosts in self._options.sizes:
                 # Keepers know hosts by their number in the job: of fewer they only give back.
                 full = place.hosts == self._options.hosts
