@@ -15,8 +15,9 @@ import contextlib
 import json
 import logging as python_logging
 import os
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,7 +33,7 @@ from orbax.checkpoint import v1 as ocp
 
 from checkpoint import agreement, steps
 from checkpoint.config import CheckpointConfig, validate
-from checkpoint.failures import collect_reads, read_failure
+from checkpoint.failures import collect_reads, quiet_late_reads, read_failure
 from checkpoint.fingerprint import as_text, fingerprints
 from checkpoint.manifest import (
     FORMAT,
@@ -376,7 +377,7 @@ def load_step(
     _check_matching(stored, wanted, f"step {step} in {folder}")
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
-    state = agreement.together(lambda: _load(path, abstract, context))
+    state = agreement.together(lambda: _load(path, abstract, context, path))
     if verify:
         check_fingerprints(folder, step, as_text(fingerprints(state), list(flatten(state))), saved)
     return state, meta
@@ -400,11 +401,46 @@ def try_restore(folder: str | os.PathLike, step: int) -> None:
     }
     context = ocp.Context()
     context.array.loading.enable_padding_and_truncation = True
-    _load(steps.folder_path(folder) / str(step), unflatten(first), context)
+    path = steps.folder_path(folder) / str(step)
+    tree = unflatten(first)
+    remote = steps.is_remote(folder)
+    with _without_values(path, tree) if remote else contextlib.nullcontext(path) as near:
+        _load(near, tree, context, path)
 
 
-def _load(path: Path, abstract: Tree, context: ocp.Context) -> Tree:
-    """Returns the state of the step at `path`, this process alone; CheckpointError if it cannot."""
+@contextlib.contextmanager
+def _without_values(path: Any, first: Tree) -> Iterator[Path]:
+    """Gives a copy, on the disk, of a step in a bucket with one element of each array.
+
+    Orbax reads buckets by libraries that need not be here (gcsfs), and this way too what it reads
+    beside the values is all of that step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_frame(folder, 0, first, {})
+        local = Path(folder) / "0"
+        for file in local.rglob("*"):
+            if file.is_file() and not _holds_values(file.relative_to(local)):
+                file.unlink()
+        for name in path.below():
+            if not (local / name).resolve().is_relative_to(local.resolve()):
+                raise CheckpointError(f"{path} holds {name!r}, which leads out of it")
+            if not _holds_values(Path(name)):
+                (local / name).parent.mkdir(parents=True, exist_ok=True)
+                (local / name).write_bytes((path / name).read_bytes())
+        yield local
+
+
+def _holds_values(file: Path) -> bool:
+    """Whether a file of a step is one of the store of its arrays."""
+    return file.name == "manifest.ocdbt" or "d" in file.parts[:-1]
+
+
+def _load(path: Path, abstract: Tree, context: ocp.Context, step: Path) -> Tree:
+    """Returns the state at `path`, in this process alone.
+
+    Raises:
+        CheckpointError: it cannot be read; the message calls it `step`.
+    """
     # Orbax would have all wait for one another, and so for one whose part is damaged.
     me = jax.process_index()
     context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
@@ -413,9 +449,9 @@ def _load(path: Path, abstract: Tree, context: ocp.Context) -> Tree:
         with context:
             return ocp.load(path, abstract, checkpointable_name=_STATE)
     except Exception as error:
-        text = read_failure(error, list(flatten(abstract)))
+        text = read_failure(error, list(flatten(abstract))).replace(str(path), str(step))
     collect_reads()
-    raise CheckpointError(f"cannot read step {path.name} in {path.parent}: {text}")
+    raise CheckpointError(f"cannot read step {step.name} in {step.parent}: {text}")
 
 
 @dataclass(frozen=True)
@@ -557,6 +593,7 @@ class _OrbaxFilter(python_logging.Filter):
 
 
 def _quiet_orbax() -> None:
+    quiet_late_reads()
     logger = logging.get_absl_logger()
     if not any(isinstance(known, _OrbaxFilter) for known in logger.filters):
         logger.addFilter(_OrbaxFilter())

@@ -9,7 +9,10 @@ without a word. Comparing with the record is what keeps it from returning other 
 
 import hashlib
 import json
+import math
 import os
+import stat
+from pathlib import Path
 from typing import Any
 
 from checkpoint import steps
@@ -20,6 +23,13 @@ MANIFEST = "manifest"
 META = "meta"
 INTEGRITY = "integrity"
 FORMAT = 2
+LIMIT = 256 * 2**20  # bytes of a file that is read here; a manifest has some 100 for an array
+_DTYPES = {
+    "bool", "int2", "int4", "int8", "int16", "int32", "int64", "uint2", "uint4", "uint8", "uint16",
+    "uint32", "uint64", "float16", "float32", "float64", "bfloat16", "complex64", "complex128",
+    "float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn",
+    "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
+}  # fmt: skip
 
 
 def integrity_record(
@@ -124,22 +134,47 @@ def read_manifest(folder: str | os.PathLike, step: int, *, checked: bool = True)
             f"cannot read step {step} in {folder}: manifest format {manifest.get('format')}, "
             f"this version reads {FORMAT}"
         )
+    arrays = manifest.get("arrays")
+    if not isinstance(arrays, dict) or not all(map(_is_fact, arrays.values())):
+        raise CheckpointError(
+            f"cannot read step {step} in {folder}: {MANIFEST} does not describe arrays"
+        )
     if checked:
         _check_digest(folder, step, MANIFEST, manifest, _read_record(folder, step))
     return manifest
 
 
+def _is_fact(fact: Any) -> bool:
+    """Whether this is the shape and the dtype of an array that a machine could hold."""
+    if not isinstance(fact, dict) or not isinstance(shape := fact.get("shape"), list):
+        return False
+    sizes = all(type(size) is int and size >= 0 for size in shape) and math.prod(shape) < 2**60
+    return sizes and isinstance(fact.get("dtype"), str) and fact["dtype"] in _DTYPES
+
+
 def _read(folder: str | os.PathLike, step: int, item: str) -> dict[str, Any]:
     path = steps.folder_path(folder) / str(step) / item / "data.json"
     try:
+        if isinstance(path, Path):
+            _check_file(path)
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        json.dumps(found)  # what nests too deep fails here, and not where its digest is taken
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"cannot read step {step} in {folder}: {item}: {steps.reason(error)}"
         ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"cannot read step {step} in {folder}: {item} is not an object")
     return found
+
+
+def _check_file(path: Path) -> None:
+    """Raises OSError for what is no file, or one that is too large to be ours."""
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError("it is not a file")
+    if facts.st_size > LIMIT:
+        raise OSError(f"it has {facts.st_size:,} bytes, more than {LIMIT:,}")
 
 
 def _check_digest(
