@@ -70,7 +70,8 @@ class PhaseLimits:
         if phase in self._given:
             return self._given[phase]
         took = sorted(self._took[phase])
-        if len(took) < _ENOUGH:
+        # What was compiled before says nothing of another row length or mesh.
+        if len(took) < _ENOUGH or phase == "compile":
             return _FIRST_LIMITS[phase]
         slow = took[math.ceil(0.99 * len(took)) - 1]
         return min(self._wider * max(_FACTOR * slow, _LEAST), _FIRST_LIMITS[phase])

@@ -72,6 +72,17 @@ def test_limits_are_learned_from_enough_of_the_past():
     assert limits.of("step") == 40.0 and limits.of("eval") == policy._FIRST_LIMITS["eval"]
 
 
+def test_quick_compilations_do_not_limit_the_next_one():
+    """Restarts find programs in the cache; then a new row length is compiled."""
+    limits = PhaseLimits()
+    for i in range(100):
+        limits.learn(
+            Progress("compile", i, 2.0 * i, i), Progress("compile", i, 2.0 * i + 0.1, i + 1)
+        )
+    assert limits.of("compile") == policy._FIRST_LIMITS["compile"]
+    assert PhaseLimits({"compile": 7.0}).of("compile") == 7.0
+
+
 @given(st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=600))
 def test_a_learned_limit_is_never_below_what_was_usual(seconds):
     limits, now = PhaseLimits(), 1.0
