@@ -17,7 +17,7 @@ from typing import Any
 
 from checkpoint import steps
 from checkpoint.steps import CheckpointError
-from sharding.errors import MismatchError
+from sharding.errors import MismatchError, UsageError
 
 MANIFEST = "manifest"
 META = "meta"
@@ -209,3 +209,25 @@ def _digest(content: dict[str, Any]) -> str:
     plain = json.loads(json.dumps(content))  # keys as they will be read: always strings
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_matching(stored: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
+    """Raises UsageError unless name → shape and dtype of stored arrays are the wanted ones."""
+    problems = []
+    for verb, names in (
+        ("lacks", [name for name in wanted if name not in stored]),
+        ("also holds", [name for name in stored if name not in wanted]),
+    ):
+        if names:
+            problems.append(f"{verb} {len(names)} array(s): {steps.listing(names)}")
+    for name in sorted(stored.keys() & wanted.keys()):
+        if stored[name] != wanted[name]:
+            have, want = _text(stored[name]), _text(wanted[name])
+            problems.append(f"holds `{name}` as {have}, wanted {want}")
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UsageError(f"{where} does not match: {'; '.join(problems[:4])}{more}")
+
+
+def _text(facts: dict[str, Any]) -> str:
+    return f"{facts['dtype']}{facts['shape']}"

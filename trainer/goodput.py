@@ -70,20 +70,27 @@ def read_incidents(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def failures(run: str | os.PathLike[str]) -> tuple[int, float]:
-    """Returns how many faults a run had, in how many hours since its first start."""
-    records = all_records(run)
-    hours = (records[-1]["time"] - records[0]["time"]) / 3600 if records else 0.0
-    return sum(incident.get("kind") in _FAULTS for incident in read_incidents(run)), hours
+    """Returns how many faults a run had, in how many hours that it was up."""
+    attempts = _attempts(all_records(run))
+    seconds = sum(attempt[-1]["time"] - attempt[0]["time"] for attempt in attempts)
+    faults = sum(incident.get("kind") in _FAULTS for incident in read_incidents(run))
+    return faults, seconds / 3600
 
 
-def measure(run: str | os.PathLike[str]) -> Goodput | None:
-    """Returns the accounts of a run, or None before its second step was recorded."""
-    records = all_records(run)
+def _attempts(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Returns the records of each start of the run, in order."""
     attempts: list[list[dict[str, Any]]] = []
     for record in records:
         if (record["kind"] == "event" and record.get("event") in _BEGINS) or not attempts:
             attempts.append([])
         attempts[-1].append(record)
+    return attempts
+
+
+def measure(run: str | os.PathLike[str]) -> Goodput | None:
+    """Returns the accounts of a run, or None before its second step was recorded."""
+    records = all_records(run)
+    attempts = _attempts(records)
     steps = [r["step_ms"] / 1e3 for r in records if r.get("step_ms")]
     if not steps:
         return None

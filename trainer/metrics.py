@@ -124,7 +124,8 @@ class MetricsWriter:
             self._importing.start()
         self._tensorboard_options = {
             "logdir": str(folder / "tensorboard"),
-            "purge_step": None if resumed_from is None else resumed_from + 1,
+            # What an earlier attempt drew of later steps goes, also when it was begun anew.
+            "purge_step": (resumed_from or 0) + 1 if continued else None,
         }
         if resumed_from is not None and continued:
             self.event(resumed_from, "resumed")

@@ -2,6 +2,7 @@
 
 experiment.json   the resolved experiment, enough to repeat the run
 checkpoints/      one folder per step
+lock              which process trains here now (trainer/lock.py)
 metrics.jsonl     records of steps, evaluations and events; tensorboard/ mirrors them
 """
 
