@@ -13,7 +13,7 @@ from torus import module_command
 from trainer.metrics import read_metrics
 
 pytestmark = [pytest.mark.soak, pytest.mark.multiprocess, pytest.mark.timeout(1800)]
-KILL_WAIT = 20  # seconds from scancel's SIGTERM to SIGKILL
+KILL_WAIT = 60  # seconds from scancel's SIGTERM to SIGKILL
 
 
 @pytest.fixture(scope="module")
