@@ -1,5 +1,6 @@
 """slurm.sbatch on a real SLURM: what is cancelled ends, all else is saved and goes on."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -151,6 +152,22 @@ def test_a_killed_task_queues_the_job_again(start, slurm):
     kill_task(slurm, job, 0)
     job.goes_on(0)
     assert job.facts()["Restarts"] == "1"
+
+
+def test_a_lost_node_queues_the_job_again(start, slurm):
+    job = start(launch=("--lease", "5", "--patience", "10"))
+    job.at_step(20)
+    lost = [pid for pids in slurm.tasks(job.number)[1].values() for pid in pids]
+    slurm.ask("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
+    for pid in lost:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    try:
+        wait_for(lambda: job.facts()["Restarts"] == "1")
+        assert "queued again" in slurm.log(job.number)
+    finally:
+        slurm.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
+    job.goes_on(0)
 
 
 def test_with_another_mesh_the_others_go_on_and_the_job_completes(start, slurm):
