@@ -116,7 +116,7 @@ def test_sigterm_saves_and_queues_again_and_sigint_saves_and_ends(start):
 
 
 def test_the_end_of_the_time_saves_and_queues_again(start):
-    job = start("--time=1", "--signal=TERM@30")
+    job = start("--time=4")  # SIGTERM after two minutes, as the script asks for it
     job.at_step(5)
     job.goes_on(5)
     assert job.facts()["Restarts"] == "1" and not any("lost_steps" in s for s in stops(job.run))
