@@ -115,11 +115,16 @@ def test_sigterm_saves_and_queues_again_and_sigint_saves_and_ends(start):
     assert not any("lost_steps" in line for line in stops(job.run))
 
 
-def test_the_end_of_the_time_saves_and_queues_again(start):
-    job = start("--time=4")  # SIGTERM after two minutes, as the script asks for it
-    job.at_step(5)
-    job.goes_on(5)
-    assert job.facts()["Restarts"] == "1" and not any("lost_steps" in s for s in stops(job.run))
+def test_the_end_of_the_time_saves_and_queues_again(start, slurm):
+    job = start()
+    job.at_step(20)
+    hours, minutes, _ = map(int, job.facts()["RunTime"].split(":"))
+    limit = f"TimeLimit={60 * hours + minutes + 2}"  # less than two minutes from now
+    slurm.ask("scontrol", "update", f"JobId={job.number}", limit)
+    wait_for(lambda: job.facts()["Restarts"] == "1")
+    slurm.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=UNLIMITED")
+    job.goes_on(20)
+    assert not any("lost_steps" in line for line in stops(job.run))
 
 
 def test_what_is_preempted_is_saved_and_goes_on_afterwards(start, slurm):
