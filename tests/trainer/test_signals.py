@@ -5,6 +5,7 @@ import signal
 import pytest
 
 from trainer.recovery.progress import VARIABLE
+from trainer.recovery.supervisor import Options, Supervisor
 from trainer.signals import StopSignals
 
 
@@ -29,6 +30,15 @@ def test_a_supervised_trainer_leaves_it_to_its_supervisor(monkeypatch):
         for number in (signal.SIGUSR2, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
         assert signals.name == "SIGUSR2"
+
+
+def test_a_supervisor_waits_for_the_save_until_a_second_ctrl_c():
+    supervisor = Supervisor(Options(["train"], "run", grace=60.0))
+    for _ in range(3):
+        supervisor._remember(signal.SIGTERM, None)
+    assert (supervisor._signal, supervisor._options.grace) == (signal.SIGTERM, 60.0)
+    supervisor._remember(signal.SIGINT, None)
+    assert (supervisor._signal, supervisor._options.grace) == (signal.SIGTERM, 0.0)
 
 
 def test_what_was_there_before_is_there_again():
