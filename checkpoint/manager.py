@@ -21,17 +21,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Self, TypeVar
+from pathlib import Path
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from checkpoint import steps
+from checkpoint import agreement, steps
 from checkpoint.config import CheckpointConfig, validate
+from checkpoint.failures import collect_reads, read_failure
 from checkpoint.fingerprint import as_text, fingerprints
 from checkpoint.manifest import (
     FORMAT,
@@ -44,11 +45,10 @@ from checkpoint.manifest import (
     read_step,
 )
 from checkpoint.steps import CheckpointError
-from checkpoint.tree import check_storable, flatten
+from checkpoint.tree import check_storable, flatten, unflatten
 from sharding.errors import UsageError
 
 Tree = Any
-_T = TypeVar("_T")
 
 _STATE = "state"
 _FIRST_SAVE = 20  # steps until it is known how often to save
@@ -74,10 +74,10 @@ class CheckpointManager:
     """
 
     def __init__(self, folder: str | os.PathLike, config: CheckpointConfig) -> None:
-        """Creates `folder` and clears what interrupted saves left in it (in process 0).
+        """Writes nothing: a run may still be refused. Entering the manager, or a save, begins to.
 
         Raises:
-            UsageError: the folder cannot be written, or a setting makes no sense.
+            UsageError: a setting makes no sense.
         """
         validate(config)
         _quiet_orbax()
@@ -89,13 +89,30 @@ class CheckpointManager:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._current: int | None = None  # the step last saved or restored: where the run stands
-        if jax.process_index() == 0:
-            steps.make_writable(self.folder)
-            for name in steps.clean_interrupted(self.folder):
-                logging.warning("checkpoint: removed %s, an interrupted save", name)
+        self._damaged: list[int] = []  # steps that were passed over and are to be set aside
+        self._entered = False
 
     def __enter__(self) -> Self:
+        """Creates the folder, clears what interrupted saves left there, sets damaged steps aside.
+
+        Raises (in all processes):
+            UsageError: the folder cannot be written.
+            CheckpointError: a damaged step cannot be renamed.
+        """
+        agreement.first(self._prepare)
+        self._entered = True
         return self
+
+    def _prepare(self) -> None:
+        steps.make_writable(self.folder)
+        for name in steps.clean_interrupted(self.folder):
+            logging.warning("checkpoint: removed %s, an interrupted save", name)
+        self._set_aside()
+
+    def _set_aside(self) -> None:
+        for step in self._damaged:
+            steps.set_aside(self.folder, step)
+        self._damaged = []
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
@@ -116,6 +133,10 @@ class CheckpointManager:
     def latest(self) -> int | None:
         """Returns the newest complete step, or None."""
         return max(self.steps(), default=None)
+
+    def compile(self, state: Tree) -> None:
+        """Compiles what a save of `state` runs on the devices, which may take long."""
+        jax.block_until_ready(fingerprints(state))
 
     def due(self, step: int) -> bool:
         """Whether the interval asks for a save after `step` updates."""
@@ -142,7 +163,7 @@ class CheckpointManager:
             logging.warning("checkpoint: waited %.1f s for the save before step %d", waited, step)
         if step == self._current:
             return False
-        newest = self.latest()
+        newest = agreement.first(self.latest)  # another process may still see a deleted step
         if newest is not None and step <= newest:
             raise UsageError(
                 f"cannot save step {step}: {self.folder} already holds step {newest}; restore it, "
@@ -199,41 +220,62 @@ class CheckpointManager:
     def restore(self, step: int | None, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
         """Returns (state, meta) of `step` (None: the newest); see `load_step`."""
         self.wait()
-        step = steps.pick_step(self.folder, step)
+        step = agreement.first(lambda: steps.pick_step(self.folder, step))
         loaded = load_step(self.folder, step, abstract, verify=self._config.verify)
         self._current = step
         return loaded
 
-    def restore_newest(self, abstract: Tree) -> Restored | None:
+    def restore_newest(
+        self,
+        abstract: Tree,
+        given_up: Callable[[int, dict[str, Any]], bool] | None = None,
+    ) -> Restored | None:
         """Returns the newest step that can be read and verified, or None if there are no steps.
 
-        Damaged newer steps are told in the log, and their folders renamed to `<step>.damaged` so
-        that the run can save those steps again.
+        Process 0 says which steps there are. Damaged newer steps are told in the log. Their folders
+        are renamed to `<step>.damaged`, so that the run can save those steps again, but not before
+        the manager is entered.
 
-        Raises:
+        Args:
+            given_up: told number and meta of a step, whether it is passed over without a word.
+
+        Raises (in all processes):
             UsageError: a step holds other arrays than `abstract` asks for.
-            CheckpointError: every step is damaged, or a damaged one cannot be renamed.
+            CheckpointError: every step is damaged, or a process does not see a step that process 0
+                sees; once the manager is entered also: a damaged step cannot be renamed.
         """
         damaged: list[tuple[int, str]] = []
-        for step in reversed(self.steps()):
+        for step in self.candidates(given_up):
             try:
                 loaded = self.restore(step, abstract)
+            except steps.NotVisibleError:
+                raise
             except CheckpointError as error:  # in all processes, of the same step
                 damaged.append((step, str(error)))
                 logging.error("checkpoint: %s", error)
                 continue
-            self._set_aside([number for number, _ in damaged])
+            self._damaged = [number for number, _ in damaged]
+            if self._entered and damaged:
+                agreement.first(self._set_aside)
             return Restored(step, *loaded, damaged=tuple(text for _, text in damaged))
         if damaged:
             raise CheckpointError("; ".join(text for _, text in damaged))
         return None
 
-    def _set_aside(self, damaged: list[int]) -> None:
-        if jax.process_index() == 0:
-            for step in damaged:
-                steps.set_aside(self.folder, step)
-        if damaged and jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {damaged}")
+    def candidates(self, given_up: Callable[[int, dict[str, Any]], bool] | None) -> list[int]:
+        """Returns the steps that process 0 sees and has not given up, newest first."""
+
+        def listed() -> list[int]:
+            newest_first = reversed(self.steps())
+            return [n for n in newest_first if not (given_up and self._is_given_up(n, given_up))]
+
+        return agreement.first(listed)
+
+    def _is_given_up(self, step: int, given_up: Callable[[int, dict[str, Any]], bool]) -> bool:
+        try:
+            return given_up(step, read_meta(self.folder, step))
+        except CheckpointError:  # `restore_newest` reports it
+            return False
 
     def discard_where(self, given_up: Callable[[int, dict[str, Any]], bool]) -> None:
         """Deletes the steps for which `given_up`, told number and meta, is true.
@@ -241,14 +283,12 @@ class CheckpointManager:
         A run that goes back must not find them again.
         """
         self.wait()
-        for step in reversed(self.steps() if jax.process_index() == 0 else []):
-            try:
-                meta = read_meta(self.folder, step)
-            except CheckpointError:  # `restore_newest` tells of it
-                continue
-            if given_up(step, meta):
+        agreement.first(lambda: self._discard(given_up))  # nobody reads on before that is done
+
+    def _discard(self, given_up: Callable[[int, dict[str, Any]], bool]) -> None:
+        for step in reversed(self.steps()):
+            if self._is_given_up(step, given_up):
                 steps.delete_step(self.folder, step)
-        _anywhere(False)  # nobody reads on before that is done
 
     def good_steps(self) -> list[int]:
         """Returns the complete steps that were marked as good, ascending."""
@@ -315,59 +355,67 @@ def load_step(
         partial: `abstract` names only some of the arrays; the others stay unread on disk.
         verify: compare what was read with the fingerprints of what was saved.
 
-    Raises:
+    Raises (in all processes):
         UsageError: the step does not exist, or an array's name, shape or dtype differs from what
             `abstract` wants (nothing is cast, padded or dropped).
-        CheckpointError: the step is damaged; the message names files or arrays.
+        CheckpointError: the step is damaged, and the message names files or arrays; or it is not
+            visible to a process (`steps.NotVisibleError`).
     """
     _quiet_orbax()
-    path = steps.folder_path(folder) / str(steps.pick_step(folder, step))
+    step = agreement.first(lambda: steps.pick_step(folder, step))
+    agreement.together(lambda: steps.wait_visible(folder, step, jax.process_index()))
+    path = steps.folder_path(folder) / str(step)
     unplaced = [name for name, leaf in flatten(abstract).items() if leaf.sharding is None]
     if unplaced:
         raise ValueError(f"restoring needs a sharding for {steps.listing(unplaced)}")
-    manifest, meta, saved = _together(lambda: read_step(folder, step))
+    manifest, meta, saved = agreement.together(lambda: read_step(folder, step))
+    agreement.check_same([manifest, meta, saved], f"step {step} in {folder}")
     stored, wanted = manifest["arrays"], _facts(abstract)
     if partial:
         stored = {name: facts for name, facts in stored.items() if name in wanted}
     _check_matching(stored, wanted, f"step {step} in {folder}")
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
-    # Orbax would have all wait for one another, and so for one whose part is damaged.
-    me = jax.process_index()
-    context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
-    context.multiprocessing.barrier_sync_key_prefix = f"process{me}"
-
-    def load() -> Tree:
-        try:
-            with context:
-                return ocp.load(path, abstract, checkpointable_name=_STATE)
-        except Exception as error:
-            text = f"cannot read step {step} in {folder}: {steps.reason(error)}"
-            raise CheckpointError(text) from error
-
-    state = _together(load)
+    state = agreement.together(lambda: _load(path, abstract, context))
     if verify:
         check_fingerprints(folder, step, as_text(fingerprints(state), list(flatten(state))), saved)
     return state, meta
 
 
-def _together(read: Callable[[], _T]) -> _T:
-    """Returns what `read` does; raises CheckpointError in all processes if it does in any."""
-    problem, found = None, None
+def try_restore(folder: str | os.PathLike, step: int) -> None:
+    """Opens every array of a step as `load_step` does, and reads the first element of each.
+
+    For a step too large to hold: what is left to read are values, of which Orbax knows no more
+    than tensorstore does (checkpoint/convert/native.py).
+
+    Raises:
+        CheckpointError: the step could not be restored; the message names files or arrays.
+    """
+    _quiet_orbax()
+    manifest, _, _ = read_step(folder, step)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    first = {
+        name: jax.ShapeDtypeStruct((1,) * len(fact["shape"]), fact["dtype"], sharding=here)
+        for name, fact in manifest["arrays"].items()
+    }
+    context = ocp.Context()
+    context.array.loading.enable_padding_and_truncation = True
+    _load(steps.folder_path(folder) / str(step), unflatten(first), context)
+
+
+def _load(path: Path, abstract: Tree, context: ocp.Context) -> Tree:
+    """Returns the state of the step at `path`, this process alone; CheckpointError if it cannot."""
+    # Orbax would have all wait for one another, and so for one whose part is damaged.
+    me = jax.process_index()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+    context.multiprocessing.barrier_sync_key_prefix = f"process{me}"
     try:
-        found = read()
-    except CheckpointError as error:
-        problem = error
-    if _anywhere(problem is not None):
-        raise problem or CheckpointError("another process could not read it")
-    return found
-
-
-def _anywhere(flag: bool) -> bool:
-    """Whether `flag` is set in any process; every process must ask."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+        with context:
+            return ocp.load(path, abstract, checkpointable_name=_STATE)
+    except Exception as error:
+        text = read_failure(error, list(flatten(abstract)))
+    collect_reads()
+    raise CheckpointError(f"cannot read step {path.name} in {path.parent}: {text}")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ SAVEABLE = ("rotated_qk", "v", "attention", "residual", "gate", "up")
 
 # Fields that may differ between two runs of the same experiment.
 COMPUTATION = (
-    "attention", "barriers", "dtype", "loss_chunks", "remat", "scan_layers", "seq_head_devices",
-    "seq_order", "seq_strategy",
+    "attention", "barriers", "dtype", "loss_chunks", "reduce_dtype", "remat", "scan_layers",
+    "seq_head_devices", "seq_order", "seq_strategy",
 )  # fmt: skip
 
 # How attention is spread over the `seq` mesh axis: models/attention/sequence_plan.py.
@@ -32,6 +32,7 @@ CHOICES = {
     "qk_norm": ("none", "head", "full"),
     "activation": ("swiglu", "geglu", "gelu", "gelu_exact"),
     "dtype": ("float32", "bfloat16"),
+    "reduce_dtype": ("float32", "bfloat16"),
     "seq_strategy": SEQ_STRATEGIES,
     "seq_order": SEQ_ORDERS,
     "rope.scaling": ("none", "linear", "llama3", "yarn"),
@@ -89,6 +90,9 @@ class ModelConfig(Fields, at="config.model"):
 
     # Computation: changes speed and memory, never the function (beyond rounding).
     dtype: str = "bfloat16"  # of matmuls; parameters, norms, softmax and loss stay float32
+    # float32 | bfloat16: in which gradients of weights are summed over tokens and devices; bfloat16
+    # moves half the bytes and holds half a layer's gradient (docs/models.md)
+    reduce_dtype: str = "float32"
     # none | full | auto (what fits: trainer/plan/recipe.py) | names from SAVEABLE joined by ",",
     # "@host" offloads one
     remat: str = "auto"
@@ -144,6 +148,11 @@ class ModelConfig(Fields, at="config.model"):
                     f"config.model.{path} = {value!r}: choose {', '.join(choices)}"
                     f"{nearest(value, choices)}"
                 )
+        if self.dtype == "float32" and self.reduce_dtype != "float32":
+            raise UsageError(
+                f"config.model.reduce_dtype = {self.reduce_dtype!r} is narrower than "
+                f"config.model.dtype = {self.dtype!r}; choose float32"
+            )
         for path, least in {
             "vocab": 1, "layers": 1, "width": 1, "heads": 1, "kv_heads": 1, "head_dim": 1, "mlp": 1,
             "max_length": 1, "pad_vocab_to": 1, "norm_eps": 0, "window": 0, "attention_scale": 0,

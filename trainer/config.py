@@ -89,7 +89,7 @@ class Experiment(Fields, at="config"):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
-    # Compile options: auto | off, then ",xla_NAME=VALUE" or ",-xla_NAME"; see docs/plan.md.
+    # Compile options: auto | fast | off, then ",xla_NAME=VALUE" or ",-xla_NAME"; see docs/plan.md.
     perf: str = "auto"
 
 
@@ -146,6 +146,13 @@ def validate(experiment: Experiment) -> None:
         raise UsageError(
             f"config.data.seq_len = {data.seq_len} is longer than config.model.max_length = "
             f"{model.max_length}"
+        )
+    if train.seed >= 1 << 32:
+        raise UsageError(f"config.train.seed = {train.seed}: below 2**32")
+    if train.stop_at > train.steps:
+        raise UsageError(
+            f"config.train.stop_at = {train.stop_at} lies beyond config.train.steps = "
+            f"{train.steps}, where the schedule ends: raise steps (in a new run), or lower stop_at"
         )
     if optimizer.warmup_steps > train.steps:
         raise UsageError(

@@ -28,13 +28,14 @@ from sharding.errors import UsageError
 from sharding.fields import Fields
 
 TRAIN_FIELDS = (
-    "loss",  # nats per target token
-    "bits_per_byte",  # only where tokens are bytes or the tokenizer's bytes per token are known
+    "loss",  # nats per target token, of this step
+    "mean_loss",  # of the steps since the last record whose loss is finite
+    "bits_per_byte",  # of mean_loss; only where bytes per token are known and all text is predicted
     "grad_norm",  # global norm before clipping
     "learning_rate",
     "tokens_per_second",
     "tokens_per_second_per_device",
-    "mfu",  # share of the devices' peak, 0 to 1; null where the peak is not known
+    "mfu",  # share of the devices' peak, 0 to 1; null where the peak is not known, as on CPU
     "step_ms",
     "data_wait_ms",  # per step, the time the loop waited for the next batch
     "skipped_steps",  # updates not applied since the last record, because they were not finite

@@ -21,8 +21,9 @@ from checkpoint.manifest import read_meta, read_step
 from checkpoint.steps import complete_steps, folder_path
 from checkpoint.tree import flatten
 from sharding.errors import UsageError
-from sharding.mesh import make_mesh, start_runtime
+from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
+from sharding.runtime import start_runtime
 from trainer.data.dataset import open_training
 from trainer.data.loader import Loader
 from trainer.data.rows import resume_row

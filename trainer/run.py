@@ -44,9 +44,13 @@ def check_workdir(workdir: str, experiment: Experiment) -> None:
     old = read_experiment(workdir) if (path / EXPERIMENT).exists() else experiment
     if differing := differences(old, experiment):
         shown = "; ".join(differing[:6]) + ("; …" if len(differing) > 6 else "")
+        longer = (
+            f"; to train longer, go on from its weights with a schedule of their own: a new "
+            f"--workdir and --config.train.init_from={workdir}"
+        )
         raise UsageError(
             f"{workdir} holds another experiment: {shown} — use a new --workdir, or the "
-            "old values to resume"
+            f"old values to resume{longer if old.train.steps < experiment.train.steps else ''}"
         )
     if is_remote(workdir):
         return

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from checkpoint.steps import folder_path, is_remote
+from sharding.addresses import own_address
 
 VARIABLE = "TORUS_KEEPER"  # the environment variable that describes the keepers of a run
 Message = dict[str, Any]
@@ -323,30 +324,3 @@ def _frames(content: list[memoryview]) -> Iterator[list[memoryview]]:
 def _derive(token: bytes, purpose: bytes, client: bytes, keeper: bytes) -> bytes:
     """Returns a proof or a key that only those who know the token can compute."""
     return hmac.digest(token, purpose + client + keeper, "sha256")
-
-
-def own_address(near: str) -> str:
-    """Returns the address under which this host is seen from where `near` is; sends nothing.
-
-    Raises:
-      OSError: the name is not known, or no way leads there.
-    """
-    problem: OSError | None = None
-    for family, kind, _, _, address in socket.getaddrinfo(near, 9, type=socket.SOCK_DGRAM):
-        try:
-            with socket.socket(family, kind) as probe:
-                probe.connect(address)
-                return probe.getsockname()[0]
-        except OSError as error:
-            problem = error
-    raise problem or OSError(f"{near} has no address")
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only processes of the same host reach this address."""
-    return address.startswith("127.") or address == "::1"
-
-
-def join_port(address: str, port: int) -> str:
-    """Returns `address:port`, with brackets around an IPv6 address."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

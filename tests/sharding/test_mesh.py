@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from sharding.mesh import start_runtime
+from sharding.runtime import start_runtime
 
 os.environ["TORUS_CACHE"] = sys.argv[1]
 start_runtime()

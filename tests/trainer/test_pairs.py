@@ -137,7 +137,7 @@ def test_with_remote_data(storage, whole, features, tmp_path, monkeypatch):
 
 _TWO = """
 import sys
-from sharding.mesh import start_runtime
+from sharding.runtime import start_runtime
 start_runtime()
 from tests.trainer import pairs
 from trainer.loop import train

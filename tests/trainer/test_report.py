@@ -6,9 +6,13 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from sharding.errors import UsageError
+from trainer import report
 from trainer.commands import report as command
 from trainer.compare import losses
 from trainer.metrics import MetricsWriter, bits_per_byte
@@ -66,7 +70,12 @@ def test_facts(tmp_path):
         (run / "checkpoints" / name).mkdir(parents=True)
     with MetricsWriter(run, tensorboard=False) as writer:
         writer.event(100, "baseline", gzip_bits_per_byte=3.0, xz_bits_per_byte=2.5)
-    known = _facts(run)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        record["time"] = records[0]["time"] + 3660 * (record is not records[0])
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    known = _facts(run, records[-1]["time"])
     assert known["Name"] == "pico"
     assert known["Status"] == "running, step 100 of 200"
     assert known["Mesh"] == "data 1, fsdp 8"
@@ -76,7 +85,64 @@ def test_facts(tmp_path):
     assert known["gzip, xz bits per byte"] == "3.000, 2.500"
     assert known["MFU"] == "median 40.0%"
     assert known["Checkpoints"] == "50, 100"
+    assert known["Wall time"] == "1h01m"
     assert "Updates skipped" not in known
+
+
+def _loss_axes(run):
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.add_subplot()
+    report._draw_loss(axes, load_run(run))
+    FigureCanvasAgg(figure).draw()
+    return axes
+
+
+def test_compressors_and_bits_are_drawn_to_scale(tmp_path):
+    """With 4 bytes a token, a loss of L nats is L / ln 2 / 4 bits per byte."""
+    run = _make_run(tmp_path / "run", steps=1)
+    with MetricsWriter(run, tensorboard=False) as writer:
+        for step in (2, 3):
+            loss = 6.0 / step
+            values = {"loss": 9.0, "mean_loss": loss, "bits_per_byte": bits_per_byte(loss, 4.0)}
+            writer.train(step, values)
+        writer.event(3, "baseline", gzip_bits_per_byte=3.0, xz_bits_per_byte=2.5)
+    axes = _loss_axes(run)
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    for label, bits in (("gzip -9, 3.00", 3.0), ("xz -9, 2.50", 2.5)):
+        line = lines[f"{label} bits per byte"]
+        assert list(line.get_ydata()) == pytest.approx([bits * 4 * math.log(2)] * 2)
+    (right,) = axes.child_axes
+    nats, bits = np.asarray(axes.get_ylim()), np.asarray(right.get_ylim())
+    np.testing.assert_allclose(bits, nats / math.log(2) / 4, rtol=1e-6)
+
+
+def test_curves_are_means_and_no_label_lies_on_them(tmp_path):
+    run = _make_run(tmp_path / "run", steps=50, name="a name with a $formula\\nonsense$ " * 9)
+    with MetricsWriter(run, tensorboard=False) as writer:
+        writer.event(50, "baseline", gzip_bits_per_byte=3.0, xz_bits_per_byte=2.5)
+        writer.event(50, "hang")
+        writer.train(51, {"loss": math.nan, "mean_loss": math.nan})
+        writer.train(52, {"loss": 4.5, "mean_loss": 1.25})
+    axes = _loss_axes(run)
+    (curve,) = [line for line in axes.get_lines() if line.get_label() == "train"]
+    assert curve.get_xydata()[-1].tolist() == [52, 1.25]
+    legend, title = axes.get_legend().get_window_extent(), axes._left_title.get_window_extent()
+    assert legend.y0 >= axes.bbox.y1 - 1 and title.y0 >= legend.y1 - 1
+    assert not axes.texts
+    assert dict(facts(load_run(run), time.time()))["Train loss"] == "1.2500 at step 52"
+
+
+def test_memory_takes_the_place_of_an_mfu_that_is_not_known(tmp_path, monkeypatch):
+    titles = []
+    style = report._style
+    monkeypatch.setattr(report, "_style", lambda *a, **k: (titles.append(a[1]), style(*a, **k)))
+    run = _make_run(tmp_path / "run", steps=3)
+    report.draw(load_run(run))
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('"mfu": 0.4', '"mfu": null'))
+    report.draw(load_run(run))
+    assert titles[5] == "MFU, %" and titles[12] == "Highest memory in use, GiB"
+    assert "MFU" not in _facts(run)
 
 
 def test_status_of_a_stopped_and_of_a_finished_run(tmp_path):

@@ -108,17 +108,21 @@ def _stats(args: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _local_folder(dataset: str, action: str) -> Path:
+    """Returns the folder of a dataset on the disk, the built-in one too."""
     from checkpoint.steps import is_remote
     from trainer.data.corpus import dataset_folder
+
+    if is_remote(dataset):
+        raise UsageError(f"{dataset}: {action} reads a local copy, not object storage")
+    return dataset_folder(dataset)
+
+
+def _verify(args: argparse.Namespace) -> int:
     from trainer.data.manifest import read_manifest
     from trainer.data.shards import faults
 
-    if is_remote(args.dataset):
-        raise UsageError(
-            f"{args.dataset}: verify a local copy; what is read there is checked anyway"
-        )
-    folder = dataset_folder(args.dataset)
+    folder = _local_folder(args.dataset, "verify")
     manifest = read_manifest(folder)
     total = sum(shard.bytes for shard in manifest.shards)
     with progress("verifying", total) as advance:
@@ -168,7 +172,7 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.format != "arrayrecord":
         raise UsageError(f"--to {args.format}: choose arrayrecord")
-    folder = Path(args.dataset)
+    folder = _local_folder(args.dataset, "export")
     with progress("exporting", sum(s.docs for s in read_manifest(folder).shards)) as advance:
         export_arrayrecord(folder, Path(args.out), advance)
     print(f"{args.out}: {len(list(Path(args.out).glob('*.array_record')))} files")

@@ -116,7 +116,7 @@ def check_devices() -> Iterator[Finding]:
     try:
         import jax
 
-        from sharding.mesh import start_runtime
+        from sharding.runtime import start_runtime
 
         start_runtime()
         devices = jax.local_devices()

@@ -173,7 +173,7 @@ def _target(experiment: Experiment, flags: dict[str, str], switches: set[str]) -
     if target.gpu and stray:
         raise UsageError(f"{stray[0]} needs a compiler: {target.name} is planned by formula alone")
     if target.gpu and "," in experiment.perf:
-        raise UsageError(f"config.perf = {experiment.perf!r}: on GPUs choose auto or off")
+        raise UsageError(f"config.perf = {experiment.perf!r}: on GPUs choose auto, fast or off")
     if network and not target.gpu:
         raise UsageError(f"--network={network} is of GPUs, not of {target.name}")
     rate = _number("network", network, "the Gb/s of one GPU to other hosts, as 400")

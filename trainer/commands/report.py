@@ -7,8 +7,9 @@ usage: torus report RUN [--out=FOLDER]
        torus report RUN RUN ... [--out=FOLDER]
 
 Draws the run in folder RUN: loss of training and evaluation, learning rate, gradient norm, step
-time, tokens per second, MFU and data wait, with the run's facts, events and incidents. Writes
-report.html (one file that needs nothing else) and report.png into RUN, or into FOLDER.
+time, tokens per second, MFU (on CPU memory) and data wait, with the run's facts, events and
+incidents. Writes report.html (one file that needs nothing else) and report.png into RUN, or into
+FOLDER.
 
 Several runs are compared: compare.png has their losses in one picture, compare.html also a table of
 what differs between their configs and how they went, in the current folder or in FOLDER.

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import logging
 
-from checkpoint.steps import is_remote
+from checkpoint.steps import folder_path, is_remote
 from sharding.errors import UsageError
 from trainer.data.collate import make_collate, mix
 from trainer.data.config import CollateConfig, DataConfig
 from trainer.data.corpus import TRAIN, dataset_folder, is_builtin
+from trainer.data.manifest import read_manifest
 from trainer.data.mixture import Balanced, Buckets, Mixture, in_units
 from trainer.data.packing import Pieces
 from trainer.data.plan import Plan
 from trainer.data.rows import Identity, Rows, Steps
 from trainer.data.shards import TokenShards
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer, same_ids
 
 if TYPE_CHECKING:
     import grain
@@ -146,6 +147,9 @@ class Dataset(Rows):
     def costs(self, ids: np.ndarray) -> np.ndarray:
         return self.plan.costs(ids)
 
+    def pieces(self, ids: np.ndarray) -> np.ndarray:
+        return self.plan.rows(ids).counts
+
     def _announce(self, first: int) -> None:
         """Tells the shards what the rows from `first` on will read, each row once."""
         end = first + self.shards.ahead
@@ -241,9 +245,38 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Rows:
     if not config.mixture:
         return Dataset(open_shards(config.path, split, config), config)
     members = [Dataset(open_shards(path, split, config), config) for path, _ in config.mixture]
+    first = members[0]
+    for member in members[1:]:
+        spec = member.shards.manifest.tokenizer
+        if spec == first.shards.manifest.tokenizer:
+            continue
+        if not same_ids(member.tokenizer, first.tokenizer):
+            raise UsageError(
+                f"config.data.mixture: {member.shards.name} was written with another tokenizer "
+                f"than {first.shards.name}; prepare one of them again with the other's"
+            )
     if split == TRAIN:
         return Mixture(members, [(row, in_units(weights)) for row, weights in config.weights()])
     return Mixture(members, [(0, [member.rows_per_epoch for member in members])])
+
+
+def run_tokenizer(run: str, config: DataConfig) -> Tokenizer:
+    """Returns the tokenizer of a run: the one beside converted weights, else that of its data.
+
+    Args:
+      run: the run's folder, which may be in object storage.
+      config: the data that the run trains on.
+
+    Raises:
+      UsageError: neither is there, or cannot be read.
+      ConnectionError: object storage did not respond.
+    """
+    beside = folder_path(run) / "tokenizer"
+    if beside.is_dir():
+        return open_tokenizer(str(beside))
+    path = config.mixture[0][0] if config.mixture else config.path  # all sources have the same
+    folder = dataset_folder(path, config.remote.patience)
+    return load_tokenizer(read_manifest(folder).tokenizer, folder)
 
 
 def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.maxsize) -> Steps:

@@ -10,6 +10,7 @@ on which step counts. Never imports JAX; ends with its supervisor.
 import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -270,7 +271,7 @@ class Keeper:
         Afterwards this keeper holds it; it is not compared with anything here. Every other host
         has the parity of another part of it, and these parts are computed at the same time.
         """
-        owner, step, sizes = message["owner"], message["step"], message["sizes"]
+        owner, sizes = message["owner"], message["sizes"]
         found: dict[int, Slots] = {}
         hosts = [host for host in range(self._directory.hosts) if host != owner]
         status = connection.status
@@ -430,6 +431,8 @@ def _tell_exception(work: Future) -> None:
 
 def main() -> int:
     """Runs the keeper that the environment describes, until it is killed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # of a whole job: trainers are saving, and need this
     directory = Directory.of_environment()
     keeper = Keeper(directory)
     try:

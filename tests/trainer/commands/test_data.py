@@ -128,7 +128,9 @@ def test_import_and_export_through_the_command_line(folder, tmp_path, capsys):
          "--from nanogtp: choose megatron, nanogpt, arrayrecord; did you mean `nanogpt`"),
         (["import", "x", "--from", "nanogpt", "--tokenizer", "bytes", "--out", "y"],
          "x: No such file"),
-        (["verify", "s3://bucket/set"], "s3://bucket/set: verify a local copy"),
+        (["verify", "s3://bucket/set"], "s3://bucket/set: verify reads a local copy"),
+        (["export", "gs://bucket/set", "--to", "arrayrecord", "--out", "y"],
+         "gs://bucket/set: export reads a local copy"),
         (["show", "x", "--rwo", "1"], "does not take `--rwo`; did you mean `--row`"),
     ],
 )  # fmt: skip

@@ -22,7 +22,7 @@ from trainer.data.clean import BANDS, Duplicates, Rejected, Rules, band_keys, cl
 from trainer.data.config import CollateConfig, DataConfig
 from trainer.data.dataset import open_dataset
 from trainer.data.manifest import Manifest, read_manifest
-from trainer.data.prepare import Settings, prepare
+from trainer.data.prepare import REJECTED, Settings, prepare
 from trainer.data.shards import TokenShards, verify
 from trainer.data.tokenizer import load_tokenizer, open_tokenizer, train_bpe
 
@@ -163,6 +163,37 @@ def test_conversations_carry_loss_on_the_answers_only(tmp_path):
     assert "question" not in answers and "user" not in answers
     with pytest.raises(UsageError, match=r"conversation needs a tokenizer\.json"):
         run(f"{source}:messages", tmp_path / "bytes")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_refused_conversation_is_one_rejection(tmp_path, workers):
+    """Named with file and line; half a character in JSON is one, too."""
+    made = train_bpe(iter(TEXTS), 300)
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
+        "{% endif %}{{ m.role }}:{{ m.content }}{% endfor %}{{ strftime_now('%s%f') }}"
+    )
+    config = {"bos_token": "<|bos|>", "chat_template": template}
+    (tmp_path / "tokenizer.json").write_bytes(made.files()["tokenizer.json"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    source = tmp_path / "chats.jsonl"
+    with open(source, "w") as stream:
+        for number in range(300):
+            content = "\ud800" if number == 200 else f"answer {number}"
+            message = {"role": "tool" if number == 17 else "assistant", "content": content}
+            stream.write(json.dumps({"text": [message]}) + "\n")
+    settings = {"tokenizer": str(tmp_path), "workers": workers, "unit_bytes": 4096}
+    manifest = run(source, tmp_path / "out", **settings)
+    assert manifest.preparation["rejected"] == {"chat_refused": 1, "invalid_utf8": 1}
+    first, second = map(json.loads, (tmp_path / "out" / REJECTED).read_text().splitlines())
+    assert first == {
+        "reason": "chat_refused", "place": f"{source}:18",
+        "detail": "the chat template refuses it: no tools",
+    }  # fmt: skip
+    assert second["place"] == f"{source}:201"
+    assert len({text[-12:] for text in documents(tmp_path / "out")}) == 1  # all the same time
+    with pytest.raises(UsageError, match=r"chats\.jsonl:18: chat_refused: .* no tools"):
+        run(source, tmp_path / "strict", **settings, on_error="fail")
 
 
 def test_a_learned_tokenizer_is_the_same_every_time(tmp_path):

@@ -40,17 +40,42 @@ def llama(rows: int = 256, length: int = 2048, **changes) -> Experiment:
 
 
 def test_options_are_those_of_the_chip_and_the_mesh():
-    auto = compile_options(llama(), "v5e", POD)
-    assert auto["xla_jf_crs_combiner_threshold_count"] == "1" and WINDOWED in auto
-    assert WINDOWED not in compile_options(llama(), "v5e", POD | {"fsdp": 64, "tensor": 4})
-    assert compile_options(llama(), "v5p", POD) and not compile_options(llama(), "v4", POD)
-    assert not set(auto) & set(compile_options(llama(), "v5p", POD))
+    fast = compile_options(llama(perf="fast"), "v5e", POD)
+    assert fast["xla_jf_crs_combiner_threshold_count"] == "1" and WINDOWED in fast
+    assert WINDOWED not in compile_options(
+        llama(perf="fast"), "v5e", POD | {"fsdp": 64, "tensor": 4}
+    )
+    assert compile_options(llama(perf="fast"), "v5p", POD)
+    assert not compile_options(llama(perf="fast"), "v4", POD)
+    assert not set(fast) & set(compile_options(llama(perf="fast"), "v5p", POD))
     assert compile_options(llama(perf="off"), "v5e", POD) == {}
     assert all(option.reason and option.effect for option in OPTIONS)
 
 
+def test_by_default_only_options_of_a_published_recipe_are_set():
+    """MaxText's configs/tpu/v5p/32b.sh at e591f30 has these three; none for v5e has any of ours."""
+    assert compile_options(llama(), "v5p", POD) == {
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+        "xla_tpu_use_tc_device_shape_on_sc": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+    }
+    assert compile_options(llama(), "v5e", POD) == {}
+    assert compile_options(llama(), "v6e", POD) == {}
+
+
+def test_untested_options_are_printed_as_such():
+    tpu = SimpleNamespace(device_kind="TPU v5")
+    text = str(choose(llama(perf="fast"), tpu, POD))
+    untested_names = text.partition(" (untested on hardware: ")[2].rstrip(")").split(", ")
+    published = set(compile_options(llama(), "v5p", POD))
+    assert set(untested_names) == set(compile_options(llama(perf="fast"), "v5p", POD)) - published
+    assert "untested" not in str(choose(llama(), tpu, POD))
+    own = llama(perf="auto,xla_tpu_enable_sparse_core_collective_offload_all_reduce=false")
+    assert "untested" not in str(choose(own, tpu, POD))  # of the table's values only
+
+
 def test_options_are_overridden_by_name():
-    perf = "auto,-xla_enable_async_all_reduce,xla_jf_crs_combiner_threshold_count=9,xla_x=true"
+    perf = "fast,-xla_enable_async_all_reduce,xla_jf_crs_combiner_threshold_count=9,xla_x=true"
     chosen = compile_options(llama(perf=perf), "v5e", POD)
     assert "xla_enable_async_all_reduce" not in chosen
     assert chosen["xla_jf_crs_combiner_threshold_count"] == "9" and chosen["xla_x"] == "true"
@@ -59,7 +84,11 @@ def test_options_are_overridden_by_name():
 
 @pytest.mark.parametrize(
     ("perf", "match"),
-    [("fast", "choose auto or off"), ("auto,x", "neither"), ("off,xla_dump_to=/tmp/x", "no path")],
+    [
+        ("fats", "choose auto, fast, off.*fast"),
+        ("auto,x", "neither"),
+        ("off,xla_dump_to=/tmp/x", "no path"),
+    ],
 )
 def test_a_choice_that_cannot_be_read(perf, match):
     exp = get_config()
@@ -108,7 +137,9 @@ def test_the_loop_and_the_planner_get_one_program_on_cpu():
     tpu = SimpleNamespace(device_kind="TPU v5e")
     chosen = choose(llama(), tpu, POD)
     assert chosen.experiment.model.remat.startswith("rotated_qk")
-    assert chosen.experiment.model.barriers and "; barriers; xla_" in str(chosen)
+    assert chosen.experiment.model.barriers and "; barriers; no compile options" in str(chosen)
+    fast = choose(llama(perf="fast"), tpu, POD)
+    assert fast.experiment == dataclasses.replace(chosen.experiment, perf="fast")
     assert not choose(llama(perf="auto,-barriers"), tpu, POD).experiment.model.barriers
     assert not choose(llama(perf="off"), tpu, POD).experiment.model.barriers
 

@@ -76,6 +76,7 @@ def meeting(tmp_path):
     for host in made:
         host.frozen.clear()
         host.die()
+        host.hosts.close()
 
 
 def until(condition, seconds: float = 20.0) -> None:
