@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,9 @@ def _write_models(folder: Path) -> None:
     write_folder(folder / "Llama-3.2-1B", family.write(model), tensors)
     shutil.copy(tokenizer, folder / "Llama-3.2-1B")
     (folder / "pytorch_model_folder").mkdir()
-    (folder / "mine.py").write_text("")
+    page = (ROOT / "docs/configs.md").read_text()
+    config = re.search(r"^    from models.config.*?return exp$", page, re.M | re.S)[0]
+    (folder / "mine.py").write_text(textwrap.dedent(config))
 
 
 def _place(world: Path, tmp_path: Path, written: str) -> None:
