@@ -110,7 +110,8 @@ WORK = {
     "replay": ("trainer.commands.replay._redo",),
 }  # fmt: skip
 DONE = ("config", "convert", "data", "diff", "inspect", "prepare", "report", "verify")
-WRITES = {"convert": 1, "prepare": "--out", "train": "--workdir", "launch": "--workdir"}
+WRITES = {"convert": 1, "prepare": "--out", "data": "--out", "train": "--workdir",
+          "launch": "--workdir"}  # fmt: skip
 
 
 def test_every_subcommand_has_a_treatment():
@@ -215,7 +216,7 @@ def _written(arguments: list[str]) -> str:
     if isinstance(how, int):
         place = [a for a in arguments[2:] if not a.startswith("--")][how].partition(":")[2]
     else:
-        joined = " ".join(arguments).replace("=", " ").split(" ")
+        joined = [*" ".join(arguments).replace("=", " ").split(" "), how, ""]
         place = joined[joined.index(how) + 1]
     return place.removeprefix("./")
 
