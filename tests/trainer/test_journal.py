@@ -146,3 +146,19 @@ def test_a_drill_of_failing_reads_does_not_count_the_journals_look(folder):
     assert len(data.segments(0, BATCH)) >= BATCH
     with pytest.raises(OSError, match="the read of step 1 fails"):
         data.step(0, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("path", "least", "warned"), [("builtin", 1, True), ("builtin", 10**9, False), ("", 1, False)]
+)
+def test_a_large_model_on_the_built_in_text_is_warned(
+    path, least, warned, tmp_path, folder, monkeypatch, capsys
+):
+    experiment = config_for(folder)
+    dataset = open_training(experiment.data, BATCH, experiment.model.vocab)
+    experiment.data.path = path or str(folder)
+    monkeypatch.setattr(journal_module, "LARGE", least)
+    run_journal(tmp_path, experiment, dataset, [1.0])
+    told = [event for event in read_metrics(tmp_path, "event") if event["event"] == "warning"]
+    assert bool(told) == warned
+    assert ("give --config.data.path=DATASET" in capsys.readouterr().out) == warned

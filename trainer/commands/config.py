@@ -18,7 +18,7 @@ file, or command line) and what it means. Nothing is trained or written.
 
   torus config --config=quickstart
   torus config --config=quickstart --config.optimizer.peak_lr=1e-3
-  torus config --config=ladder:100m | grep -v ' default '           # what is not a default
+  torus config --config=ladder:100m | grep -v ' default '          # what is not a default
 """
 
 

@@ -36,7 +36,7 @@ import makes a dataset of token files of FORMAT, patterns allowed, in the split 
   --tokenizer T    what wrote the tokens: `bytes`, a tokenizer.json, .model or .tiktoken file
   --dtype D        of nanogpt and arrayrecord tokens: uint16, uint32 (what the vocabulary needs)
 
-  torus data show data/mine --row 17
+  torus data show data/notes --row 17
   torus data import train=train.bin val=val.bin --from nanogpt --tokenizer gpt2/ --out data/owt
   torus data export data/owt --to arrayrecord --out records
   torus data import 'records/train-*' --from arrayrecord --tokenizer gpt2/ --out data/again

@@ -50,7 +50,7 @@ that all of them see. tpu_scripts/ has what starts them: tpu.sh, slurm.sbatch, j
                          hosts are needed.
   --lease S              seconds of silence after which a host is lost (15; 75 on object storage)
 
-  torus launch --mesh 4 --mesh 2 --mesh 1:fsdp=4 --config=quickstart --workdir=/shared/run
+  torus launch --mesh 4 --mesh 2 --mesh 1:fsdp=2 --config=quickstart --workdir=/shared/run
 
 What happened is in RUN/incidents.jsonl. SIGTERM and Ctrl-C save and end; so does SIGUSR2, with 78.
 What could not be saved within --grace is told there, and on the console, as lost_steps.

@@ -22,7 +22,7 @@ from trainer.terminal import escaped_streams
 
 _ON_HOST = ("convert", "diff", "inspect", "verify")  # the accelerators may belong to a run
 USAGE = """\
-Torus trains language models on TPU, GPU and CPU with JAX: one config file, one command.
+Torus trains language models with JAX: one config file, one command.
 
 usage: torus COMMAND [arguments]        torus COMMAND --help
 

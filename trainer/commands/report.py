@@ -17,7 +17,7 @@ what differs between their configs and how they went, in the current folder or i
 Works while the run is going on, after it crashed, and on a machine without devices.
 
   torus report runs/a
-  torus report runs/a --out=/tmp/a
+  torus report runs/a --out=reports
   torus report runs/a runs/b --out=runs
 """
 
