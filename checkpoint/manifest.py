@@ -12,7 +12,7 @@ import json
 import os
 from typing import Any
 
-from checkpoint import steps
+from checkpoint import files, steps
 from checkpoint.steps import CheckpointError
 from sharding.errors import MismatchError
 
@@ -132,7 +132,7 @@ def read_manifest(folder: str | os.PathLike, step: int, *, checked: bool = True)
 def _read(folder: str | os.PathLike, step: int, item: str) -> dict[str, Any]:
     path = steps.folder_path(folder) / str(step) / item / "data.json"
     try:
-        found = json.loads(path.read_text())
+        found = files.read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read step {step} in {folder}: {item}: {steps.reason(error)}"

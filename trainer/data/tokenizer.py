@@ -16,7 +16,10 @@ from typing import Protocol
 
 import numpy as np
 
+from checkpoint.files import read_bytes, read_json, read_text
 from sharding.errors import UsageError, nearest
+
+LIMIT = 2**28  # bytes of a definition; the largest published ones have some 2**25
 
 
 @dataclass(frozen=True)
@@ -307,7 +310,7 @@ def open_tokenizer(reference: str) -> Tokenizer:
             raise UsageError(f"tokenizer {reference}: the folder has none of {wanted}")
         path = path / names[0]
     try:
-        definition = path.read_bytes()
+        definition = read_bytes(path, LIMIT)
     except OSError as error:
         raise UsageError(
             f"tokenizer {reference!r}: {error.strerror}; give `bytes`, a tokenizer.json, a "
@@ -335,7 +338,7 @@ def load_tokenizer(spec: TokenizerSpec | dict, folder: Path | None = None) -> To
         raise UsageError(f"tokenizer {kind!r} lives in the dataset's folder, none was given")
     else:
         try:
-            definition = (folder / file).read_bytes()
+            definition = read_bytes(folder / file, LIMIT)
         except OSError as error:
             raise UsageError(f"dataset {folder}: {file}: {error.strerror}") from None
         tokenizer = _build(kind, definition, folder / file)
@@ -413,12 +416,12 @@ def _build(kind: str, definition: bytes, path: Path) -> Tokenizer:
 def _special_names(folder: Path) -> dict[str, str]:
     """Returns the special tokens and the chat template that are named beside a tokenizer.json."""
     path, names = folder / _CONFIG, {}
-    content = json.loads(path.read_text()) if path.is_file() else {}
+    content = read_json(path) if path.is_file() else {}
     template, file = content.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
     if file.is_file():
-        template = file.read_text()
+        template = read_text(file)
     if template:
         names["chat_template"] = template
     for key in ("bos_token", "eos_token", "pad_token"):
