@@ -123,6 +123,7 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
             k_segments_BS=k_rows.segments_BT,
             prefix_BS=None if prefix_BS is None else prefix_BS > 0,
             rows_aligned=cache is None,
+            needs_lse=False,
             **options,
         )
         return out_BTNH
