@@ -92,8 +92,13 @@ def check(found, wanted):
 
 @pytest.mark.parametrize(
     "axes",
-    [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, seq=2, tensor=2)],
-    ids=["data fsdp tensor", "fsdp seq tensor"],
+    [
+        MeshConfig(data=2, fsdp=2, tensor=2),
+        MeshConfig(fsdp=2, seq=2, tensor=2),
+        MeshConfig(fsdp=2, tensor=4),  # of two KV heads
+        MeshConfig(fsdp=1, seq=2, tensor=4),
+    ],
+    ids=["data fsdp tensor", "fsdp seq tensor", "tensor 4", "seq tensor 4"],
 )
 def test_gradients_are_the_same_on_every_mesh(axes):
     check(loss_and_gradient(SMALL, axes), small_gradient())
@@ -127,6 +132,25 @@ def check_rounded(found, wanted):
         error = np.linalg.norm(ours - gradient) / np.linalg.norm(gradient)
         factor = np.vdot(ours, gradient) / np.vdot(gradient, gradient)
         assert error < 0.05 and abs(factor - 1) < 0.02, f"{path}: {error:.3f}, {factor:.4f}"
+
+
+def test_four_kv_heads_serve_eight_devices():
+    config = dataclasses.replace(SMALL, layers=1, heads=8, kv_heads=4, head_dim=4)
+    check(loss_and_gradient(config, MeshConfig(fsdp=1, tensor=8)), loss_and_gradient(config))
+
+
+def test_prefix_keys_are_refused_where_rows_are_spread():
+    batch = rows()
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, seq=2))):
+        params = start_values(SMALL)
+        with pytest.raises(UsageError, match=r"prefix keys needs .* one device, .* seq = 2"):
+            jax.eval_shape(
+                lambda params: forward(
+                    params, batch["tokens"], batch["positions"], batch["segments"], SMALL,
+                    prefix_BT=batch["segments"],
+                ),
+                params,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu_exact"])
