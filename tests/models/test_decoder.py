@@ -119,10 +119,10 @@ def test_bfloat16_gradients_follow_float32(axes):
 def check_rounded(found, wanted):
     """Compares bfloat16 with float32, parameter by parameter, by the norm of the difference.
 
-    A layer rounds about twenty values in a row, forward and backward, by 2**-9 / sqrt(3) each in
-    the mean: 0.5% together, and several times that where norms and soft-caps take differences
-    (3.3% is the most seen, in the norms of queries and keys). The sum of a few hundred rounded
-    values, and so the common factor, is closer.
+    A layer rounds about twenty values in a row, forward and backward, by 0.17% each in the mean
+    (2**-8 at most): 0.7% together, and several times that where norms and soft-caps take
+    differences (3.3% is the most seen, in the norms of queries and keys). The sum of a few hundred
+    rounded values, and so the common factor, is closer.
     """
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-2)
     for path, gradient in jax.tree.leaves_with_path(wanted[1]):
