@@ -72,7 +72,7 @@ class Hosts:
         self._folder, self._first = folder, address
         self._lease, self._patience, self._remind = lease, patience, remind
         self._reach = Reach(lease / _TRIES) if count > 1 else None
-        self._since = -float("inf")  # only links that were made after this count
+        self._since = 0.0  # when this host last began to meet the others
         self._linked = False  # all members of this generation have reached each other
         self._token = secrets.token_hex(8)
         self._own: dict[str, Any] = {
@@ -159,7 +159,8 @@ class Hosts:
             self._next = time.monotonic() + self._lease / BEATS
             self._own["beat"] += 1
             if self._reach:
-                self._own["reached"] = self._reach.ages(self._since)
+                self._own["reached"] = self._reach.ages()
+                self._own["meets"] = round(time.monotonic() - self._since, 1)
                 self._own["linked"] = self._own.get("linked") or bool(self._own["reached"])
             self._write(f"host{self.index}.json", self._own)
             self._look()
@@ -309,7 +310,7 @@ class Hosts:
         self._joined = now
         self.generation, self.members = plan["generation"], plan["members"]
         self._coordinator = plan["coordinator"]
-        self._since, self._linked = -float("inf"), False
+        self._linked = False
         self._own |= {"ends": [], "how": None, "slowest": None}
         return Place(self._coordinator, self.members.index(self.index), len(self.members))
 
@@ -330,8 +331,9 @@ class Hosts:
         if ready != self._ready_before[0]:
             self._ready_before = ready, now
         settled = now - self._ready_before[1] > self._lease
-        found = self._connected(ready, self._lease)
         facts = [self._facts(n) for n in ready]
+        # What was reached before they met says nothing of what ended the last generation.
+        found = self._connected(ready, min(self._lease, *(f.get("meets", 0.0) for f in facts)))
         if settled and len(ready) > 1 and not any(f.get("linked") for f in facts):
             return ready, True
         return found, settled
