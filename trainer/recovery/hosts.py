@@ -29,6 +29,7 @@ from trainer.recovery.reach import Reach, connected
 
 BEATS = 15  # within a lease: that many may be missing before a host counts as lost
 _TRIES = 5  # within a lease: of reaching each other host
+_SETTLED = 0.6  # of a lease: three tries, after which who reaches whom is known
 _PLAN = "plan.json"
 
 
@@ -330,7 +331,7 @@ class Hosts:
         now = time.monotonic()
         if ready != self._ready_before[0]:
             self._ready_before = ready, now
-        settled = now - self._ready_before[1] > self._lease
+        settled = now - self._ready_before[1] > _SETTLED * self._lease
         facts = [self._facts(n) for n in ready]
         # What was reached before they met says nothing of what ended the last generation.
         found = self._connected(ready, min(self._lease, *(f.get("meets", 0.0) for f in facts)))

@@ -53,7 +53,7 @@ SUSPECTS = "launch/suspects"  # names of hosts to leave out, in the run's folder
 _POLL = 0.02  # seconds
 _SETTLE = 0.3  # after a first failure, for the others to fail of it
 _DUMP = 0.3  # for a hung process to write its stacks
-_LONG = 25.0  # that a phase may last before that is told
+_LONG = 25.0  # without a step before that is told
 _STATUSES = {signal.SIGINT: 130, signal.SIGTERM: PREEMPTED, signal.SIGUSR2: RESIZE}
 
 
@@ -114,6 +114,7 @@ class Supervisor:
         self._signal: signal.Signals | None = None  # that asked this supervisor to stop
         self._resizes = False  # all save, to meet again with more hosts
         self._step = 0  # reached by any trainer here
+        self._moved = -1, 0.0  # the slowest trainer's step, and since when
         self._noticed = 0.0  # when this generation was last looked at: when its end was seen
         self._members: list[int] = []  # of the last generation
         self._loaded: dict[int, tuple[subprocess.Popen, TextIO | None]] = {}  # to be trainers
@@ -216,6 +217,7 @@ class Supervisor:
         count, first = here * place.hosts, here * place.rank
         command = [*self._options.command, *self._options.sizes[place.hosts]]
         trainers = []
+        self._moved = -1, time.monotonic()
         address = self._hosts.address() if self._options.hosts > 1 else ""
         self._tell_keeper(self._keeper.ensure(address))
         for rank in range(first, first + here):
@@ -464,9 +466,11 @@ class Supervisor:
         self._log.say(f"generation {generation} is over: {why}")
 
     def _tell_waiting(self, slowest: End, now: float) -> None:
-        """Says what all wait for while a phase lasts longer than usual."""
+        """Says what all wait for while no step is done, for longer than is usual."""
         phase, took = slowest.progress.phase, now - slowest.progress.since
-        if took > _LONG and self._limits.unusual(phase, took):
+        if self._moved[0] != slowest.progress.step:
+            self._moved = slowest.progress.step, now
+        if now - self._moved[1] > _LONG and self._limits.unusual(phase, took):
             limit = self._limits.of(phase)
             self._log.remind(f"rank {slowest.rank} is in {phase}, {took:.0f} s of {limit:.0f}")
 
