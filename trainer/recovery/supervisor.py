@@ -28,7 +28,7 @@ from trainer.recovery.cluster import VARIABLES
 from trainer.recovery.health import SUSPECT
 from trainer.recovery.hosts import Hosts, Place
 from trainer.recovery.keeper import KeeperProcess
-from trainer.recovery.log import Log
+from trainer.recovery.log import SILENCE, Log
 from trainer.recovery.policy import (
     COLLATERAL,
     FINISHED,
@@ -53,7 +53,6 @@ SUSPECTS = "launch/suspects"  # names of hosts to leave out, in the run's folder
 _POLL = 0.02  # seconds
 _SETTLE = 0.3  # after a first failure, for the others to fail of it
 _DUMP = 0.3  # for a hung process to write its stacks
-_LONG = 25.0  # without a step before that is told
 _STATUSES = {signal.SIGINT: 130, signal.SIGTERM: PREEMPTED, signal.SIGUSR2: RESIZE}
 
 
@@ -294,6 +293,7 @@ class Supervisor:
                     self._wait(trainers)
                 return []
             self._step = max(end.progress.step for end in ends)
+            self._recovered(max((end.progress for end in ends), key=lambda p: p.step))
             settled = self._step > max(0, self._budget.best)
             if settled and not self._loaded:  # the machine is busy with the start until then
                 first = trainers[0].rank
@@ -307,7 +307,6 @@ class Supervisor:
                 self._limits.learn(seen[end.rank], end.progress)
                 seen[end.rank] = end.progress
             self._tell_keeper(self._keeper.ensure())
-            self._recovered(max((end.progress for end in ends), key=lambda p: p.step))
             # The others wait for the one that did least, however long that may rightly take.
             slowest = first_cause(running)
             self._hosts.beat(slowest.progress)
@@ -342,7 +341,8 @@ class Supervisor:
             if time.monotonic() - began > (self._options.grace if seconds is None else seconds):
                 return
             self._hosts.beat()  # saving may take longer than a lease
-            self._log.remind(f"trainers end, for {time.monotonic() - began:.0f} s by now")
+            if (took := time.monotonic() - began) > SILENCE:
+                self._log.remind(f"the trainers have been ending for {took:.0f} s")
             time.sleep(_POLL)
 
     def _kill(self, trainers: list[_Trainer]) -> None:
@@ -468,9 +468,9 @@ class Supervisor:
     def _tell_waiting(self, slowest: End, now: float) -> None:
         """Says what all wait for while no step is done, for longer than is usual."""
         phase, took = slowest.progress.phase, now - slowest.progress.since
-        if self._moved[0] != slowest.progress.step:
+        if self._moved[0] != slowest.progress.step > slowest.progress.start:
             self._moved = slowest.progress.step, now
-        if now - self._moved[1] > _LONG and self._limits.unusual(phase, took):
+        if now - self._moved[1] > SILENCE and self._limits.unusual(phase, took):
             limit = self._limits.of(phase)
             self._log.remind(f"rank {slowest.rank} is in {phase}, {took:.0f} s of {limit:.0f}")
 

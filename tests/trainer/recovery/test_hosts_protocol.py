@@ -57,7 +57,7 @@ class Host:
             time.sleep(0.01)
         return self.ended.is_set()
 
-    def reminded(self, text: str) -> None:
+    def reminded(self, text: str, _: float) -> None:
         self.reminders.add(text.rpartition(",")[0] or text)
 
     def lose_network(self) -> None:
@@ -170,6 +170,7 @@ def test_the_one_that_leads_leaves_itself_out_when_its_network_is_dead(meeting):
     until(lambda: agreed(hosts, [0, 1, 2]))
     hosts[0].lose_network()
     until(lambda: agreed(hosts[1:], [1, 2]))
+    assert not hosts[1].hosts.inherits  # the first one has judged before
     assert (hosts[0].led, hosts[0].lost) == (True, [0])
     until(lambda: "the other hosts train; this one waits until it is needed" in hosts[0].reminders)
 
