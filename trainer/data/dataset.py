@@ -18,9 +18,9 @@ from absl import logging
 
 from checkpoint.steps import folder_path, is_remote
 from sharding.errors import UsageError
-from trainer.data.collate import make_collate, mix
+from trainer.data.collate import ends_with, make_collate, mix
 from trainer.data.config import CollateConfig, DataConfig
-from trainer.data.corpus import TRAIN, dataset_folder, is_builtin
+from trainer.data.corpus import FEW_HELD_OUT, TRAIN, dataset_folder, is_builtin
 from trainer.data.manifest import read_manifest
 from trainer.data.mixture import Balanced, Buckets, Mixture, in_units
 from trainer.data.packing import Pieces
@@ -63,7 +63,7 @@ class Dataset(Rows):
             "seed": config.seed,
         }
         if self._collate:
-            self._identity["collate"] = json.dumps(vars(config.collate))
+            self._identity["collate"] = config.collate.identity()
         try:
             self.plan = Plan(
                 shards.lengths,
@@ -208,11 +208,29 @@ class Dataset(Rows):
     def sources(self, row: int = 0) -> list[tuple[Steps, float]]:
         return [(self, 1 - self.plan.padding)]
 
+    def unmatched(self) -> str:
+        """Returns what the collate function looks for in documents and a sample lacks, or ""."""
+        if not self._collate or not self._collate.patterns:
+            return ""
+        numbers = self.shards.sample(_LOOKED_AT)
+        numbers = numbers[self.shards.readable(numbers)]
+        texts = [self.shards.document(number).astype(np.int32) for number in numbers.tolist()]
+        for name, ids in self._collate.patterns.items():
+            if texts and not any(ends_with(text, ids).any() for text in texts):
+                return (
+                    f"dataset {self.shards.name}, split {self.shards.split}: none of "
+                    f"{len(texts):,} documents holds config.data.collate.{name} = {ids} in a row"
+                )
+        return ""
+
     def as_grain(self) -> "grain.MapDataset":
         """Returns the endless rows as a grain MapDataset, to map, mix or batch with grain."""
         import grain  # takes longer to import than the rest of this package
 
         return grain.MapDataset.source(_Endless(self))
+
+
+_LOOKED_AT = 256  # documents
 
 
 class _Endless:
@@ -243,7 +261,10 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Rows:
         plain = CollateConfig() if config.collate.kind == "fim" else config.collate
         config = dataclasses.replace(config, shuffle=False, seed=0, collate=plain)
     if not config.mixture:
-        return Dataset(open_shards(config.path, split, config), config)
+        dataset = Dataset(open_shards(config.path, split, config), config)
+        if split != TRAIN:
+            _judge_held_out([dataset])
+        return dataset
     members = [Dataset(open_shards(path, split, config), config) for path, _ in config.mixture]
     first = members[0]
     for member in members[1:]:
@@ -255,6 +276,8 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Rows:
                 f"config.data.mixture: {member.shards.name} was written with another tokenizer "
                 f"than {first.shards.name}; prepare one of them again with the other's"
             )
+    if split != TRAIN:
+        _judge_held_out(members)
     if split == TRAIN:
         return Mixture(members, [(row, in_units(weights)) for row, weights in config.weights()])
     return Mixture(members, [(0, [member.rows_per_epoch for member in members])])
@@ -288,7 +311,8 @@ def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.max
 
     Raises:
       UsageError: as `open_dataset`; a bucket with less than one step of documents, or whose rows do
-        not divide the tokens of a step; a token outside the vocabulary.
+        not divide the tokens of a step; a token outside the vocabulary; a collate function that
+      finds in no document what it looks for.
     """
     config.validate()
     if config.buckets:
@@ -301,6 +325,7 @@ def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.max
     else:
         parts = [open_dataset(config)]
     parts[0].check_vocab(vocab_size)
+    _check_patterns([source for source, _ in parts[-1].sources()])
     counts = [config.rows_per_step(part.seq_len, batch_size) for part in parts]
     if config.balance:
         parts = [
@@ -308,6 +333,31 @@ def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.max
             for part, count in zip(parts, counts, strict=True)
         ]
     return Buckets(parts, counts) if config.buckets else parts[0]
+
+
+def _check_patterns(members: list[Dataset]) -> None:
+    """Raises UsageError if no dataset has what the collate function looks for, and warns if one.
+
+    Of object storage only one shard was looked at, which may be unlike the others: a warning.
+    """
+    faults = [found for member in members if (found := member.unmatched())]
+    if len(faults) == len(members) and not any(member.shards.ahead for member in members):
+        raise UsageError(f"{faults[0]}: these ids are not as the tokenizer writes them there")
+    for fault in faults:
+        logging.warning("%s", fault)
+
+
+def _judge_held_out(members: list[Dataset]) -> None:
+    """Warns where an evaluation will say little."""
+    for member in members:
+        if fault := member.unmatched():
+            logging.warning("%s: evaluation may find no token with loss", fault)
+    documents = sum(len(member.shards) for member in members)
+    if documents < FEW_HELD_OUT:
+        logging.warning(
+            "%s, split %s: %d documents are few to evaluate on",
+            members[0].shards.name, members[0].shards.split, documents,
+        )  # fmt: skip
 
 
 def open_shards(path: str, split: str, config: DataConfig) -> TokenShards:
