@@ -262,8 +262,7 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Rows:
         config = dataclasses.replace(config, shuffle=False, seed=0, collate=plain)
     if not config.mixture:
         dataset = Dataset(open_shards(config.path, split, config), config)
-        if split != TRAIN:
-            _judge_held_out([dataset])
+        _warn([dataset])
         return dataset
     members = [Dataset(open_shards(path, split, config), config) for path, _ in config.mixture]
     first = members[0]
@@ -276,8 +275,7 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Rows:
                 f"config.data.mixture: {member.shards.name} was written with another tokenizer "
                 f"than {first.shards.name}; prepare one of them again with the other's"
             )
-    if split != TRAIN:
-        _judge_held_out(members)
+    _warn(members)
     if split == TRAIN:
         return Mixture(members, [(row, in_units(weights)) for row, weights in config.weights()])
     return Mixture(members, [(0, [member.rows_per_epoch for member in members])])
@@ -311,8 +309,7 @@ def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.max
 
     Raises:
       UsageError: as `open_dataset`; a bucket with less than one step of documents, or whose rows do
-        not divide the tokens of a step; a token outside the vocabulary; a collate function that
-      finds in no document what it looks for.
+        not divide the tokens of a step; a token outside the vocabulary.
     """
     config.validate()
     if config.buckets:
@@ -322,10 +319,10 @@ def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.max
             Dataset(shards, dataclasses.replace(config, seq_len=length, buckets=()), only)
             for length, only in zip(config.lengths, itertools.pairwise(edges), strict=True)
         ]
+        _warn([parts[-1]])
     else:
         parts = [open_dataset(config)]
     parts[0].check_vocab(vocab_size)
-    _check_patterns([source for source, _ in parts[-1].sources()])
     counts = [config.rows_per_step(part.seq_len, batch_size) for part in parts]
     if config.balance:
         parts = [
@@ -335,28 +332,17 @@ def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.max
     return Buckets(parts, counts) if config.buckets else parts[0]
 
 
-def _check_patterns(members: list[Dataset]) -> None:
-    """Raises UsageError if no dataset has what the collate function looks for, and warns if one.
-
-    Of object storage only one shard was looked at, which may be unlike the others: a warning.
-    """
-    faults = [found for member in members if (found := member.unmatched())]
-    if len(faults) == len(members) and not any(member.shards.ahead for member in members):
-        raise UsageError(f"{faults[0]}: these ids are not as the tokenizer writes them there")
-    for fault in faults:
-        logging.warning("%s", fault)
-
-
-def _judge_held_out(members: list[Dataset]) -> None:
-    """Warns where an evaluation will say little."""
+def _warn(members: list[Dataset]) -> None:
+    """Says what will make a loss mean little: masks that match nothing, few held-out documents."""
     for member in members:
         if fault := member.unmatched():
-            logging.warning("%s: evaluation may find no token with loss", fault)
+            logging.warning("%s: are these ids those that its tokenizer writes?", fault)
     documents = sum(len(member.shards) for member in members)
-    if documents < FEW_HELD_OUT:
+    first = members[0].shards
+    if first.split != TRAIN and documents < FEW_HELD_OUT:
         logging.warning(
-            "%s, split %s: %d documents are few to evaluate on",
-            members[0].shards.name, members[0].shards.split, documents,
+            "dataset %s, split %s: documents to evaluate on: %d, which is few",
+            first.name, first.split, documents,
         )  # fmt: skip
 
 
