@@ -215,7 +215,7 @@ def draw(run: Run) -> bytes:
 
 
 def _draw_loss(axes: Any, run: Run) -> None:
-    name = str(run.experiment.get("name") or run.folder.resolve().name)[:100]
+    name = str(run.experiment.get("name") or run.folder.name)[:100]
     title = name.replace("$", r"\$")  # a pair of them would be taken for a formula
     _style(axes, f"{title}: loss, nats per token", pad=26)
     axes.set_xlabel("step", color="#444444")
@@ -363,7 +363,7 @@ def render_html(run: Run, picture: bytes, now: float) -> str:
     settings = html.escape(json.dumps(run.experiment, indent=1))
     return _PAGE.format(
         style=STYLE,
-        title=html.escape(str(run.experiment.get("name") or run.folder.resolve().name)),
+        title=html.escape(str(run.experiment.get("name") or run.folder.name)),
         status=html.escape(run.status(now)),
         picture=base64.b64encode(picture).decode(),
         facts=rows,

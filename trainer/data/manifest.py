@@ -7,7 +7,7 @@ documents in tokens, docs + 1 of them). Reading and checking the shards is shard
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -65,10 +65,14 @@ class Manifest:
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def fingerprint(self) -> str:
-        """Returns "sha256:…" over all that decides the tokens; source and python do not count."""
+        """Returns "sha256:…" over all that decides the tokens; source and python do not count.
+
+        Runs resume by it: a field that is added later has a default, and counts only where a
+        dataset differs from that.
+        """
         content = {
-            "tokenizer": asdict(self.tokenizer),
-            "shards": [asdict(shard) for shard in self.shards],
+            "tokenizer": _without_defaults(self.tokenizer),
+            "shards": [_without_defaults(shard) for shard in self.shards],
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
@@ -119,9 +123,16 @@ def parse_manifest(text: str | bytes, folder: str) -> Manifest:
     return manifest
 
 
+def _without_defaults(part: Shard | TokenizerSpec) -> dict[str, int | str]:
+    values = {known.name: (getattr(part, known.name), known.default) for known in fields(part)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
 def _typed(kind: type, content: dict) -> object:
     """Builds a flat dataclass of int and str fields, refusing any other type."""
     for part in fields(kind):
+        if part.name not in content and part.default is not MISSING:
+            continue
         value = content[part.name]
         if type(value) is not part.type or (part.type is int and value < 0):
             raise TypeError(f"{kind.__name__}.{part.name} = {shown(value)}")
