@@ -152,15 +152,15 @@ def kill_task(slurm: Slurm, job: Job, number: int) -> None:
 
 
 def test_a_killed_task_queues_the_job_again(start, slurm):
-    job = start(launch=("--lease", "5", "--patience", "10"))
+    job = start(launch=("--lease=5", "--patience=10", "--config.checkpoint.every=10"))
     job.at_step(20)
     kill_task(slurm, job, 0)
-    job.goes_on(0)
+    job.goes_on(10)
     assert job.facts()["Restarts"] == "1"
 
 
 def test_a_lost_node_queues_the_job_again(start, slurm):
-    job = start(launch=("--lease", "5", "--patience", "10"))
+    job = start(launch=("--lease=5", "--patience=10", "--config.checkpoint.every=10"))
     job.at_step(20)
     lost = [pid for pids in slurm.tasks(job.number)[1].values() for pid in pids]
     slurm.ask("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
@@ -172,7 +172,7 @@ def test_a_lost_node_queues_the_job_again(start, slurm):
         assert "queued again" in slurm.log(job.number)
     finally:
         slurm.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
-    job.goes_on(0)
+    job.goes_on(10)
 
 
 def test_with_another_mesh_the_others_go_on_and_the_job_completes(start, slurm):
