@@ -1,9 +1,12 @@
 """What is left of a failed read by Orbax: its reason in one line, and reads that nobody awaits."""
 
 import gc
+import logging
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from checkpoint import steps
 
@@ -22,11 +25,31 @@ def read_failure(error: BaseException, names: Sequence[str]) -> str:
     return ": ".join([*([steps.listing(about)] if about else []), steps.reason(error)])
 
 
+def quiet_late_reads() -> None:
+    """Says nothing, from now on, of reads that end after Orbax gave up on a step and closed shop.
+
+    tensorstore tells each of them to Python's hook for errors that nobody can catch.
+    """
+    if not isinstance(sys.unraisablehook, _Quiet):
+        sys.unraisablehook = _Quiet(sys.unraisablehook)
+
+
+class _Quiet:
+    def __init__(self, others: Callable[[Any], Any]) -> None:
+        self._others = others
+
+    def __call__(self, found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            self._others(found)
+
+
 def collect_reads() -> None:
     """Drops the reads that Orbax leaves behind when one fails: each would print a page of text."""
-    before = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
+    hook, asyncio = sys.unraisablehook, logging.getLogger("asyncio")
+    disabled = asyncio.disabled
+    sys.unraisablehook, asyncio.disabled = lambda _: None, True
     try:
-        gc.collect()
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+            gc.collect()
     finally:
-        sys.unraisablehook = before
+        sys.unraisablehook, asyncio.disabled = hook, disabled

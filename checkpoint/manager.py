@@ -10,13 +10,13 @@ Missing, truncated or misplaced data is refused by name, and so are arrays whose
 that were in memory when they were saved: Orbax itself returns flipped bits without a word.
 """
 
-import asyncio
 import contextlib
 import json
 import logging as python_logging
 import os
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,7 +32,7 @@ from orbax.checkpoint import v1 as ocp
 
 from checkpoint import agreement, steps
 from checkpoint.config import CheckpointConfig, validate
-from checkpoint.failures import collect_reads, read_failure
+from checkpoint.failures import collect_reads, quiet_late_reads, read_failure
 from checkpoint.fingerprint import as_text, fingerprints
 from checkpoint.manifest import (
     FORMAT,
@@ -40,10 +40,11 @@ from checkpoint.manifest import (
     MANIFEST,
     META,
     check_fingerprints,
-    integrity_record,
+    check_matching,
     read_meta,
     read_step,
 )
+from checkpoint.record import Record, RecordHandler
 from checkpoint.steps import CheckpointError
 from checkpoint.tree import check_storable, flatten, unflatten
 from sharding.errors import UsageError
@@ -52,7 +53,7 @@ Tree = Any
 
 _STATE = "state"
 _FIRST_SAVE = 20  # steps until it is known how often to save
-_LEAST_CHUNK = 2**20  # bytes; Orbax warns of smaller ones
+_LEAST_CHUNK = 2**20  # bytes; Orbax warns of less
 _DATA_FILE = 2**27  # bytes; a file is written while the next is filled, with Orbax's 2 GB none is
 
 
@@ -110,9 +111,8 @@ class CheckpointManager:
         self._set_aside()
 
     def _set_aside(self) -> None:
-        for step in self._damaged:
-            steps.set_aside(self.folder, step)
-        self._damaged = []
+        while self._damaged:
+            steps.set_aside(self.folder, self._damaged.pop())
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
@@ -173,7 +173,7 @@ class CheckpointManager:
         check_storable(state)
         _check_json(meta)
         manifest = _manifest(state)
-        record = _Record(step, list(flatten(state)), Future(), manifest, meta)
+        record = Record(step, list(flatten(state)), Future(), manifest, meta)
         try:
             with self._context:
                 items = {_STATE: state, MANIFEST: manifest, META: meta, INTEGRITY: record}
@@ -244,7 +244,7 @@ class CheckpointManager:
             CheckpointError: every step is damaged, or a process does not see a step that process 0
                 sees; once the manager is entered also: a damaged step cannot be renamed.
         """
-        damaged: list[tuple[int, str]] = []
+        damaged = []
         for step in self.candidates(given_up):
             try:
                 loaded = self.restore(step, abstract)
@@ -373,10 +373,10 @@ def load_step(
     stored, wanted = manifest["arrays"], _facts(abstract)
     if partial:
         stored = {name: facts for name, facts in stored.items() if name in wanted}
-    _check_matching(stored, wanted, f"step {step} in {folder}")
+    check_matching(stored, wanted, f"step {step} in {folder}")
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
-    state = agreement.together(lambda: _load(path, abstract, context))
+    state = agreement.together(lambda: _load(path, abstract, context, path))
     if verify:
         check_fingerprints(folder, step, as_text(fingerprints(state), list(flatten(state))), saved)
     return state, meta
@@ -400,11 +400,46 @@ def try_restore(folder: str | os.PathLike, step: int) -> None:
     }
     context = ocp.Context()
     context.array.loading.enable_padding_and_truncation = True
-    _load(steps.folder_path(folder) / str(step), unflatten(first), context)
+    path = steps.folder_path(folder) / str(step)
+    tree = unflatten(first)
+    remote = steps.is_remote(folder)
+    with _without_values(path, tree) if remote else contextlib.nullcontext(path) as near:
+        _load(near, tree, context, path)
 
 
-def _load(path: Path, abstract: Tree, context: ocp.Context) -> Tree:
-    """Returns the state of the step at `path`, this process alone; CheckpointError if it cannot."""
+@contextlib.contextmanager
+def _without_values(path: Any, first: Tree) -> Iterator[Path]:
+    """Gives a copy, on the disk, of a step in a bucket with one element of each array.
+
+    Orbax reads buckets by libraries that need not be here (gcsfs), and this way too what it reads
+    beside the values is all of that step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_frame(folder, 0, first, {})
+        local = Path(folder) / "0"
+        for file in local.rglob("*"):
+            if file.is_file() and not _holds_values(file.relative_to(local)):
+                file.unlink()
+        for name in path.below():
+            if not (local / name).resolve().is_relative_to(local.resolve()):
+                raise CheckpointError(f"{path} holds {name!r}, which leads out of it")
+            if not _holds_values(Path(name)):
+                (local / name).parent.mkdir(parents=True, exist_ok=True)
+                (local / name).write_bytes((path / name).read_bytes())
+        yield local
+
+
+def _holds_values(file: Path) -> bool:
+    """Whether a file of a step is one of the store of its arrays."""
+    return file.name == "manifest.ocdbt" or "d" in file.parts[:-1]
+
+
+def _load(path: Path, abstract: Tree, context: ocp.Context, step: Path) -> Tree:
+    """Returns the state at `path`, in this process alone.
+
+    Raises:
+        CheckpointError: it cannot be read; the message calls it `step`.
+    """
     # Orbax would have all wait for one another, and so for one whose part is damaged.
     me = jax.process_index()
     context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
@@ -413,49 +448,9 @@ def _load(path: Path, abstract: Tree, context: ocp.Context) -> Tree:
         with context:
             return ocp.load(path, abstract, checkpointable_name=_STATE)
     except Exception as error:
-        text = read_failure(error, list(flatten(abstract)))
+        text = read_failure(error, list(flatten(abstract))).replace(str(path), str(step))
     collect_reads()
-    raise CheckpointError(f"cannot read step {path.name} in {path.parent}: {text}")
-
-
-@dataclass(frozen=True)
-class _Record:
-    """The integrity record of a step, its fingerprints still being computed on the devices."""
-
-    step: int
-    names: list[str]
-    fingerprints: Future[jax.Array]
-    manifest: dict[str, Any]
-    meta: dict[str, Any]
-
-    def text(self) -> str:
-        arrays = as_text(self.fingerprints.result(), self.names)
-        return json.dumps(integrity_record(self.step, arrays, self.manifest, self.meta))
-
-
-class _RecordHandler:
-    """Writes a `_Record` in the background, where waiting for the devices holds nobody up."""
-
-    async def save(self, directory: Any, record: _Record) -> Awaitable[None]:
-        return self._write(directory, record)
-
-    async def _write(self, directory: Any, record: _Record) -> None:
-        folder = await directory.await_creation()
-        if jax.process_index() == 0:
-            text = await asyncio.to_thread(record.text)
-            await asyncio.to_thread((folder / "data.json").write_text, text)
-
-    async def load(self, directory: Any, abstract: None = None) -> Awaitable[None]:
-        raise TypeError("the integrity record is read without Orbax: checkpoint/manifest.py")
-
-    async def metadata(self, directory: Any) -> None:
-        return None
-
-    def is_handleable(self, item: Any) -> bool:
-        return isinstance(item, _Record)
-
-    def is_abstract_handleable(self, item: Any) -> None:
-        return None
+    raise CheckpointError(f"cannot read step {step.name} in {step.parent}: {text}")
 
 
 def save_frame(folder: str | os.PathLike, step: int, abstract: Tree, meta: dict[str, Any]) -> None:
@@ -485,7 +480,7 @@ def _context(config: CheckpointConfig) -> ocp.Context:
     # Without this a dict of numbers counts as a tree of arrays and its lists, bools and Nones bend.
     for item in (MANIFEST, META):
         known.add(ocp.handlers.JsonHandler, checkpointable_name=item)
-    known.add(_RecordHandler, checkpointable_name=INTEGRITY)
+    known.add(RecordHandler, checkpointable_name=INTEGRITY)
     context.checkpointables.registry = known
     return context
 
@@ -528,27 +523,6 @@ def _check_json(meta: dict[str, Any]) -> None:
             raise UsageError(f"checkpoint meta `{key}` is not JSON: {error}") from error
 
 
-def _check_matching(stored: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
-    problems = []
-    for verb, names in (
-        ("lacks", [name for name in wanted if name not in stored]),
-        ("also holds", [name for name in stored if name not in wanted]),
-    ):
-        if names:
-            problems.append(f"{verb} {len(names)} array(s): {steps.listing(names)}")
-    for name in sorted(stored.keys() & wanted.keys()):
-        if stored[name] != wanted[name]:
-            have, want = _text(stored[name]), _text(wanted[name])
-            problems.append(f"holds `{name}` as {have}, wanted {want}")
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UsageError(f"{where} does not match: {'; '.join(problems[:4])}{more}")
-
-
-def _text(facts: dict[str, Any]) -> str:
-    return f"{facts['dtype']}{facts['shape']}"
-
-
 class _OrbaxFilter(python_logging.Filter):
     """Drops Orbax's progress notes, a page for each save."""
 
@@ -557,6 +531,7 @@ class _OrbaxFilter(python_logging.Filter):
 
 
 def _quiet_orbax() -> None:
+    quiet_late_reads()
     logger = logging.get_absl_logger()
     if not any(isinstance(known, _OrbaxFilter) for known in logger.filters):
         logger.addFilter(_OrbaxFilter())

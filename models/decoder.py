@@ -25,6 +25,7 @@ from models.attention.sequence import Rows, plan_for, sequence_attention
 from models.config import ModelConfig
 from models.linear import Weight, add_bias, gathered, lookup, matmul
 from models.spec import ParamSpec, Tree
+from sharding.errors import UsageError
 from sharding.rules import BATCH, SEQ, STREAM
 
 X_BTD = P(BATCH, SEQ, None)  # the residual stream as blocks and loss see it
@@ -100,7 +101,13 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
     """Attention on each device's own batch rows, query positions and heads."""
     mask = Mask(causal=True, window=config.window if kind == "local" else None)
     plan = plan_for(config, q_BTNH.shape[1])
+    if plan.devices > 1 and context.prefix_BT is not None:
+        raise UsageError(
+            f"attention with prefix keys needs rows on one device, mesh axis {SEQ} = {plan.devices}"
+        )
     cache = context.cache
+    tensor, kv_heads = jax.sharding.get_abstract_mesh().shape["tensor"], k_BSKH.shape[2]
+    kv_axis = jax.typeof(k_BSKH).sharding.spec[2]  # None where KV heads are fewer than devices
     q_rows = Rows(context.positions_BT, context.segments_BT)
     k_rows = q_rows if cache is None else Rows(cache["positions_BS"], cache["segments_BS"])
     options = dict(
@@ -110,6 +117,11 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
     )
 
     def local(q_BTNH, k_BSKH, v_BSKH, q_rows: Rows, k_rows: Rows, prefix_BS=None):
+        if kv_axis is None and min(tensor, kv_heads) > 1:  # the one head that its queries read
+            head = jax.lax.axis_index("tensor") * kv_heads // tensor
+            k_BSKH, v_BSKH = (
+                jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (k_BSKH, v_BSKH)
+            )
         if plan.devices > 1:
             return sequence_attention(q_BTNH, k_BSKH, v_BSKH, q_rows, mask, plan, **options)
         out_BTNH, _ = attention(
@@ -123,12 +135,13 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
             k_segments_BS=k_rows.segments_BT,
             prefix_BS=None if prefix_BS is None else prefix_BS > 0,
             rows_aligned=cache is None,
+            needs_lse=False,
             **options,
         )
         return out_BTNH
 
     q_spec = P(BATCH, SEQ, "tensor", None)
-    kv_spec = P(BATCH, SEQ, jax.typeof(k_BSKH).sharding.spec[2], None)
+    kv_spec = P(BATCH, SEQ, kv_axis, None)
     rows = P(BATCH, SEQ)
     k_BSKH, v_BSKH = reshard(k_BSKH, kv_spec), reshard(v_BSKH, kv_spec)
     k_rows = jax.tree.map(lambda x: reshard(x, rows), k_rows)
@@ -318,7 +331,10 @@ def forward(
         attend to one another; positions restart at 0 in each.
       cache: see models/decode.py.
       prefix_BT: int32, not 0 on tokens that all of their document may see (a prefix language
-        model's prompt); not with rows spread over `seq`.
+        model's prompt).
+
+    Raises:
+      UsageError: `prefix_BT` with rows spread over `seq`.
     """
     dtype = jnp.dtype(config.dtype)
     sizes = jax.sharding.get_abstract_mesh().shape

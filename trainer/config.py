@@ -193,7 +193,8 @@ def check_sizes(experiment: Experiment, sizes: dict[str, int]) -> None:
         *(("data.buckets", length, "seq") for length in experiment.data.buckets),
         ("data.seq_len", experiment.data.seq_len, "seq"),
         ("model.heads", model.heads, "tensor"),
-        ("model.kv_heads", model.kv_heads if model.kv_heads > 1 else tensor, "tensor"),
+        # Fewer KV heads than devices are on all of them: sharding/rules.py.
+        ("model.kv_heads", max(model.kv_heads, 0 if tensor % model.kv_heads else tensor), "tensor"),
         ("model.mlp", model.mlp, "tensor"),
         ("model.padded_vocab", model.padded_vocab, "tensor"),
     ):

@@ -27,7 +27,7 @@ def evaluate(
     batch_size: int,
     sharding: NamedSharding,
     batches: int = 0,
-    compiled: Callable[[], None] = lambda: None,
+    compiled: Callable[[], None] | None = None,
 ) -> dict[str, float | None]:
     """Returns loss (nats per token), bits_per_byte and tokens over `batches` (0 = all) batches.
 
@@ -41,7 +41,7 @@ def evaluate(
     sums = None
     for batch in itertools.islice(eval_batches(dataset, batch_size, sharding), batches or None):
         part = eval_step(params, batch)
-        if sums is None:
+        if sums is None and compiled is not None:
             compiled()
         sums = part if sums is None else jax.tree.map(lambda a, b: a + b, sums, part)
     sums = sums or {"nll": 0.0, "tokens": 0.0}

@@ -217,9 +217,7 @@ class Guard:
         left_out, self._skipped = skipped > self._skipped, skipped
         self._judge(step, loss, norm, left_out)
         if last and skipped == step:  # too short a run for a rewind
-            raise Unhealthy(
-                DIVERGED, f"all {step} updates of the run were left out: it has learned nothing"
-            )
+            raise Unhealthy(DIVERGED, f"all {step} updates were left out: nothing was learned")
 
     def _slowest(self, step: int) -> dict[str, Any]:
         """Who was the slowest at the last exchange of times; begins another at log steps."""

@@ -8,6 +8,7 @@ again ends on the same bits as one that was not.
 import contextlib
 import gc
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -119,11 +120,12 @@ def _attempt(
             journal.event(start.step, "damaged checkpoint passed over", reason=reason)
 
         def evaluated(step: int, state: TrainState) -> dict[str, float | None]:
-            progress.enter("compile" if progress.is_new("eval") else "eval", step)
+            compiles = progress.is_new("eval")
+            progress.enter("compile" if compiles else "eval", step)
             with journal.paused(state.step):
                 found = evaluate(
                     eval_step, state.params, held_out, batch_size, rows, experiment.eval.batches,
-                    compiled=lambda: progress.enter("eval"),
+                    compiled=partial(progress.enter, "eval") if compiles else None,
                 )  # fmt: skip
             journal.eval(step, found)
             return found

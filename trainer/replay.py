@@ -64,6 +64,14 @@ def first_difference(a: Evidence, b: Evidence) -> tuple[int, list[str]] | None:
     return None
 
 
+def compared(a: Evidence, b: Evidence) -> tuple[list[int], list[int]]:
+    """Returns the steps of which both give a loss and a norm, and those with all of a's arrays."""
+    both = sorted(a.keys() & b.keys())
+    numbers = [step for step in both if "loss" in a[step] and "loss" in b[step]]
+    arrays = {step: a[step].keys() - {"loss", "grad_norm"} for step in both}
+    return numbers, [step for step in both if arrays[step] and arrays[step] <= b[step].keys()]
+
+
 def base_step(run: str, step: int) -> int:
     """Returns the newest checkpoint at or before `step`, 0 for the state that a run begins with."""
     return max((s for s in complete_steps(f"{run}/{CHECKPOINTS}") if s <= step), default=0)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.files import read_json
 from checkpoint.steps import complete_steps, folder_path, write_whole
 from sharding.errors import UsageError
 from trainer.console import format_duration
@@ -92,9 +93,9 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     experiment = {}
     if (path / "experiment.json").exists():
         try:
-            experiment = json.loads((path / "experiment.json").read_text())
+            experiment = read_json(path / "experiment.json")
         except ValueError as error:
-            raise UsageError(f"{path / 'experiment.json'} is not JSON: {error}") from error
+            raise UsageError(str(error)) from error
     records = read_metrics(path)
     return Run(
         folder=path,
@@ -214,7 +215,7 @@ def draw(run: Run) -> bytes:
 
 
 def _draw_loss(axes: Any, run: Run) -> None:
-    name = str(run.experiment.get("name") or run.folder.resolve().name)[:100]
+    name = str(run.experiment.get("name") or run.folder.name)[:100]
     title = name.replace("$", r"\$")  # a pair of them would be taken for a formula
     _style(axes, f"{title}: loss, nats per token", pad=26)
     axes.set_xlabel("step", color="#444444")
@@ -362,7 +363,7 @@ def render_html(run: Run, picture: bytes, now: float) -> str:
     settings = html.escape(json.dumps(run.experiment, indent=1))
     return _PAGE.format(
         style=STYLE,
-        title=html.escape(str(run.experiment.get("name") or run.folder.resolve().name)),
+        title=html.escape(str(run.experiment.get("name") or run.folder.name)),
         status=html.escape(run.status(now)),
         picture=base64.b64encode(picture).decode(),
         facts=rows,

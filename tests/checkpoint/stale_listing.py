@@ -19,7 +19,8 @@ from checkpoint.manager import CheckpointManager, load_step
 from checkpoint.steps import CheckpointError
 from sharding.config import MeshConfig
 from sharding.errors import UsageError
-from sharding.mesh import make_mesh, start_runtime
+from sharding.mesh import make_mesh
+from sharding.runtime import start_runtime
 
 
 def hide(root: Path, hidden: set[str], seconds: float = float("inf")) -> None:

@@ -60,7 +60,7 @@ def test_two_processes_agree_on_the_step_when_one_sees_an_old_listing(tmp_path):
     array = jnp.full((8,), 1.0)
     with CheckpointManager(tmp_path / "other", CheckpointConfig()) as manager:
         manager.save(20, {"w": array}, {"step": 20}, force=True)
-    results = run_processes(HERE / "stale_listing.py", 2, 1, [tmp_path], timeout=120)
+    results = run_processes(HERE / "stale_listing.py", 2, 1, [tmp_path], timeout=300)
     first, second = (
         dict(line.split(" | ") for line in result.stdout.splitlines() if " | " in line)
         for result in results

@@ -24,7 +24,7 @@ MESHES = {
     "fsdp seq tensor": MeshConfig(fsdp=2, seq=2, tensor=2),
 }
 # Sums of float32, of exact products of bfloat16 numbers, in another order: relative to the largest.
-# A sum that is rounded to bfloat16 on the way is 2**-9 = 2e-3 off.
+# A sum that is rounded to bfloat16 on the way is up to 2**-8 = 4e-3 off.
 TOLERANCE = 1e-5
 SPECS = {
     "up": ParamSpec((D, F), ("embed", "mlp"), 1.0),

@@ -111,7 +111,7 @@ def test_bfloat16_gradients_are_the_float32_ones(axes, tokens, chunks):
     found = placed_both((x_BTD, *arrays[1:]), options, axes, scale=1 / tokens)
     for name, a, b in zip(("dx", "dhead"), found[2:], expected[2:], strict=True):
         a = np.asarray(a, np.float32)
-        # Each operand is rounded once, by 2**-9 at most, which averages out over hundreds of values
+        # Each operand is rounded once, by 2**-8 at most, which averages out over hundreds of values
         # (0.03% here); a common factor that is wrong does not.
         factor = np.vdot(a, b) / np.vdot(b, b)
         assert abs(factor - 1) < 1e-3, f"{name} is {factor:.5f} times what it should be"

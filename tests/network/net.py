@@ -35,7 +35,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-PREFIX = "torus"
+PREFIX = "torus"  # of hosts' names
+_SPACES = "torus-net-"  # of namespaces' names: then comes the process that uses them
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 _MTU, _BUFFER = 9000, 3.0  # seconds of a slow link that the switch holds
@@ -49,7 +50,7 @@ def missing() -> str:
         return "no `ip` (iproute2)"
     if not os.path.exists("/dev/net/tun"):
         return "no /dev/net/tun"
-    name = f"{PREFIX}-probe"
+    name = f"{_SPACES}{os.getpid()}-probe"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "del", name], capture_output=True)
     return made.stderr.strip()
@@ -66,10 +67,12 @@ class Net:
         self.count = count
         self._folder = Path(tempfile.mkdtemp(prefix="torus-net-"))
         self._faults = self._folder / "faults.json"
+        self._prefix = f"{_SPACES}{os.getpid()}-"
 
     def __enter__(self) -> Self:
-        _remove_all()
-        line = [sys.executable, "-m", "tests.network.net", str(self.count), str(self._faults)]
+        _remove_stale()
+        line = [sys.executable, "-m", "tests.network.net"]
+        line += [str(self.count), str(self._faults), self._prefix]
         self._switch = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
         if self._switch.stdout.readline() != "up\n":
             self.__exit__()
@@ -80,7 +83,7 @@ class Net:
         self._switch.kill()
         self._switch.wait()
         self._switch.stdout.close()
-        _remove_all()
+        _remove(self._prefix)
         shutil.rmtree(self._folder)
 
     def faults(self, **given: Any) -> None:
@@ -97,22 +100,33 @@ class Net:
 
     def popen(self, host: int | str, line: Sequence[str], **options: Any) -> subprocess.Popen:
         """Starts a process on a host."""
-        return subprocess.Popen([*enter(host), *line], **options)
+        line = ["ip", "netns", "exec", self.space(host), *line]
+        return subprocess.Popen(line, **options)
+
+    def space(self, host: int | str) -> str:
+        """Returns the name of a host's namespace."""
+        return f"{self._prefix}{host}"
 
     def hosts_file(self, host: int | str, names: dict[str, str]) -> None:
         """Gives a host these names → addresses, for processes that start later."""
         lines = ["127.0.0.1 localhost", *(f"{where} {name}" for name, where in names.items())]
-        Path(f"/etc/netns/{PREFIX}{host}/hosts").write_text("\n".join(lines) + "\n")
+        Path(f"/etc/netns/{self.space(host)}/hosts").write_text("\n".join(lines) + "\n")
 
 
-def enter(host: int | str) -> list[str]:
-    """Returns what comes before a command to run it on a host."""
-    return ["ip", "netns", "exec", f"{PREFIX}{host}"]
-
-
-def _remove_all() -> None:
+def _spaces() -> list[str]:
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
-    for name in [line.split()[0] for line in listed.splitlines() if line.startswith(PREFIX)]:
+    return [line.split()[0] for line in listed.splitlines() if line.startswith(_SPACES)]
+
+
+def _remove_stale() -> None:
+    """Removes what tests left behind that were killed."""
+    for owner in {name.removeprefix(_SPACES).split("-")[0] for name in _spaces()}:
+        if not os.path.exists(f"/proc/{owner}"):
+            _remove(f"{_SPACES}{owner}-")
+
+
+def _remove(prefix: str) -> None:
+    for name in [name for name in _spaces() if name.startswith(prefix)]:
         found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
         for pid in found.stdout.split():
             with contextlib.suppress(ProcessLookupError):
@@ -128,9 +142,8 @@ def _mac(number: int) -> bytes:
     return bytes([2, 0, 0, 0, 0, 10 + number])
 
 
-def _make_host(number: int, name: str, names: Iterable[tuple[int, str]]) -> int:
+def _make_host(space: str, number: int, names: Iterable[tuple[int, str]]) -> int:
     """Makes a namespace with a tap device; returns the device's other end."""
-    space = f"{PREFIX}{name}"
     subprocess.run(["ip", "netns", "add", space], check=True)
     folder = Path(f"/etc/netns/{space}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +235,7 @@ class _Switch:
 
 def main() -> None:
     names = list(enumerate([*map(str, range(int(sys.argv[1]))), "x"]))
-    taps = [_make_host(number, name, names) for number, name in names]
+    taps = [_make_host(f"{sys.argv[3]}{name}", number, names) for number, name in names]
     print("up", flush=True)
     _Switch(taps, Path(sys.argv[2])).run()
 

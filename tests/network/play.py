@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.network.net import PREFIX, Net, enter
+from tests.network.net import PREFIX, Net
 from tests.processes import ROOT, environment
 from tests.trainer.recovery.runs import SLOW, command
 from tests.trainer.test_resume import stored_state
@@ -31,7 +31,6 @@ FLAGS = (
     f"--config.checkpoint.snapshot_every={SNAPSHOT}", "--config.train.batch_size=12",
     "--config.model.width=48",
 )  # fmt: skip
-PAGES = "torus-launch-*/{}.{}.progress"
 
 
 class Play:
@@ -109,7 +108,7 @@ class Play:
         subprocess.run(["nsenter", "-t", str(pid), "-m", "umount", str(self.run)], check=True)
 
     def _pids(self, host: int) -> list[int]:
-        line = ["ip", "netns", "pids", f"{PREFIX}{host}"]
+        line = ["ip", "netns", "pids", self.net.space(host)]
         return list(map(int, subprocess.run(line, capture_output=True).stdout.split()))
 
     def _line(self, pid: int) -> bytes:
@@ -226,6 +225,3 @@ def calm_run(folder: Path) -> Path:
     subprocess.run(line, env=environment(SLOW=""), cwd=ROOT, check=True, capture_output=True)
     shutil.rmtree(run / "launch", ignore_errors=True)
     return run
-
-
-__all__ = ["CHECKPOINT", "HOSTS", "STEPS", "STRIKE", "Play", "calm_run", "enter"]

@@ -85,8 +85,9 @@ def partition(p: Play, calm: Path) -> None:
     p.until(lambda: len(p.incidents("resized")) > 1, "three hosts again", 120)
     p.ends(0, 0, 0)
     p.blames(hosts=[0])
+    assert len(p.incidents("host lost")) == 1
     p.from_memory()
-    p.never_silent()
+    p.never_silent(1, 2)
     p.near(calm)
 
 

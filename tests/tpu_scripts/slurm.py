@@ -108,7 +108,8 @@ class Slurm:
                 environment = (path / "environ").read_bytes().split(b"\0")
                 words = (path / "cmdline").read_bytes().split(b"\0")
                 given = dict(word.partition(b"=")[::2] for word in environment)
-                if given.get(b"SLURM_JOB_ID") != job.encode() or b"SLURM_PROCID" not in given:
+                of_step = b"SLURM_STEP_NODELIST" in given  # neither the batch script nor srun
+                if given.get(b"SLURM_JOB_ID") != job.encode() or not of_step:
                     continue
                 kind = (
                     "trainers" if b"trainer.recovery.standby" in words

@@ -1,5 +1,6 @@
 """slurm.sbatch on a real SLURM: what is cancelled ends, all else is saved and goes on."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -13,7 +14,7 @@ from torus import module_command
 from trainer.metrics import read_metrics
 
 pytestmark = [pytest.mark.soak, pytest.mark.multiprocess, pytest.mark.timeout(1800)]
-KILL_WAIT = 20  # seconds from scancel's SIGTERM to SIGKILL
+KILL_WAIT = 60  # seconds from scancel's SIGTERM to SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +115,16 @@ def test_sigterm_saves_and_queues_again_and_sigint_saves_and_ends(start):
     assert not any("lost_steps" in line for line in stops(job.run))
 
 
-def test_the_end_of_the_time_saves_and_queues_again(start):
-    job = start("--time=1", "--signal=TERM@30")
-    job.at_step(5)
-    job.goes_on(5)
-    assert job.facts()["Restarts"] == "1" and not any("lost_steps" in s for s in stops(job.run))
+def test_the_end_of_the_time_saves_and_queues_again(start, slurm):
+    job = start()
+    job.at_step(20)
+    hours, minutes, _ = map(int, job.facts()["RunTime"].split(":"))
+    limit = f"TimeLimit={60 * hours + minutes + 2}"  # less than two minutes from now
+    slurm.ask("scontrol", "update", f"JobId={job.number}", limit)
+    wait_for(lambda: job.facts()["Restarts"] == "1")
+    slurm.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=UNLIMITED")
+    job.goes_on(20)
+    assert not any("lost_steps" in line for line in stops(job.run))
 
 
 def test_what_is_preempted_is_saved_and_goes_on_afterwards(start, slurm):
@@ -146,11 +152,27 @@ def kill_task(slurm: Slurm, job: Job, number: int) -> None:
 
 
 def test_a_killed_task_queues_the_job_again(start, slurm):
-    job = start(launch=("--lease", "5", "--patience", "10"))
+    job = start(launch=("--lease=5", "--patience=10", "--config.checkpoint.every=10"))
     job.at_step(20)
     kill_task(slurm, job, 0)
-    job.goes_on(0)
+    job.goes_on(10)
     assert job.facts()["Restarts"] == "1"
+
+
+def test_a_lost_node_queues_the_job_again(start, slurm):
+    job = start(launch=("--lease=5", "--patience=10", "--config.checkpoint.every=10"))
+    job.at_step(20)
+    lost = [pid for pids in slurm.tasks(job.number)[1].values() for pid in pids]
+    slurm.ask("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
+    for pid in lost:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    try:
+        wait_for(lambda: job.facts()["Restarts"] == "1")
+        assert "queued again" in slurm.log(job.number)
+    finally:
+        slurm.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
+    job.goes_on(10)
 
 
 def test_with_another_mesh_the_others_go_on_and_the_job_completes(start, slurm):

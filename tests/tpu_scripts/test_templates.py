@@ -71,7 +71,11 @@ sys.exit(max(status if status >= 0 else 128 - status for status in statuses))
 """
 SCONTROL = """\
 #!/bin/bash
-if [ "$1" = show ]; then cat job; else echo "$*" >>calls; fi
+case $1-$2 in
+  show-config) echo 'KillWait                = 30 sec' ;;
+  show-job) cat job ;;
+  *) echo "$*" >>calls ;;
+esac
 """
 # Stands for `torus launch`: tells where it is, and ends as $END says of its host. "kill" kills it
 # at its first start, "killtask" also the shell that started it, "wait" is for SIGTERM.
@@ -168,6 +172,7 @@ def test_a_killed_task_does_not_hide_how_the_others_ended(slurm, ends, status, a
 def test_a_killed_launcher_is_started_again_where_it_was(slurm):
     job, folder = slurm("kill 76")
     assert job.wait(60) == 76 and calls(folder) == ["requeue 42"]
+    assert "plain scancel there are 30 s to save" in (folder / "log").read_text()
     assert "torus launch on n0 was killed (137), started again" in (folder / "log").read_text()
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboardX.proto import event_pb2
 
 from sharding.errors import UsageError
 from trainer import metrics
@@ -171,6 +173,23 @@ def test_tensorboard_gets_finite_numbers(tmp_path):
     files = list((tmp_path / "tensorboard").iterdir())
     content = b"".join(file.read_bytes() for file in files)
     assert b"train/loss" in content and b"train/grad_norm" not in content
+
+
+def test_a_run_that_begins_anew_takes_its_old_curves_out_of_tensorboard(tmp_path):
+    """TensorBoard drops what was drawn before of the step of a START, and of later ones."""
+    starts = []
+    for _ in range(2):  # the first attempt saved nothing
+        with MetricsWriter(tmp_path) as writer:
+            writer.train(1, {"loss": 1.5})
+        (file,) = (tmp_path / "tensorboard").iterdir()
+        content = file.read_bytes()
+        file.unlink()
+        while content:  # length, its checksum, an event, its checksum
+            (size,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + size])
+            starts += [event.step] if event.HasField("session_log") else []
+            content = content[16 + size :]
+    assert starts == [1]
 
 
 def test_tensorboard_folder_only_when_asked(tmp_path):

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sharding.errors import UsageError
+from tests.buckets import google
 from trainer import report
 from trainer.commands import report as command
 from trainer.compare import losses
@@ -193,6 +194,19 @@ def test_run_that_crashed_before_its_first_record(tmp_path):
     (tmp_path / "experiment.json").write_text('{"name": "early"}')
     write_report(tmp_path)
     assert _facts(tmp_path)["Status"] == "nothing recorded yet"
+
+
+def test_a_run_in_a_bucket(tmp_path, monkeypatch):
+    """Read there, and by default written there; a run without a name has its folder's."""
+    (tmp_path / "bucket").mkdir()
+    _make_run(tmp_path / "bucket" / "pico", steps=3, name="")
+    with google() as store:
+        store.fill("bucket", tmp_path / "bucket")
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", store.url)
+        page, _ = write_report("gs://bucket/pico", tmp_path / "out")
+        assert "<title>pico</title>" in page.read_text()
+        write_report("gs://bucket/pico")
+        assert store.buckets["bucket"]["pico/report.png"].startswith(PNG)
 
 
 def test_long_runs_stay_light(tmp_path):

@@ -1,5 +1,6 @@
 """What is read and how it becomes rows. Imports nothing heavy: configs are checked before JAX."""
 
+import json
 import math
 from dataclasses import dataclass, field
 
@@ -29,6 +30,15 @@ class CollateConfig(Fields, at="config.data.collate"):
     sentinels: tuple[int, ...] = ()  # fim: token ids of prefix, suffix, middle, end of the middle
     begin: tuple[int, ...] = ()  # instruction, prefix: token ids before an answer
     end: tuple[int, ...] = ()  # instruction: token ids that end an answer
+
+    def identity(self) -> str:
+        """Returns what a checkpoint keeps of it: JSON, the same for as long as rows are the same.
+
+        A field that is added later counts only where it is not at its default.
+        """
+        known = ("kind", "rate", "spm", "sentinels", "begin", "end")
+        plain = vars(CollateConfig())
+        return json.dumps({n: v for n, v in vars(self).items() if n in known or v != plain[n]})
 
     def validate(self) -> None:
         """Raises UsageError for values that cannot be used."""

@@ -31,6 +31,7 @@ from trainer.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tra
 
 BUILTIN = "builtin"  # in `data.path`
 TRAIN, HELD_OUT = "train", "val"
+FEW_HELD_OUT = 10  # documents: with fewer a held-out loss says little
 _HELD_OUT_PER_MILLE = 15
 _LEARNED = 4  # a vocabulary is learned from one document in so many: 1% more ids, a quarter of time
 _EDITION = 3  # part of the folder's name: raise it when the choice of documents changes

@@ -18,9 +18,9 @@ from absl import logging
 
 from checkpoint.steps import folder_path, is_remote
 from sharding.errors import UsageError
-from trainer.data.collate import make_collate, mix
+from trainer.data.collate import ends_with, make_collate, mix
 from trainer.data.config import CollateConfig, DataConfig
-from trainer.data.corpus import TRAIN, dataset_folder, is_builtin
+from trainer.data.corpus import FEW_HELD_OUT, TRAIN, dataset_folder, is_builtin
 from trainer.data.manifest import read_manifest
 from trainer.data.mixture import Balanced, Buckets, Mixture, in_units
 from trainer.data.packing import Pieces
@@ -63,7 +63,7 @@ class Dataset(Rows):
             "seed": config.seed,
         }
         if self._collate:
-            self._identity["collate"] = json.dumps(vars(config.collate))
+            self._identity["collate"] = config.collate.identity()
         try:
             self.plan = Plan(
                 shards.lengths,
@@ -208,11 +208,29 @@ class Dataset(Rows):
     def sources(self, row: int = 0) -> list[tuple[Steps, float]]:
         return [(self, 1 - self.plan.padding)]
 
+    def unmatched(self) -> str:
+        """Returns what the collate function looks for in documents and a sample lacks, or ""."""
+        if not self._collate or not self._collate.patterns:
+            return ""
+        numbers = self.shards.sample(_LOOKED_AT)
+        numbers = numbers[self.shards.readable(numbers)]
+        texts = [self.shards.document(number).astype(np.int32) for number in numbers.tolist()]
+        for name, ids in self._collate.patterns.items():
+            if texts and not any(ends_with(text, ids).any() for text in texts):
+                return (
+                    f"dataset {self.shards.name}, split {self.shards.split}: none of "
+                    f"{len(texts):,} documents holds config.data.collate.{name} = {ids} in a row"
+                )
+        return ""
+
     def as_grain(self) -> "grain.MapDataset":
         """Returns the endless rows as a grain MapDataset, to map, mix or batch with grain."""
         import grain  # takes longer to import than the rest of this package
 
         return grain.MapDataset.source(_Endless(self))
+
+
+_LOOKED_AT = 256  # documents
 
 
 class _Endless:
@@ -243,7 +261,9 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Rows:
         plain = CollateConfig() if config.collate.kind == "fim" else config.collate
         config = dataclasses.replace(config, shuffle=False, seed=0, collate=plain)
     if not config.mixture:
-        return Dataset(open_shards(config.path, split, config), config)
+        dataset = Dataset(open_shards(config.path, split, config), config)
+        _warn([dataset])
+        return dataset
     members = [Dataset(open_shards(path, split, config), config) for path, _ in config.mixture]
     first = members[0]
     for member in members[1:]:
@@ -255,6 +275,7 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Rows:
                 f"config.data.mixture: {member.shards.name} was written with another tokenizer "
                 f"than {first.shards.name}; prepare one of them again with the other's"
             )
+    _warn(members)
     if split == TRAIN:
         return Mixture(members, [(row, in_units(weights)) for row, weights in config.weights()])
     return Mixture(members, [(0, [member.rows_per_epoch for member in members])])
@@ -298,6 +319,7 @@ def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.max
             Dataset(shards, dataclasses.replace(config, seq_len=length, buckets=()), only)
             for length, only in zip(config.lengths, itertools.pairwise(edges), strict=True)
         ]
+        _warn([parts[-1]])
     else:
         parts = [open_dataset(config)]
     parts[0].check_vocab(vocab_size)
@@ -308,6 +330,20 @@ def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.max
             for part, count in zip(parts, counts, strict=True)
         ]
     return Buckets(parts, counts) if config.buckets else parts[0]
+
+
+def _warn(members: list[Dataset]) -> None:
+    """Says what will make a loss mean little: masks that match nothing, few held-out documents."""
+    for member in members:
+        if fault := member.unmatched():
+            logging.warning("%s: are these ids those that its tokenizer writes?", fault)
+    documents = sum(len(member.shards) for member in members)
+    first = members[0].shards
+    if first.split != TRAIN and documents < FEW_HELD_OUT:
+        logging.warning(
+            "dataset %s, split %s: documents to evaluate on: %d, which is few",
+            first.name, first.split, documents,
+        )  # fmt: skip
 
 
 def open_shards(path: str, split: str, config: DataConfig) -> TokenShards:

@@ -14,7 +14,13 @@ from models.attention.tpu_cost import PEAK_SHARE
 from models.flops import visible_keys
 from trainer.config import Experiment
 from trainer.plan.cost import LINK_SHARE, Setting, guessed_axes, link_bandwidth
-from trainer.plan.recipe import compile_options, device_tokens, item_bytes, layer_weights
+from trainer.plan.recipe import (
+    compile_options,
+    device_tokens,
+    item_bytes,
+    kv_heads_of_a_device,
+    layer_weights,
+)
 
 MATMUL_SHARE = 0.87  # of peak that large matmuls reach by XLA's cycles
 TILE = 128  # of the matrix unit: shorter dimensions are padded to it
@@ -112,7 +118,7 @@ def _matmuls(experiment: Experiment, tensor: int) -> dict[str, tuple[float, floa
     """Returns name → (rows, columns) of one device's weights of a layer."""
     model = experiment.model
     query = model.heads * model.head_dim / tensor
-    key = max(model.head_dim, model.kv_heads * model.head_dim / tensor)
+    key = kv_heads_of_a_device(model, tensor) * model.head_dim
     inner, width = model.mlp / tensor, model.width
     shapes = {
         "q": (width, query), "k": (width, key), "v": (width, key), "o": (query, width),

@@ -199,10 +199,11 @@ def kept_bytes(experiment: Experiment, name: str, sizes: dict[str, int]) -> floa
     """Bytes of one device that keeping a name costs, over all layers."""
     model = experiment.model
     item = item_bytes(model.dtype)
-    query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    query = model.heads * model.head_dim
+    key = kv_heads_of_a_device(model, sizes["tensor"]) * model.head_dim
     per_token = {
-        "rotated_qk": item * (query + key) / sizes["tensor"],
-        "v": item * key / sizes["tensor"],
+        "rotated_qk": item * (query / sizes["tensor"] + key),
+        "v": item * key,
         "attention": (item * query + 4 * model.heads) / sizes["tensor"],
         "residual": item * model.width / sizes["tensor"],
         "gate": item * model.mlp / sizes["tensor"] if "glu" in model.activation else 0.0,
@@ -242,6 +243,11 @@ def fixed_parts(experiment: Experiment, sizes: dict[str, int]) -> dict[str, floa
         "inputs of layers": item * tokens * model.width * (model.layers / tensor + 4),
         "loss or a layer": max(loss, wide / tensor),
     }
+
+
+def kv_heads_of_a_device(model: ModelConfig, tensor: int) -> float:
+    """KV heads that a device projects and keeps: all of them where devices are more."""
+    return model.kv_heads / (1 if model.kv_heads % tensor else tensor)
 
 
 def item_bytes(dtype: str) -> int:

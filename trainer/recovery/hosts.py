@@ -29,6 +29,8 @@ from trainer.recovery.reach import Reach, connected
 
 BEATS = 15  # within a lease: that many may be missing before a host counts as lost
 _TRIES = 5  # within a lease: of reaching each other host
+_SILENCE, _SPARE = 25.0, 600.0  # seconds between words of one that waits, and of a spare
+_SETTLED = 0.6  # of a lease: three tries, after which who reaches whom is known
 _PLAN = "plan.json"
 
 
@@ -56,7 +58,7 @@ class Hosts:
     def __init__(
         self, folder: Path, index: int, count: int, address: str, *,
         sizes: Sequence[int], lease: float, patience: float,
-        remind: Callable[[str], None] = lambda text: None,
+        remind: Callable[[str, float], None] = lambda text, every: None,
     ) -> None:  # fmt: skip
         """Prepares files in `folder`, and tries to reach the other hosts from now on.
 
@@ -65,14 +67,14 @@ class Hosts:
           sizes: of how many hosts a generation may be.
           lease: seconds without a beat after which a host counts as lost.
           patience: seconds to wait for enough hosts.
-          remind: told all the time what is waited for.
+          remind: told all the time what is waited for, to be said every so many seconds.
         """
         self.index, self.generation, self.members = index, -1, [index]
         self._count, self._sizes = count, sorted(sizes, reverse=True)
         self._folder, self._first = folder, address
         self._lease, self._patience, self._remind = lease, patience, remind
         self._reach = Reach(lease / _TRIES) if count > 1 else None
-        self._since = -float("inf")  # only links that were made after this count
+        self._since = 0.0  # when this host last began to meet the others
         self._linked = False  # all members of this generation have reached each other
         self._token = secrets.token_hex(8)
         self._own: dict[str, Any] = {
@@ -138,8 +140,8 @@ class Hosts:
             self.beat()
             self._next = min(self._next, time.monotonic() + self._lease / BEATS / 3)
             plan, waited = self._plan, time.monotonic() - since
-            if waited > 2 * self._lease / _TRIES:
-                self._remind(self._waits_for_whom(plan, waited))
+            if time.monotonic() - self._since > _SETTLED * self._lease:
+                self._tell_waiting(plan, waited)
             if self._named(self.index, plan):
                 if "status" in plan:
                     return plan["status"]
@@ -147,6 +149,7 @@ class Hosts:
                     return self._join(plan)
             if any(self._busy(n, plan) for n in self._others()):
                 since = time.monotonic()  # the others are at work: this one is a spare
+                self._ready_before = [], since
             elif not any(self._alive(n) for n in range(self.index)):
                 self._lead(plan, waited)
                 if waited > self._patience and self._plan is plan:
@@ -164,7 +167,8 @@ class Hosts:
             self._next = time.monotonic() + self._lease / BEATS
             self._own["beat"] += 1
             if self._reach:
-                self._own["reached"] = self._reach.ages(self._since)
+                self._own["reached"] = self._reach.ages()
+                self._own["meets"] = round(time.monotonic() - self._since, 1)
                 self._own["linked"] = self._own.get("linked") or bool(self._own["reached"])
             self._write(f"host{self.index}.json", self._own)
             self._look()
@@ -313,11 +317,13 @@ class Hosts:
         before, now = self._joined, plan["tokens"]
         stayed = [n for n in self.members if now.get(str(n)) == before.get(str(n))]
         self.gone = sorted(set(self.members) - set(stayed))
-        self.inherits = self.members[0] in self.gone and stayed[:1] == [self.index]
+        led = self._seen[self.members[0]].facts
+        judged = led.get("judged", -1) >= self.generation  # before it was left out
+        self.inherits = self.members[0] in self.gone and stayed[:1] == [self.index] and not judged
         self._joined = now
         self.generation, self.members = plan["generation"], plan["members"]
         self._coordinator = plan["coordinator"]
-        self._since, self._linked = -float("inf"), False
+        self._linked = False
         self._own |= {"ends": [], "how": None, "slowest": None}
         return Place(self._coordinator, self.members.index(self.index), len(self.members))
 
@@ -337,9 +343,10 @@ class Hosts:
         now = time.monotonic()
         if ready != self._ready_before[0]:
             self._ready_before = ready, now
-        settled = now - self._ready_before[1] > self._lease
-        found = self._connected(ready, self._lease)
+        settled = now - self._ready_before[1] > _SETTLED * self._lease
         facts = [self._facts(n) for n in ready]
+        # What was reached before they met says nothing of what ended the last generation.
+        found = self._connected(ready, min(self._lease, *(f.get("meets", 0.0) for f in facts)))
         if settled and len(ready) > 1 and not any(f.get("linked") for f in facts):
             return ready, True
         return found, settled
@@ -352,20 +359,22 @@ class Hosts:
     def _facts(self, number: int) -> dict[str, Any]:
         return self._own if number == self.index else self._seen[number].facts
 
-    def _waits_for_whom(self, plan: dict[str, Any], waited: float) -> str:
-        """Returns what this host waits for, in words."""
+    def _tell_waiting(self, plan: dict[str, Any], waited: float) -> None:
+        """Says what this host waits for; a spare says so rarely."""
         until = f"{waited:.0f} s of {self._patience:g}"
         if any(self._busy(n, plan) for n in self._others()):
-            return "the other hosts train; this one waits until it is needed"
+            text = "the other hosts train; this one waits until it is needed"
+            return self._remind(text, _SPARE)
         missing = [n for n in self._others() if not self._ready(n, plan)]
         ready = [n for n in range(self._count) if n not in missing]
         apart = sorted(set(ready) - set(self._connected(ready, self._lease)))
         if missing:
-            return f"waiting for host {listing(map(str, missing))} to join, {until}"
-        if apart:
-            who = listing(map(str, apart))
-            return f"waiting for host {who}, which the others do not reach, {until}"
-        return f"waiting for host {min(ready)} to begin, {until}"
+            text = f"waiting for host {listing(map(str, missing))} to join"
+        elif apart:
+            text = f"waiting for host {listing(map(str, apart))}, which the others do not reach"
+        else:
+            text = f"waiting for host {min(ready)} to begin"
+        self._remind(f"{text}, {until}", _SILENCE)
 
     def _tokens(self, numbers: Sequence[int]) -> dict[str, str]:
         facts = {n: self._own if n == self.index else self._seen[n].facts for n in numbers}

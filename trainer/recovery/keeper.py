@@ -29,6 +29,7 @@ from checkpoint.memory.wire import Connection, Directory, Message, Refused
 from sharding.errors import UsageError
 from torus import module_command
 from trainer.recovery.server import Server
+from trainer.terminal import escaped_streams
 
 _ALIVE = 5.0  # seconds between signs that an answer is still being worked at
 _TOLD = (0.2, 1.0, 3.0)  # seconds before news that did not get through are told again
@@ -448,4 +449,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with escaped_streams():  # what other hosts say is told there
+        sys.exit(main())

@@ -10,7 +10,7 @@ from typing import Any
 from checkpoint.steps import folder_path, is_remote
 from trainer.goodput import INCIDENTS
 
-_SILENCE = 25.0  # seconds without a word while something is waited for
+SILENCE = 25.0  # seconds without a word while something is waited for
 
 
 class Log:
@@ -18,15 +18,15 @@ class Log:
 
     def __init__(self, workdir: str) -> None:
         self._workdir = workdir
-        self._said = -_SILENCE  # when something was said last, by the monotonic clock
+        self._said = -float("inf")  # when something was said last, by the monotonic clock
 
     def say(self, text: str) -> None:
         self._said = time.monotonic()
         print(f"launch: {text}", file=sys.stderr, flush=True)
 
-    def remind(self, text: str) -> None:
-        """Says it unless something was said a short while ago: for what is being waited for."""
-        if time.monotonic() - self._said >= _SILENCE:
+    def remind(self, text: str, every: float = SILENCE) -> None:
+        """Says it unless something was said less than `every` seconds ago."""
+        if time.monotonic() - self._said >= every:
             self.say(text)
 
     def record(self, kind: str, generation: int, **facts: Any) -> None:

@@ -5,6 +5,7 @@ generation with it would never leave its start. So all launchers connect to each
 time (TCP, both ways are needed for that) and tell in their beats how long ago they last did.
 """
 
+import contextlib
 import socket
 import threading
 import time
@@ -45,19 +46,20 @@ class Reach:
         for wake in self._wakes.values():
             wake.set()
 
-    def ages(self, since: float) -> dict[str, float]:
-        """Returns, for hosts reached since then (monotonic), how many seconds ago they last were.
+    def ages(self) -> dict[str, float]:
+        """Returns, for the hosts that were reached, how many seconds ago they last were.
 
         Keys are text, as in the JSON that other hosts read.
         """
         now = time.monotonic()
         reached = self._reached.copy()
-        return {str(host): round(now - at, 1) for host, at in reached.items() if at >= since}
+        return {str(host): round(now - at, 1) for host, at in reached.items()}
 
     def close(self) -> None:
         """Ends the threads and gives the port back."""
         self._closed = True
-        self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        with contextlib.suppress(OSError):  # it is closed already
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._socket.close()
         self.hurry()
 
@@ -86,6 +88,8 @@ def connected(hosts: Sequence[int], links: Links, within: float) -> list[int]:
     Hosts that miss most of the others are left out one by one, of equal ones the last.
     """
     left = list(hosts)
+    if not left:
+        return left
 
     def missed(host: int) -> int:
         return sum(

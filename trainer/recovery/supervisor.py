@@ -29,7 +29,7 @@ from trainer.recovery.cluster import VARIABLES
 from trainer.recovery.health import SUSPECT
 from trainer.recovery.hosts import Hosts, Place
 from trainer.recovery.keeper import KeeperProcess
-from trainer.recovery.log import Log
+from trainer.recovery.log import SILENCE, Log
 from trainer.recovery.policy import (
     COLLATERAL,
     FINISHED,
@@ -54,7 +54,6 @@ SUSPECTS = "launch/suspects"  # names of hosts to leave out, in the run's folder
 _POLL = 0.02  # seconds
 _SETTLE = 0.3  # after a first failure, for the others to fail of it
 _DUMP = 0.3  # for a hung process to write its stacks
-_LONG = 25.0  # that a phase may last before that is told
 _STATUSES = {signal.SIGINT: 130, signal.SIGTERM: PREEMPTED, signal.SIGUSR2: RESIZE}
 
 
@@ -115,6 +114,7 @@ class Supervisor:
         self._signal: signal.Signals | None = None  # that asked this supervisor to stop
         self._resizes = False  # all save, to meet again with more hosts
         self._step = 0  # reached by any trainer here
+        self._moved = -1, 0.0  # the slowest trainer's step, and since when
         self._noticed = 0.0  # when this generation was last looked at: when its end was seen
         self._members: list[int] = []  # of the last generation
         self._loaded: dict[int, tuple[subprocess.Popen, TextIO | None]] = {}  # to be trainers
@@ -218,6 +218,7 @@ class Supervisor:
         count, first = here * place.hosts, here * place.rank
         command = [*self._options.command, *self._options.sizes[place.hosts]]
         trainers = []
+        self._moved = -1, time.monotonic()
         address = self._hosts.address() if self._options.hosts > 1 else ""
         self._tell_keeper(self._keeper.ensure(address))
         for rank in range(first, first + here):
@@ -294,6 +295,7 @@ class Supervisor:
                     self._wait(trainers)
                 return []
             self._step = max(end.progress.step for end in ends)
+            self._recovered(max((end.progress for end in ends), key=lambda p: p.step))
             settled = self._step > max(0, self._budget.best)
             if settled and not self._loaded:  # the machine is busy with the start until then
                 first = trainers[0].rank
@@ -307,7 +309,6 @@ class Supervisor:
                 self._limits.learn(seen[end.rank], end.progress)
                 seen[end.rank] = end.progress
             self._tell_keeper(self._keeper.ensure())
-            self._recovered(max((end.progress for end in ends), key=lambda p: p.step))
             # The others wait for the one that did least, however long that may rightly take.
             slowest = first_cause(running)
             self._hosts.beat(slowest.progress)
@@ -342,7 +343,8 @@ class Supervisor:
             if time.monotonic() - began > (self._options.grace if seconds is None else seconds):
                 return
             self._hosts.beat()  # saving may take longer than a lease
-            self._log.remind(f"trainers end, for {time.monotonic() - began:.0f} s by now")
+            if (took := time.monotonic() - began) > SILENCE:
+                self._log.remind(f"the trainers have been ending for {took:.0f} s")
             time.sleep(_POLL)
 
     def _kill(self, trainers: list[_Trainer]) -> None:
@@ -468,9 +470,11 @@ class Supervisor:
         self._log.say(f"generation {generation} is over: {why}")
 
     def _tell_waiting(self, slowest: End, now: float) -> None:
-        """Says what all wait for while a phase lasts longer than usual."""
+        """Says what all wait for while no step is done, for longer than is usual."""
         phase, took = slowest.progress.phase, now - slowest.progress.since
-        if took > _LONG and self._limits.unusual(phase, took):
+        if self._moved[0] != slowest.progress.step > slowest.progress.start:
+            self._moved = slowest.progress.step, now
+        if now - self._moved[1] > SILENCE and self._limits.unusual(phase, took):
             limit = self._limits.of(phase)
             self._log.remind(f"rank {slowest.rank} is in {phase}, {took:.0f} s of {limit:.0f}")
 

@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from checkpoint.convert.families import FAMILIES
+from checkpoint.config import CheckpointConfig
+from checkpoint.convert.families import FAMILIES, parameter_shapes
 from checkpoint.convert.native import NativeTensors, create_step
 from checkpoint.fingerprint import rows_sums
-from checkpoint.manager import load_step
+from checkpoint.manager import CheckpointManager, load_step
+from checkpoint.manifest import read_step, write_record
 from checkpoint.steps import CheckpointError
+from checkpoint.tree import unflatten
 from configs.from_run import get_config
 from models.config import ModelConfig
 from models.presets import PRESETS
@@ -22,8 +25,10 @@ from tests.checkpoint.convert.folders import (
     write_folder,
 )
 from trainer.commands.main import main
+from trainer.config import Experiment
 from trainer.loop import train
 from trainer.restore import restore_params
+from trainer.run import write_experiment
 
 SMALL = ModelConfig(vocab=259, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=48,
                     max_length=64)  # fmt: skip
@@ -97,6 +102,39 @@ def test_a_model_as_it_is_initialised_trains(model_type, tmp_path):
     start, _ = converted(model_type, tmp_path, like_transformers)
     assert main(["verify", str(start)]) == 0
     assert train(experiment_from(start), f"{tmp_path}/run").step == 1
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """A run of zeros that stands before its first update, its moments zeros too."""
+    model = model_of("gpt2")
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(model).items()}
+    arrays = {f"{part}/{n}": x for part in ("params", "optimizer/mu", "optimizer/nu")
+              for n, x in zeros.items()} | {"optimizer/count": np.zeros((), np.int32)}  # fmt: skip
+    with CheckpointManager(tmp_path / "run/checkpoints", CheckpointConfig(every=1)) as manager:
+        manager.save(0, unflatten(arrays), {}, force=True)
+    write_experiment(str(tmp_path / "run"), Experiment(name="zeros", model=model))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("kind", ["dcp", "ucp"])
+def test_moments_and_a_count_of_zero_go_there_and_back(kind, untrained, tmp_path, capsys):
+    out, again = f"{kind}:{tmp_path}/out", f"torus:{tmp_path}/again"
+    assert main(["convert", str(untrained), out, "--with-optimizer"]) == 0
+    assert main(["convert", out, again, "--with-optimizer"]) == 0
+    assert main(["verify", again]) == 0
+    capsys.readouterr()
+    assert main(["diff", str(untrained), again]) == 0, capsys.readouterr().out
+    third = f"{len(parameter_shapes(model_of('gpt2'))) * 3 + 1} arrays equal in every bit"
+    assert third in capsys.readouterr().out
+
+
+def test_a_count_of_other_bits_is_refused(untrained, tmp_path, capsys):
+    """It is read alone, before everything else, and compared all the same."""
+    arrays = read_step(untrained / "checkpoints", 0)[2] | {"optimizer/count": "1" * 16}
+    write_record(untrained / "checkpoints", 0, arrays)
+    assert main(["convert", str(untrained), f"dcp:{tmp_path}/out", "--with-optimizer"]) == 1
+    assert "not the bits that were saved: optimizer/count" in capsys.readouterr().err
 
 
 SHAPES = {

@@ -423,6 +423,9 @@ def refused(tmp_path: Path, argv: list[str], match: str) -> None:
         (["in.jsonl", "--workers", "0"], r"--workers 0: from 1 to 4096"),
         (["in.jsonl", "--worker", "2"], r"does not take `--worker`; did you mean `--workers`"),
         (["in.jsonl", "--train-bpe", "100"], r"a BPE vocabulary of 100: at least 259"),
+        (["in.jsonl", "--train-bpe", "8kk"],
+         r"--train-bpe: '8kk' is not a whole number like 4096, 32k \(32,000\), 100M or 2G"),
+        (["in.jsonl", "--min-chars", "infk"], r"--min-chars: 'infk' is not a whole number"),
         (["in.jsonl", "--out", "{}/taken"], r"taken: the folder is not empty"),
         (["in.jsonl:body", "--on-error", "fail"],
          r"input \S+in\.jsonl:1: no_field: no field `body`, there is id, text"),
@@ -498,3 +501,14 @@ def test_prepare_does_not_import_jax(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "100 documents" in result.stdout
     assert "train on it with" in result.stdout
+
+
+@pytest.mark.parametrize(("share", "few"), [("0.5", ""), ("0.03", "[1-9]"), ("0", "0")])
+def test_few_held_out_documents_are_told(tmp_path, capsys, share, few):
+    write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    given = ["--input", f"{tmp_path}/in.jsonl", "--out", f"{tmp_path}/out", "--workers", "1"]
+    command.main([*given, "--held-out", share])
+    out = capsys.readouterr().out
+    assert bool(re.search(rf"\n  {few} documents are few to evaluate on", out)) == bool(few)
+    last = f"train on it with --config.data.path={tmp_path}/out --config.model.vocab=259"
+    assert out.splitlines()[-1] == last + " --config.eval.every=0" * (few == "0")

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.quickstart import get_config
 from models.config import SAVEABLE
+from models.loss import _automatic_chunks
 from models.presets import PRESETS
 from sharding.errors import UsageError
 from sharding.mesh import make_mesh
@@ -23,7 +24,9 @@ from trainer.plan.recipe import (
     choose,
     compile_options,
     fixed_bytes,
+    fixed_parts,
     kept_bytes,
+    layer_weights,
     resolve_remat,
 )
 from trainer.state import init_state, make_layout
@@ -112,6 +115,52 @@ def test_what_is_kept_follows_the_memory(rows, remat):
     names, _ = chosen.model.remat_names()
     kept = sum(kept_bytes(chosen, name, POD) for name in names)
     assert not names or fixed_bytes(chosen, POD) + kept <= MEMORY_TARGET * capacity
+
+
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+def test_bytes_of_a_layer_and_of_gradients_are_those_of_the_published_sizes(reduce_dtype):
+    """llama3-8b: 218,103,808 matmul weights a layer, 525,336,576 in the head, on one device."""
+    exp = llama(rows=1, length=8)
+    exp.model = dataclasses.replace(exp.model, reduce_dtype=reduce_dtype, vocab=128)
+    one = dict.fromkeys(POD, 1)
+    parts = fixed_parts(exp, one)
+    summed = {"float32": 4, "bfloat16": 2}[reduce_dtype]
+    # Two layers gathered in bfloat16, one gradient, and 8 tokens: 5 x 14,336 + 4 x 4,096 wide.
+    assert parts["loss or a layer"] == (2 * 2 + summed) * 218_103_808 + 2 * 8 * (71_680 + 16_384)
+    weights = 32 * 218_103_808 + 2 * 128 * 4096
+    assert parts["parameters"] == parts["gradients"] == 4 * weights
+    assert parts["optimizer"] == 8 * weights
+    sharded = fixed_parts(exp, POD | {"fsdp": 8, "tensor": 2})
+    assert sharded["parameters"] == sharded["gradients"] == 4 * weights / 16
+
+
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 16, 64, 257])
+def test_the_loss_needs_what_its_chunks_hold(rows, reduce_dtype):
+    """The recipe's formula against the chunks that models/loss.py makes: never less, seldom more.
+
+    It does not know how a ratio is rounded to a whole number of chunks: between one chunk and one
+    and a half it says at most 1.5 times what is held.
+    """
+    exp = llama(rows=rows, length=2048)
+    exp.model = dataclasses.replace(exp.model, reduce_dtype=reduce_dtype, mlp=8)
+    model, tokens = exp.model, rows * 2048
+    chunks = _automatic_chunks(tokens, model.padded_vocab, model.width)
+    head = model.padded_vocab * model.width
+    summed = {"float32": 4, "bfloat16": 2}[reduce_dtype] if chunks == 1 else 4
+    held = (2 + summed) * head + 4 * model.padded_vocab * -(-tokens // chunks)
+    said = fixed_parts(exp, dict.fromkeys(POD, 1))["loss or a layer"]
+    wide = 2 * tokens * (5 * 8 + 4 * 4096) + 8 * layer_weights(model)
+    assert held <= said * 1.001 and said <= max(1.5 * held, wide)
+
+
+def test_kv_heads_of_which_there_are_fewer_than_devices_are_kept_whole():
+    """llama3-8b has 8 of 128: over tensor 4 a device keeps 2, over tensor 16 all of them."""
+    exp, layers = llama(rows=1, length=8), 32
+    four, sixteen = (dict.fromkeys(POD, 1) | {"tensor": tensor} for tensor in (4, 16))
+    assert kept_bytes(exp, "v", four) == 2 * 8 * layers * 2 * 128
+    assert kept_bytes(exp, "v", sixteen) == 2 * 8 * layers * 8 * 128
+    assert kept_bytes(exp, "rotated_qk", sixteen) == 2 * 8 * layers * (2 + 8) * 128
 
 
 def test_what_is_written_in_the_config_stays():
