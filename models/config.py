@@ -4,9 +4,12 @@ A model family is a value of `ModelConfig`; no family has code of its own. `mode
 holds the published ones.
 """
 
+import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 from sharding.errors import UsageError, nearest
+from sharding.fields import Fields
 
 # Activations that a remat policy may keep, in the order in which keeping them pays
 # (each costs memory for every layer and saves its recomputation in the backward pass).
@@ -37,44 +40,44 @@ CHOICES = {
 
 
 @dataclass
-class RopeConfig:
+class RopeConfig(Fields, at="config.model.rope"):
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-split layout."""
 
-    theta: float = 10_000.0
+    theta: float = 10_000.0  # base of the wavelengths
     local_theta: float = 0.0  # theta of "local" layers, unscaled; 0 = the same as the others
     fraction: float = 1.0  # part of the head that is rotated
     scaling: str = "none"  # none | linear | llama3 | yarn
     factor: float = 1.0  # context extension factor of the scaling
     original_length: int = 8192  # context length before the extension
-    low_frequency_factor: float = 1.0  # llama3
-    high_frequency_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
+    low_frequency_factor: float = 1.0  # llama3: below it wavelengths are scaled in full
+    high_frequency_factor: float = 4.0  # llama3: above it they are not scaled
+    beta_fast: float = 32.0  # yarn: rotations above which nothing is scaled
+    beta_slow: float = 1.0  # yarn: rotations below which all is scaled
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Fields, at="config.model"):
     """One decoder-only transformer. Sizes use the letters of the code: D, L, N, K, H, F, V."""
 
     # Shape.
-    vocab: int = 384
-    layers: int = 4
-    width: int = 256
-    heads: int = 4
-    kv_heads: int = 4
-    head_dim: int = 64
-    mlp: int = 768
+    vocab: int = 384  # V, ids of the tokenizer
+    layers: int = 4  # L
+    width: int = 256  # D, of the residual stream
+    heads: int = 4  # N, query heads
+    kv_heads: int = 4  # K, key and value heads; divides heads
+    head_dim: int = 64  # H
+    mlp: int = 768  # F, hidden width of the MLP
     max_length: int = 2048  # longest sequence; the size of the table for learned positions
 
     # Family.
     norm: str = "rmsnorm"  # rmsnorm | rmsnorm_plus_one (scale is 1 + w) | layernorm (with bias)
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5  # added to the variance in norms
     norm_placement: str = "pre"  # pre | post (on the branch output) | sandwich (both)
     position: str = "rope"  # rope | learned | none
     rope: RopeConfig = field(default_factory=RopeConfig)
     pattern: tuple[str, ...] = ("global",)  # kinds of layers, repeated: "global" or "local"
     window: int = 0  # keys that a "local" layer sees, its own position included
-    qkv_bias: bool = False
+    qkv_bias: bool = False  # biases of queries, keys and values
     out_bias: bool = False  # bias of the attention output and of the MLP
     qk_norm: str = "none"  # none | head (over each head) | full (over all heads)
     attention_scale: float = 0.0  # 0 = head_dim ** -0.5
@@ -82,7 +85,7 @@ class ModelConfig:
     final_softcap: float = 0.0  # 0 = none
     activation: str = "swiglu"  # swiglu | geglu | gelu, gelu_exact (two matrices; tanh form, erf)
     parallel_residual: bool = False  # attention and MLP both read the layer's input
-    tie_embeddings: bool = False
+    tie_embeddings: bool = False  # the head is the embedding table
     scale_embeddings: bool = False  # multiply embeddings by sqrt(width)
 
     # Computation: changes speed and memory, never the function (beyond rounding).
@@ -93,7 +96,7 @@ class ModelConfig:
     # none | full | auto (what fits: trainer/plan/recipe.py) | names from SAVEABLE joined by ",",
     # "@host" offloads one
     remat: str = "auto"
-    scan_layers: bool = True
+    scan_layers: bool = True  # compile one layer and loop over it, instead of all of them
     barriers: bool = False  # no fusion of norms and activations into matmuls; train steps choose
     attention: str = "auto"  # backend; models/attention/dispatch.py lists them
     seq_strategy: str = "auto"  # over seq: gather | ulysses | ring | bidirectional | hybrid
@@ -134,12 +137,13 @@ class ModelConfig:
             (offloaded if where else kept).append(base)
         return kept, offloaded
 
+    def _value(self, path: str) -> Any:
+        return functools.reduce(getattr, path.split("."), self)
+
     def validate(self) -> None:
         """Raises UsageError, naming the field, its value and the choices."""
         for path, choices in CHOICES.items():
-            owner, _, leaf = path.rpartition(".")
-            value = getattr(getattr(self, owner) if owner else self, leaf)
-            if value not in choices:
+            if (value := self._value(path)) not in choices:
                 raise UsageError(
                     f"config.model.{path} = {value!r}: choose {', '.join(choices)}"
                     f"{nearest(value, choices)}"
@@ -149,25 +153,23 @@ class ModelConfig:
                 f"config.model.reduce_dtype = {self.reduce_dtype!r} is narrower than "
                 f"config.model.dtype = {self.dtype!r}; choose float32"
             )
-        for name in (
-            "vocab",
-            "layers",
-            "width",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "mlp",
-            "max_length",
-            "pad_vocab_to",
-        ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"config.model.{name} = {getattr(self, name)}: at least 1")
-        if self.seq_head_devices < 0:
-            raise UsageError(f"config.model.seq_head_devices = {self.seq_head_devices}: at least 0")
+        for path, least in {
+            "vocab": 1, "layers": 1, "width": 1, "heads": 1, "kv_heads": 1, "head_dim": 1, "mlp": 1,
+            "max_length": 1, "pad_vocab_to": 1, "norm_eps": 0, "window": 0, "attention_scale": 0,
+            "attention_softcap": 0, "final_softcap": 0, "loss_chunks": 0, "seq_head_devices": 0,
+            "rope.local_theta": 0,
+        }.items():  # fmt: skip
+            if (value := self._value(path)) < least:
+                raise UsageError(f"config.model.{path} = {value}: at least {least}")
+        for path in ("rope.theta", "rope.factor"):
+            if (value := self._value(path)) <= 0:
+                raise UsageError(f"config.model.{path} = {value}: must be above 0")
         if self.heads % self.kv_heads:
             raise UsageError(
                 f"config.model.kv_heads = {self.kv_heads} does not divide heads = {self.heads}"
             )
+        if not self.pattern:
+            raise UsageError("config.model.pattern is empty: name the kinds of layers")
         for kind in self.pattern:
             if kind not in ("global", "local"):
                 raise UsageError(

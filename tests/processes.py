@@ -1,6 +1,6 @@
 """Starts a JAX job of several real processes on this machine, joined over loopback.
 
-The code that runs in them calls `sharding.mesh.start_runtime()` first, as a real job would.
+The code that runs in them calls `sharding.runtime.start_runtime()` first, as a real job would.
 """
 
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 ROOT = Path(__file__).parent.parent
+BESIDE = ROOT / "tests/beside"  # as if of a user: files with the names of Torus's packages
 
 
 def run_processes(

@@ -5,14 +5,17 @@ command line (`--config.optimizer.peak_lr=1e-3`). Everything here runs before JA
 a mistake is refused at once, in one line, with nothing written.
 """
 
+import contextlib
 import dataclasses
+import inspect
 import json
-import re
 import runpy
-from collections.abc import Iterator, Sequence
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -23,46 +26,49 @@ from models.attention.sequence_plan import Sizes, sequence_plan
 from models.config import COMPUTATION, ModelConfig
 from sharding.config import AXES, MeshConfig
 from sharding.errors import UsageError, nearest
+from sharding.fields import FieldError, Fields, convert, field_type, field_types, type_name
+from torus import PACKAGES
 from trainer.data.config import DataConfig
 from trainer.metrics import LogConfig
 from trainer.plan.recipe import check_perf
 from trainer.recovery.health import HealthConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+_BOOLEANS = ("true", "t", "1", "false", "f", "0")
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Fields, at="config.optimizer"):
     """AdamW (arXiv:1711.05101) with warm-up and cosine decay, in the terms of `schedules.py`."""
 
-    peak_lr: float = 3e-4
-    warmup_steps: int = 100
+    peak_lr: float = 3e-4  # highest learning rate, reached after the warm-up
+    warmup_steps: int = 100  # steps in which the rate rises from 0, linearly
     schedule: str = "cosine"  # cosine | constant, after the warm-up
     final_lr_fraction: float = 0.1  # of peak_lr, at the last step of a cosine
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # on matrices; norms and biases never decay
     clip_norm: float = 1.0  # of the global gradient; 0 = off
     moment_dtype: str = "float32"  # of the first moment: float32 | bfloat16
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Fields, at="config.train"):
     """How long, how much at a time, from which seed."""
 
-    steps: int = 1000
+    steps: int = 1000  # updates in the whole run; the schedule ends here
     batch_size: int = 32  # rows per step over all devices
     accumulation: int = 1  # microbatches per step, each batch_size / accumulation rows
-    seed: int = 0
-    z_loss: float = 0.0
+    seed: int = 0  # of the first parameters, 0 to 2**32 - 1
+    z_loss: float = 0.0  # weight of log(Z) squared in the loss (arXiv:2204.02311); 0 = none
     init_from: str = ""  # run whose newest parameters are the first ones here; "" = random ones
     self_check: bool = False  # try devices, links and files first; always so under torus launch
     stop_at: int = 0  # stop and save after this step without changing the schedule; 0 = steps
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Fields, at="config.eval"):
     """Held-out evaluation inside a run."""
 
     every: int = 200  # steps between evaluations, and one at the end; 0 = never
@@ -70,10 +76,10 @@ class EvalConfig:
 
 
 @dataclass
-class Experiment:
+class Experiment(Fields, at="config"):
     """All of one run. Its JSON form is written to the run's folder and is enough to repeat it."""
 
-    name: str = "experiment"
+    name: str = "experiment"  # in titles and records
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -83,7 +89,7 @@ class Experiment:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
-    # auto | fast | off, then ",xla_NAME=VALUE" or ",-xla_NAME": trainer/plan/recipe.py
+    # Compile options: auto | fast | off, then ",xla_NAME=VALUE" or ",-xla_NAME"; see docs/plan.md.
     perf: str = "auto"
 
 
@@ -121,11 +127,16 @@ def validate(experiment: Experiment) -> None:
             )
     for path, least in {
         "train.steps": 1, "train.batch_size": 1, "train.accumulation": 1, "train.stop_at": 0,
-        "eval.every": 0, "eval.batches": 0, "optimizer.warmup_steps": 0, "optimizer.peak_lr": 0,
+        "train.seed": 0, "train.z_loss": 0, "eval.every": 0, "eval.batches": 0,
+        "optimizer.warmup_steps": 0, "optimizer.peak_lr": 0, "optimizer.final_lr_fraction": 0,
+        "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
         "optimizer.clip_norm": 0,
     }.items():  # fmt: skip
         if (value := _get(experiment, path)) < least:
             raise UsageError(f"config.{path} = {value}: at least {least}")
+    for path, bound in {"train.seed": 2**32, "optimizer.b1": 1, "optimizer.b2": 1}.items():
+        if (value := _get(experiment, path)) >= bound:
+            raise UsageError(f"config.{path} = {value}: must be below {bound}")
     if train.batch_size % train.accumulation:
         raise UsageError(
             f"config.train.batch_size = {train.batch_size} does not divide into "
@@ -136,10 +147,18 @@ def validate(experiment: Experiment) -> None:
             f"config.data.seq_len = {data.seq_len} is longer than config.model.max_length = "
             f"{model.max_length}"
         )
+    if train.seed >= 1 << 32:
+        raise UsageError(f"config.train.seed = {train.seed}: below 2**32")
+    if train.stop_at > train.steps:
+        raise UsageError(
+            f"config.train.stop_at = {train.stop_at} lies beyond config.train.steps = "
+            f"{train.steps}, where the schedule ends: raise steps (in a new run), or lower stop_at"
+        )
     if optimizer.warmup_steps > train.steps:
         raise UsageError(
             f"config.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds "
-            f"config.train.steps = {train.steps}"
+            f"config.train.steps = {train.steps}; to stop early on the same schedule, leave steps "
+            f"as they are and set config.train.stop_at = {train.steps}"
         )
     # An axis of -1 is not known yet: the loop checks again once the devices are.
     check_sizes(experiment, {axis: max(getattr(experiment.mesh, axis), 1) for axis in AXES})
@@ -214,24 +233,15 @@ def to_json(experiment: Experiment) -> str:
     return json.dumps(dataclasses.asdict(experiment), indent=2) + "\n"
 
 
-def from_dict(data: dict, cls: type = Experiment) -> Any:
-    """Builds a dataclass tree from nested dicts; raises UsageError on a field it does not know."""
-    hints = get_type_hints(cls)
-    if unknown := set(data) - set(hints):
-        name = sorted(unknown)[0]
-        raise UsageError(f"{cls.__name__} has no field {name!r}{nearest(name, hints)}")
-
-    def value(name: str, raw: Any) -> Any:
-        if dataclasses.is_dataclass(hints[name]):
-            return from_dict(raw, hints[name])
-        return _tuples(raw)
-
-    return cls(**{name: value(name, raw) for name, raw in data.items()})
-
-
-def _tuples(raw: Any) -> Any:
-    """Returns JSON lists as the tuples they were."""
-    return tuple(map(_tuples, raw)) if isinstance(raw, list) else raw
+def from_dict(data: Any, cls: type[Fields] = Experiment) -> Any:
+    """Builds a config from nested dicts; raises FieldError on a field or type it does not have."""
+    if not isinstance(data, dict):
+        raise FieldError(f"{cls.at}: {type(data).__name__} found where fields are expected")
+    values = dict(data)
+    for name, kind in field_types(cls).items():
+        if name in data and dataclasses.is_dataclass(kind):
+            values[name] = from_dict(data[name], kind)
+    return cls(**values)
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:
@@ -257,7 +267,7 @@ def load_config(reference: str) -> Experiment:
       UsageError: there is no such file, or it does not return an Experiment.
     """
     name, _, argument = reference.partition(":")
-    shipped = {p.stem: p for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "__init__"}
+    shipped = _shipped()
     candidates = [Path(name), ROOT / name, *([shipped[name]] if name in shipped else [])]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
@@ -265,15 +275,70 @@ def load_config(reference: str) -> Experiment:
             f"no config file {name!r}; shipped: {', '.join(shipped)}"
             f"{nearest(Path(name).stem, shipped)}"
         )
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
-        raise UsageError(f"{path} has no function get_config()")
-    experiment = get_config(argument) if argument else get_config()
+    return _run_config(path, argument)
+
+
+def load_shipped(reference: str) -> Experiment:
+    """Returns the experiment of a shipped config that a file names: never that of another path.
+
+    Raises:
+      UsageError: no such config is shipped.
+    """
+    name, _, argument = reference.partition(":")
+    if (path := _shipped().get(name)) is None:
+        raise UsageError(f"no config {name!r} is shipped{nearest(name, _shipped())}")
+    return _run_config(path, argument)
+
+
+def _shipped() -> dict[str, Path]:
+    return {p.stem: p for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "__init__"}
+
+
+def _run_config(path: Path, argument: str) -> Experiment:
+    try:
+        experiment = _call(path, argument)
+    except FieldError as error:
+        raise UsageError(f"{path}{_line(path, error)}: {error}") from error
     if not isinstance(experiment, Experiment):
         raise UsageError(
             f"get_config() of {path} returned {type(experiment).__name__}, not an Experiment"
         )
     return experiment
+
+
+def _call(path: Path, argument: str) -> Any:
+    """Runs a config file; what goes wrong in it keeps its traceback, which names its lines."""
+    get_config = _run(path).get("get_config")
+    if not callable(get_config):
+        raise UsageError(f"{path} has no function get_config()")
+    if not argument:
+        return get_config()
+    if not inspect.signature(get_config).parameters:
+        raise UsageError(f"get_config() of {path} takes no argument, got {argument!r}")
+    return get_config(argument)
+
+
+def _line(path: Path, error: BaseException) -> str:
+    """Returns " line N" for the line of the file that the error came through last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return f" line {lines[-1]}" if lines else ""
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """Runs a config file, which may import modules that lie beside it; these are found last."""
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        return runpy.run_path(str(path))
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in PACKAGES:
+            raise
+        raise UsageError(
+            f"{path}: {error}; `{package}` is a package of Torus, so yours needs another name"
+        ) from error
 
 
 def parse_flags(argv: Sequence[str], **extra: str) -> tuple[Experiment, dict[str, str]]:
@@ -284,72 +349,84 @@ def parse_flags(argv: Sequence[str], **extra: str) -> tuple[Experiment, dict[str
     Raises:
       UsageError: unknown flag or field, value of a wrong type, missing file, failed check.
     """
+    argv = joined(argv)
     references = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
-    argv = [a for a in argv if not a.startswith("--config=")]
+    argv = [_checked(a, extra) for a in argv if not a.startswith("--config=")]
     if not references:
         raise UsageError("--config=FILE is missing; try --config=quickstart")
-    experiment = load_config(references[-1])
     values = flags.FlagValues()
+    config_flags.DEFINE_config_dataclass(
+        "config", load_config(references[-1]), flag_values=values, sys_argv=argv
+    )
+    for name, text in extra.items():
+        flags.DEFINE_string(name, "", text, flag_values=values)
     try:
-        config_flags.DEFINE_config_dataclass(
-            "config", experiment, flag_values=values, sys_argv=argv
-        )
-        for name, text in extra.items():
-            flags.DEFINE_string(name, "", text, flag_values=values)
-        rest = values(["torus", *argv])[1:]
+        values(["torus", *argv])
         experiment = values["config"].value
-    except flags.UnrecognizedFlagError as error:
-        name = error.flagname
-        if name.startswith("config."):
-            _field_type(name)
-            raise UsageError(f"{name} cannot be set from the command line") from error
-        raise UsageError(
-            f"unknown flag --{name}; known: --config, {', '.join('--' + n for n in extra)}"
-            f"{nearest(name, extra)}"
-        ) from error
-    except (KeyError, AttributeError, TypeError, ValueError, flags.Error) as error:
-        raise UsageError(_bad_override(argv, error)) from error
-    if rest:
-        raise UsageError(f"unexpected argument {rest[0]!r}; options start with --")
+    except (flags.Error, ValueError) as error:  # a tuple that Python does not read, for one
+        raise UsageError(" ".join(str(error).split())) from error
     validate(experiment)
     return experiment, {name: values[name].value for name in extra}
 
 
-def _field_type(flag: str) -> Any:
-    """Returns the type of field `config.a.b`; raises UsageError for a part that does not exist."""
-    tree: Any = Experiment
+def joined(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with `--name value` written as `--name=value`."""
+    found: list[str] = []
+    for argument in argv:
+        flag = found[-1].removeprefix("--") if found else ""
+        if argument.startswith("--") or not found or "=" in flag or not found[-1].startswith("--"):
+            found.append(argument)
+        elif flag.startswith("config.") and _flag_type(flag) is bool:
+            found.append(argument)  # a switch: what follows is not its value
+        else:
+            found[-1] += f"={argument}"
+    return found
+
+
+def _flag_type(flag: str) -> Any:
+    """Returns the type of `config.a.b`; raises FieldError for a part that does not exist."""
+    kind: Any = Experiment
     path = "config"
     for part in flag.split(".")[1:]:
-        hints = get_type_hints(tree) if dataclasses.is_dataclass(tree) else {}
-        if part not in hints:
-            known = ", ".join(hints) or "none, it is a value"
-            raise UsageError(f"no field {part!r} in {path} (fields: {known}){nearest(part, hints)}")
-        path, tree = f"{path}.{part}", hints[part]
-    return tree
+        if not dataclasses.is_dataclass(kind):
+            raise FieldError(f"no field {part!r} in {path}, which is a value, not a group")
+        kind, path = field_type(kind, part), f"{path}.{part}"
+    return kind
 
 
-def _bad_override(argv: Sequence[str], error: Exception) -> str:
-    """Finds the override whose value does not fit its field; else repeats the error in one line."""
-    for argument in argv:
-        match = re.match(r"--(config\.[\w.]+)=(.*)$", argument, re.DOTALL)
-        if not match:
-            continue
-        flag, text = match.groups()
-        tree = _field_type(flag)
-        if dataclasses.is_dataclass(tree):
-            return f"{flag} is a group of fields ({', '.join(get_type_hints(tree))}), not a value"
-        if not _parses(text, tree):
-            name = getattr(tree, "__name__", str(tree)) if not get_args(tree) else str(tree)
-            return f"--{flag}={text}: {text!r} is not of type {name}"
-    return " ".join(str(error).split())
+def _checked(argument: str, extra: Iterable[str]) -> str:
+    """Returns one flag as absl reads it, after refusing what it would refuse less clearly."""
+    name, given, text = argument.removeprefix("--").partition("=")
+    if not argument.startswith("--"):
+        raise UsageError(f"unexpected argument {argument!r}; options start with --")
+    if not name.startswith("config."):
+        if name not in extra:
+            known = ["config", *extra]
+            raise UsageError(
+                f"unknown flag --{name}; known: {', '.join('--' + n for n in known)}"
+                f"{nearest(name, known)}"
+            )
+        if not given:
+            raise UsageError(f"--{name} needs a value: --{name}=VALUE")
+        return argument
+    kind = _flag_type(name)
+    if dataclasses.is_dataclass(kind):
+        fields = ", ".join(field_types(kind))
+        raise UsageError(f"{name} is a group of fields ({fields}), not a value")
+    if kind is bool:
+        if given and text.lower() not in _BOOLEANS:
+            raise UsageError(f"{argument}: {text!r} is not of type bool; write true or false")
+        return argument
+    if not given:
+        raise UsageError(f"{argument} needs a value: {argument}={type_name(kind)}")
+    if kind not in (int, float):
+        return argument
+    return f"--{name}={convert(name, _literal(text), kind)}"
 
 
-def _parses(text: str, kind: type) -> bool:
-    try:
-        if kind is bool:
-            return text.lower() in ("true", "false", "1", "0", "t", "f")
-        if kind in (int, float):
-            kind(text)
-    except ValueError:
-        return False
-    return True
+def _literal(text: str) -> int | float | str:
+    """Returns the number that a flag gives, such as 1e3, or the text that is none."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

@@ -12,6 +12,11 @@ from collections.abc import Iterable
 _FURTHEST = 64  # steps ahead of the fastest
 
 
+def furthest(every: int) -> int:
+    """Returns how many steps ahead the next snapshot may be, of every `every`-th step."""
+    return 2 * _FURTHEST + every
+
+
 class Agreement:
     """Of `count` processes that take a snapshot of every `every`-th step at most.
 
@@ -32,6 +37,8 @@ class Agreement:
         """Processes begin at step `at`, with a snapshot of `committed`; whether `next` changed."""
         self._there.update(ranks)
         self.committed = max(self.committed, committed)
+        if self.next > max(at, self._at) or self._done.issuperset(ranks):
+            return self.next >= 0  # it is ahead of all, or the others are at it: tell it once more
         return self._name_next(at)
 
     def missed(self, step: int, at: int) -> bool:
@@ -40,6 +47,10 @@ class Agreement:
             return False
         self._margin = min(_FURTHEST, 2 * self._margin)
         return self._name_next(at)
+
+    def failed(self, step: int, at: int) -> bool:
+        """What a process wrote of `step` did not reach all hosts; whether `next` changed."""
+        return step == self.next and self._name_next(at)
 
     def done(self, ranks: Iterable[int], step: int, at: int) -> bool:
         """Processes hold `step`, safely, and have reached `at`; whether `next` changed."""

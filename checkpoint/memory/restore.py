@@ -6,6 +6,7 @@ the same parts. Then every process fetches the pieces that its devices need: fro
 memory, else from another keeper.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from checkpoint.fingerprint import as_text, fingerprints, sums_text
 from checkpoint.memory.slots import Slots
-from checkpoint.memory.wire import Directory, Refused
+from checkpoint.memory.wire import Directory, Message, Refused
 from checkpoint.steps import listing
 from checkpoint.tree import flatten
 
@@ -78,8 +79,8 @@ def restore_newest(
             try:
                 pieces = _pieces(plan, directory.host)
                 found = _load(directory, step, pieces, abstract)
-            except (OSError, Refused, _Unusable) as error:
-                problem = str(error)
+            except Exception as error:  # all must hear of it: they wait in `_first_text`
+                problem = _reason(error)
             problem = _first_text(problem)
         if not problem:
             problem = _verify(found, pieces)
@@ -98,7 +99,7 @@ class _Survey:
         for host in range(directory.hosts):
             try:
                 self._hosts[host] = directory.ask(host, {"op": "survey"}, 2.0)
-            except (OSError, Refused) as error:
+            except (OSError, ValueError, Refused) as error:
                 logging.warning("snapshots: the keeper of host %d does not answer: %s", host, error)
         self._sizes = next((f["sizes"] for f in self._hosts.values() if f["sizes"]), [])
 
@@ -122,8 +123,8 @@ class _Survey:
                         raise _Unusable(f"lost with hosts {listing(map(str, lost))}") from error
                     indexes |= self._rebuild(lost[0], step)
             _check_whole(indexes)
-        except (_Unusable, OSError, Refused) as error:
-            return {"problem": str(error)}
+        except Exception as error:  # the other processes wait for what this one says
+            return {"problem": _reason(error)}
         pieces = [
             (host, rank, *piece) for (host, rank), i in indexes.items() for piece in i["pieces"]
         ]
@@ -154,15 +155,21 @@ class _Survey:
     def _rebuild(self, owner: int, step: int) -> dict:
         """Has the keeper of a lost host, or the first one that answers, compute what it held."""
         here = owner if owner in self._hosts else min(self._hosts)
-        self._directory.ask(
-            here, {"op": "rebuild", "owner": owner, "step": step, "sizes": self._sizes}
-        )
+        ask = {"op": "rebuild", "owner": owner, "step": step, "sizes": self._sizes}
+        with self._directory.connect(here) as connection:
+            connection.ask(ask, progress=functools.partial(_tell_progress, owner))
         first = owner * self._directory.processes
         ranks = range(first, first + self._directory.processes)
         return {(here, rank): self._index(here, rank, step) for rank in ranks}
 
     def _index(self, host: int, rank: int, step: int) -> dict[str, Any]:
         return self._directory.ask(host, {"op": "index", "rank": rank, "step": step})["index"]
+
+
+def _tell_progress(owner: int, message: Message) -> None:
+    done, total = (message["progress"].get(name, 0) / 2**30 for name in ("done", "of"))
+    text = "snapshots: computing what host %d held: %.1f of %.1f GiB"
+    logging.log_every_n_seconds(logging.WARNING, text, 20, owner, done, total)
 
 
 def _check_whole(indexes: dict) -> None:
@@ -292,4 +299,11 @@ def _first_text(problem: str) -> str:
         return problem
     text = np.frombuffer(problem.encode()[:200].ljust(200), np.uint8)
     told = np.asarray(multihost_utils.process_allgather(text))
-    return next((t for t in (bytes(row).decode().strip() for row in told) if t), "")
+    texts = (bytes(row).decode(errors="replace").strip() for row in told)  # perhaps cut in a letter
+    return next(filter(None, texts), "")
+
+
+def _reason(error: Exception) -> str:
+    """Returns what is wrong, never empty; a mistake of ours with its type."""
+    known = isinstance(error, _Unusable | OSError | Refused)
+    return (str(error) if known else "") or f"{type(error).__name__}: {error}"

@@ -149,11 +149,29 @@ def free_memory() -> int:
     """Returns the bytes that may still be allocated: of the machine, or of its control group."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
+    for group in _groups():
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            limit = int((group / "memory.max").read_text())
+            free = min(free, limit - int((group / "memory.current").read_text()) + _cached(group))
     return free
+
+
+def _cached(group: Path) -> int:
+    """Returns the bytes of cached files, which the kernel gives back when memory is asked for."""
+    with contextlib.suppress(OSError, ValueError):
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int(stat.get("inactive_file", 0))
+    return 0
+
+
+def _groups() -> list[Path]:
+    """Returns the control groups whose limits hold here: this process's own, and those around."""
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::/") and (own := root / line[4:]) != root:
+                return [own, *(group for group in own.parents if group.is_relative_to(root))]
+    return [root]
 
 
 def _gib(size: int) -> str:

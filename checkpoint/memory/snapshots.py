@@ -8,6 +8,7 @@ Every part of an array is written once: by one of the hosts that hold it, or, wh
 more hold every part, once by each host, so that they back each other up without a code.
 """
 
+import contextlib
 import math
 import os
 import time
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from checkpoint.fingerprint import box_program, box_sums
 from checkpoint.memory import restore
+from checkpoint.memory.agreement import furthest
 from checkpoint.memory.slots import HEADER, Slots, round_up
 from checkpoint.memory.wire import Directory, Refused
 from checkpoint.tree import flatten
@@ -32,8 +34,9 @@ Tree = Any
 _ALIGNED = 64
 _PIECE_TEXT = 200  # bytes of the index for a piece, and its name besides
 _SPARE_TEXT = 2**16  # and for what changes from step to step
+_SIZE_TEXT = 40  # bytes of the index for the size of an array, and its name besides
 _PATIENCE = 20.0  # seconds for the keeper to be there
-_ANEW = 60.0  # seconds without news after which it is told again that we are ready
+_ANEW = 15.0  # seconds without news after which it is told again that we are ready
 _GONE = 1.0  # and if its memory is gone
 
 
@@ -55,6 +58,7 @@ class Snapshots:
         self._every = every
         self._slots: Slots | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
+        self._ready: Future[None] | None = None
         self._drain: Future[None] | None = None
         self._step = self._tried = -1  # where the loop is, and the step last asked for
         self._told = 0.0
@@ -87,6 +91,10 @@ class Snapshots:
         """
         if self._directory is None:
             return
+        if not self._directory.takes:  # hosts are missing: the keepers only give back
+            if jax.process_index() == 0:
+                self._release()
+            return
         rank = jax.process_index()
         self._pieces, self._coded = _plan(state, self._directory)
         self._arrays = {
@@ -94,6 +102,7 @@ class Snapshots:
             for name, leaf in flatten(state).items()
         }
         names = sum(len(piece.name) + _PIECE_TEXT for piece in self._pieces)
+        names += sum(len(name) + _SIZE_TEXT for name in self._arrays)  # also those of the others
         pages = round_up(_end(self._pieces) + names + _SPARE_TEXT) // round_up(1)
         mine = np.asarray([pages, time.time_ns() % 2**31], np.int32)
         told = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, 2)
@@ -112,14 +121,15 @@ class Snapshots:
     def due(self, step: int) -> bool:
         """Whether to take a snapshot of the state after `step` updates; for every step, cheap."""
         self._step = step
-        if self._directory is None or not self._ready.done():
+        if self._ready is None or not self._ready.done():
             return False
         self._ready.result()
         idle = self._drain is None or self._drain.done()
         if idle and self._drain is not None:
             self._drain.result()  # what went wrong there is told here
         wanted = self._slots.next if self._slots is not None else -1
-        if wanted <= self._tried:  # no news since the last one
+        # A step that is further ahead than the agreement names any is a mistake, and no news.
+        if wanted <= self._tried or wanted > step + furthest(self._every):
             patience = _ANEW if os.path.exists(self._path) else _GONE
             if idle and time.monotonic() - self._told > patience:
                 self._drain = self._worker.submit(self._begin_anew)
@@ -168,7 +178,12 @@ class Snapshots:
         pieces = [[*d, np.asarray(s).tolist()] for d, s in zip(described, sums, strict=True)]
         sizes = {name: array.size for name, array in self._arrays.items()}
         index = {"meta": meta(), "sizes": sizes, "pieces": pieces}
-        slots.commit(slot, step, _end(self._pieces), index)
+        try:
+            slots.commit(slot, step, _end(self._pieces), index)
+        except ValueError as error:  # what changes from step to step has grown too large
+            logging.log_every_n_seconds(logging.WARNING, "snapshots: step %d: %s", 60, step, error)
+            self._tell("missed", step)
+            return
         self._tell("written", step)
 
     def _tell(self, event: str, step: int) -> None:
@@ -191,6 +206,12 @@ class Snapshots:
         self._path = answer["path"]
         self._slots = Slots.attach(self._path)
         self._tell("ready", self._ask_for["committed"])
+
+    def _release(self) -> None:
+        """Has the keepers give back what was computed for lost hosts and is on the devices now."""
+        for host in range(self._directory.hosts):
+            with contextlib.suppress(OSError, Refused):  # a lost host has nothing to give back
+                self._directory.ask(host, {"op": "release"})
 
     def _begin_anew(self) -> None:
         """For a keeper that was replaced, and for news that were lost."""

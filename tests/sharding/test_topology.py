@@ -11,9 +11,21 @@ import pytest
 from sharding import topology
 from sharding.errors import UsageError
 from sharding.hardware import CHIPS
-from sharding.topology import FAMILIES, GPUS, HOST, Slice, parse_slice
+from sharding.topology import FAMILIES, GPUS, HOST, Slice, parse_slice, program_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+# Memory that the compiler lets a program use, in GiB, as its own refusals state it.
+COMPILER_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_program_may_use_nearly_all_of_the_memory(name):
+    """A table whose figure is too small refuses what fits; one too large plans what does not."""
+    usable = program_bytes(name)
+    assert usable == COMPILER_GIB[name] * 2**30
+    assert 0.95 * CHIPS[name].hbm_bytes < usable < 1.01 * CHIPS[name].hbm_bytes
 
 
 @pytest.mark.parametrize(

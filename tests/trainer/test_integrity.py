@@ -56,6 +56,7 @@ def test_any_bit_on_any_device_is_found(mesh, victim):
             device = shared[name].addressable_shards[victim].device
             assert odd.devices == (device,) and odd.certain and name in str(odd)
             assert f"device {device.id} of process 0" in str(odd)
+            assert "cannot be told" not in str(odd)
 
 
 def test_of_two_copies_both_are_named(mesh):

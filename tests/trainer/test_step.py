@@ -140,6 +140,29 @@ def check_bytes(state, mesh_config: MeshConfig, devices: int):
     assert [s.data.nbytes for s in weight.addressable_shards] == [param_share] * devices
 
 
+@pytest.mark.parametrize("clip_norm", [0.0, 1e-3, 1e3])
+def test_a_step_clips_and_takes_the_rate_of_its_schedule(clip_norm):
+    """After one step Adam's moments tell the gradient that it got, and the parameters the rate."""
+    exp = experiment(MeshConfig(fsdp=2))
+    exp.optimizer = OptimizerConfig(peak_lr=1e-2, warmup_steps=4, clip_norm=clip_norm, eps=1e-20)
+    mesh = make_mesh(exp.mesh, jax.devices()[:2])
+    layout = make_layout(exp, mesh)
+    rows = NamedSharding(mesh, PartitionSpec(BATCH, SEQ))
+    with jax.set_mesh(mesh):
+        before = placed(start(), exp, layout)
+        after, metrics = jax.jit(make_train_step(exp, layout))(before, next(batches(rows)))
+    norm, moments = float(metrics["grad_norm"]), jax.tree.map(np.asarray, after.opt_state[0])
+    squares = sum(float(np.sum(np.square(leaf, dtype=np.float64))) for leaf in jax.tree.leaves(
+        moments.mu))  # fmt: skip
+    clipped = np.sqrt(squares) / (1 - exp.optimizer.b1)
+    assert norm > 0.1 and clipped == pytest.approx(min(norm, clip_norm or norm), rel=1e-5)
+    # The first of four warm-up steps. Adam's first direction is the gradient's sign; norms never
+    # decay.
+    assert float(metrics["learning_rate"]) == pytest.approx(2.5e-3, rel=1e-6)
+    moved = np.abs(np.asarray(after.params["final_norm"]["scale"]) - 1.0)
+    np.testing.assert_allclose(moved, 2.5e-3, rtol=1e-3)
+
+
 def test_a_non_finite_step_changes_nothing_and_is_counted():
     exp = experiment(MeshConfig(fsdp=2, tensor=2))
     mesh = make_mesh(exp.mesh, jax.devices()[:4])

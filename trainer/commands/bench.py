@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 from sharding.errors import UsageError, nearest
+from torus import module_command
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
-from trainer.config import ROOT
 
 USAGE = """\
 usage: torus bench attention [--shape SHAPES] [--mask MASKS] [--backends NAMES] [--dtype TYPE]
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         return _estimate(args.on, cases, args)
 
     from models.attention.dispatch import BACKENDS, target
-    from sharding.mesh import start_runtime
+    from sharding.runtime import start_runtime
 
     start_runtime()
     here = [backend.name for backend in BACKENDS if backend.platform in (None, target()[0])]
@@ -117,7 +117,7 @@ def _estimate(chip: str, cases: list[tuple[str, str]], args: Namespace) -> int:
         open(f"{folder}/log", "w+") as log,
         progress(f"compiling for {chip}", len(cases)) as advance,
         subprocess.Popen(
-            [sys.executable, "-m", "models.attention.estimate"], text=True, cwd=ROOT,
+            module_command("models.attention.estimate"), text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             env={**os.environ, **environment(f"{folder}/bundles")},
         ) as process,

@@ -16,6 +16,7 @@ from sharding.config import cache_folder
 from sharding.errors import MismatchError, UsageError
 from trainer.commands.parser import CommandParser
 from trainer.commands.progress import progress
+from trainer.terminal import one_line
 
 if TYPE_CHECKING:
     from checkpoint.convert.families import Family
@@ -114,7 +115,7 @@ def main(argv: list[str]) -> int:
     args.sent = is_remote(target)
     if args.sent and target_kind not in REMOTE:
         raise UsageError(f"{target}: {target_kind} is not written to buckets; torus and hf are")
-    from sharding.mesh import keep_freed_memory
+    from sharding.runtime import keep_freed_memory
 
     keep_freed_memory()
     todo = partial(_to_ours, args, kind, source)
@@ -161,7 +162,7 @@ def _read(
 ) -> "tuple[Path, dict[str, Any], Family, ModelConfig, Source]":
     """Returns the folder beside a source, its config.json, the table, the model and the tensors."""
     from checkpoint.convert import huggingface, maxtext, megatron
-    from checkpoint.convert.families import find_family
+    from checkpoint.convert.families import chosen_family, find_family
     from checkpoint.convert.formats import as_path
     from checkpoint.convert.sources import config_folder, open_source
 
@@ -179,7 +180,8 @@ def _read(
     config = huggingface.read_config(beside)
     name = config.get("model_type")
     of_maxtext = args.family == maxtext.NAME
-    family = find_family(str(name) if of_maxtext else args.family or str(name))
+    chosen = args.family and not of_maxtext
+    family = chosen_family(args.family) if chosen else find_family(name)
     if name != family.model_type:
         raise MismatchError(f"config.json: model_type = {name!r} is not {family.model_type!r}")
     model = family.read(config)
@@ -200,6 +202,7 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
     from checkpoint.convert.families import FAMILIES
     from checkpoint.convert.fields import NEUTRAL
     from checkpoint.fingerprint import rows_sums
+    from checkpoint.manager import try_restore
     from trainer.config import Experiment, to_json
 
     todo, left = moves.to_ours(found, family, model, args.dtype, optimizer=args.with_optimizer)
@@ -241,32 +244,37 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
             sums[moves.COUNT] = rows_sums(count, (), 0, ())
         found.close()
         arrays.finish(sums)
+        try_restore(folder / "checkpoints", 0)
     return _report(todo, args, left, carried, in_flight=peak)
 
 
 def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) -> int:
     from checkpoint.convert.formats import as_path, find_step
-    from checkpoint.manifest import read_meta
+    from checkpoint.manifest import read_meta, source_of
     from trainer.run import read_experiment
 
     model = read_experiment(source).model
     steps, step = find_step(source, args.step)
 
     from checkpoint.convert import engine, huggingface, moves
-    from checkpoint.convert.families import family_of, find_family
+    from checkpoint.convert.families import chosen_family, family_of, find_family
     from checkpoint.convert.fields import NEUTRAL
     from checkpoint.convert.sources import PARAMS
 
-    origin = read_meta(steps, step).get("source", {})
-    named = args.family or origin.get("family", "")
-    family = find_family(named) if named else family_of(model)
+    origin = source_of(read_meta(steps, step))
+    recorded = origin.get("family")
+    if args.family:
+        family = chosen_family(args.family)
+    else:
+        family = find_family(recorded) if recorded else family_of(model)
     config = family.write(model)
     neutral, extras = origin.get("config", {}), source / "tokenizer"
     if args.like:
         extras = as_path(args.like)
         neutral = huggingface.read_config(extras)
     known = (NEUTRAL | family.neutral) - {"dtype"}
-    config = {k: v for k, v in neutral.items() if k in known} | config
+    carried_over = {k: v for k, v in neutral.items() if k in known}
+    config = family.defaults(model) | carried_over | config
     optimizer = args.with_optimizer or kind == "ucp"
     found = moves.native_source(steps, step, optimizer=optimizer)
     dtype = args.dtype or ("float32" if kind == "ucp" else None)
@@ -353,11 +361,15 @@ def _report(
     written = not args.dry_run
     plan, plans = moves[0].plan, [move.plan for move in moves]
     casts = plan.casts | {f"{m.part}/{n}": c for m in moves[1:] for n, c in m.plan.casts.items()}
+    overflows = {
+        (f"{m.part}/" if m is not moves[0] else "") + n: c
+        for m in moves for n, c in m.plan.overflows.items() if c
+    }  # fmt: skip
     facts = {
         "family": plan.family.model_type, "source": args.source, "target": args.target,
         "written": written, "verified": written, "tensors": sum(len(p.target) for p in plans),
         "bytes": sum(p.nbytes for p in plans), "in_flight": in_flight,
-        "casts": casts, "ignored": list(plan.buffers),
+        "casts": casts, "overflows": overflows, "ignored": list(plan.buffers),
         "repeated": [copy for copy, _ in plan.copies], "optimizer": carried, "left": left,
         "rows": [row.text for row in plan.rows],
     }  # fmt: skip
@@ -367,16 +379,19 @@ def _report(
     if args.dry_run:
         print("\n".join(facts["rows"]))
     for name, cast in casts.items():
-        print(f"cast: {name} {cast}")
+        print(one_line(f"cast: {name} {cast}"))
+    for name, count in overflows.items():
+        where = casts[name]
+        print(one_line(f"OVERFLOW: {name}: {count:,} finite values are too large for {where}"))
     for what in ("ignored", "repeated"):
         for name in facts[what]:
-            print(f"{what}: {name}")
+            print(one_line(f"{what}: {name}"))
     if left:
         some = ", ".join(left[:4]) + (", …" if len(left) > 4 else "")
-        print(f"left behind: {len(left)} values ({some})")
+        print(one_line(f"left behind: {len(left)} values ({some})"))
     if carried:
         settings = ", ".join(f"{key} {value}" for key, value in carried.items())
-        print(f"moments of Adam: {settings}")
+        print(one_line(f"moments of Adam: {settings}"))
     done = "would be written"
     if written:
         done = f"written and read back, at most {in_flight / 2**20:.0f} MiB in flight"

@@ -8,6 +8,7 @@ is there to find. Each finding is one line: ok, warn (it will run, but worse) or
 import importlib
 import os
 import platform
+import re
 import shutil
 import statistics
 import sys
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sharding.errors import install_hint
 from sharding.hardware import chip_for
 from trainer.commands.parser import CommandParser
 from trainer.packages import check_packages, check_platform_packages, library_versions
@@ -32,7 +34,7 @@ finding: ok, warn or FAIL, and what to do about it.
 
 The exit status is 1 if anything FAILs, so that a job script can stop there:
 
-  torus doctor /mnt/runs && torus train ...
+  torus doctor runs && torus train --config=quickstart --workdir=runs/a
 """
 
 _IMPORTS = ("jax", "flax", "optax", "orbax.checkpoint", "tensorstore", "grain", "ml_collections")
@@ -114,7 +116,7 @@ def check_devices() -> Iterator[Finding]:
     try:
         import jax
 
-        from sharding.mesh import start_runtime
+        from sharding.runtime import start_runtime
 
         start_runtime()
         devices = jax.local_devices()
@@ -171,7 +173,9 @@ def check_memory() -> Iterator[Finding]:
     text = f"{free / _GIB:.1f} GiB free of {total / _GIB:.1f}"
     if limit.isdigit() and int(limit) < total:
         used = _read("/sys/fs/cgroup/memory.current").strip()
-        free = min(free, int(limit) - (int(used) if used.isdigit() else 0))
+        cached = re.search(r"^inactive_file (\d+)$", _read("/sys/fs/cgroup/memory.stat"), re.M)
+        used = (int(used) if used.isdigit() else 0) - (int(cached[1]) if cached else 0)
+        free = min(free, int(limit) - used)
         text = f"{free / _GIB:.1f} GiB free, the container's limit is {int(limit) / _GIB:.1f}"
     if free < 2 * _GIB:
         yield Finding("warn", "memory", text, "checkpoints and data need some: free at least 2 GiB")
@@ -305,7 +309,7 @@ def _idle_accelerator() -> str:
         extra = "tpu"
     if not extra or os.environ.get("JAX_PLATFORMS") == "cpu":
         return ""
-    return f"an accelerator is there and not used: pip install 'torus-train[{extra}]'"
+    return f"an accelerator is there and not used: {install_hint(extra)}"
 
 
 def _conflict(status: str, problem: str) -> Finding:

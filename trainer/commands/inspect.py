@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.commands.parser import CommandParser
+from trainer.terminal import one_line
 
 USAGE = """\
 usage: torus inspect PATH [--step N] [--json]
@@ -16,7 +17,7 @@ file, or what torch, DeepSpeed, Megatron, Orbax or Flax wrote (see `torus conver
 of Adam are called mu/… and nu/…. Only headers and manifests are read, also of gs://… and s3://….
 
   torus inspect runs/a
-  torus inspect runs/a --step 500 --json
+  torus inspect runs/a --step 350 --json
   torus inspect ./Llama-3.2-1B
 """
 
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> int:
     arrays = facts.pop("arrays")
     for name, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else value
-        print(f"{name:<12} {text}")
+        print(one_line(f"{name:<12} {text}"))
+    arrays = {one_line(name): array for name, array in arrays.items()}
     width = max(map(len, arrays), default=0)
     total = 0
     for name, array in sorted(arrays.items()):
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 def _ours(path: Path, step: int | None) -> dict[str, Any]:
     from checkpoint.convert.formats import find_step
-    from checkpoint.manifest import read_manifest, read_meta
+    from checkpoint.manifest import read_manifest, read_meta, source_of
     from checkpoint.steps import complete_steps, interrupted_saves
 
     folder, step = find_step(path, step)
@@ -60,11 +62,12 @@ def _ours(path: Path, step: int | None) -> dict[str, Any]:
     known = {k: v for k, v in manifest.items() if isinstance(v, str | int)}
     facts = {"step": step, "steps": complete_steps(folder), "saved": manifest["saved"],
              "manifest": known, "interrupted": interrupted_saves(folder)}  # fmt: skip
-    model = meta.get("experiment", {}).get("model", {})
-    if model:
+    experiment = meta.get("experiment")
+    model = experiment.get("model") if isinstance(experiment, dict) else None
+    if isinstance(model, dict) and model:
         facts["model"] = {k: model[k] for k in ("layers", "width", "heads", "vocab") if k in model}
-    if "source" in meta:
-        facts["converted"] = f"from {meta['source']['format']} {meta['source']['family']}"
+    if source := source_of(meta):
+        facts["converted"] = f"from {source.get('format', '?')} {source.get('family', '')}"
     return facts | {"arrays": manifest["arrays"]}
 
 

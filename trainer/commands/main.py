@@ -18,21 +18,23 @@ from checkpoint.steps import CheckpointError
 from sharding.errors import UsageError, nearest
 from trainer.commands import COMMANDS
 from trainer.recovery.health import Unhealthy
+from trainer.terminal import escaped_streams
 
 _ON_HOST = ("convert", "diff", "inspect", "verify")  # the accelerators may belong to a run
 USAGE = """\
-Torus trains language models on TPU, GPU and CPU with JAX: one config file, one command.
+Torus trains language models with JAX: one config file, one command.
 
 usage: torus COMMAND [arguments]        torus COMMAND --help
 
 {commands}
 
 Start here:
-  torus doctor                                         is this machine ready?
-  torus train --config=quickstart --workdir=runs/a     train a small model
+  torus doctor                                         # is this machine ready?
+  torus train --config=quickstart --workdir=runs/a     # train a small model
+  torus config --config=quickstart                     # every field, its value and its meaning
   torus train --config=quickstart --config.optimizer.peak_lr=1e-3 --workdir=runs/b
-  torus sample runs/a --prompt="The "                  use it
-  torus report runs/a                                  see how training went
+  torus sample runs/a --prompt="The "                  # use it
+  torus report runs/a                                  # see how training went
 
 Every field of a config can be set from the command line as --config.PATH=VALUE. Running the same
 train command again resumes the run where it stopped.
@@ -40,23 +42,30 @@ train command again resumes the run where it stopped.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `torus` with `argv` (the process's arguments by default) and returns its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Runs `torus` with `argv` (the process's arguments by default) and returns its exit status.
+
+    Whatever it prints meanwhile is escaped: much of it are names and texts from files.
+    """
+    with escaped_streams():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(arguments: list[str]) -> int:
     try:
         status = _dispatch(arguments)
         sys.stdout.flush()  # a closed pipe must show here, not in the interpreter's shutdown
         return status
     except UsageError as error:
-        return _fail(" ".join(str(error).split()), error.status)
+        return _fail(error, error.status)
     except BrokenPipeError:
         # `torus ... | head`: nobody reads on, which is no error. The interpreter flushes stdout
         # once more when it exits, so it must find an open file there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (CheckpointError, ConnectionError) as error:  # storage that fails or does not answer
-        return _fail(str(error), 1)
+        return _fail(error, 1)
     except Unhealthy as error:
-        return _fail(str(error), error.status)
+        return _fail(error, error.status)
     except KeyboardInterrupt:
         print("torus: interrupted", file=sys.stderr)
         return 130
@@ -67,11 +76,12 @@ def run(work: Callable[[], int] = main) -> int:
 
     Returns the exit status of what succeeded or was interrupted.
     """
-    try:
-        status = work()
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    with escaped_streams():
+        try:
+            status = work()
+        except Exception:
+            traceback.print_exc()
+            status = 1
     if status not in (0, 130):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -96,7 +106,7 @@ def _dispatch(arguments: list[str]) -> int:
             print(usage(), end="")
             return 0
         name, rest = rest[0], ["--help"]
-    if name in ("version", "--version"):
+    if name in ("version", "--version") or rest == ["--version"]:
         from trainer.packages import torus_version
 
         print(f"torus {torus_version()}")
@@ -115,8 +125,8 @@ def _dispatch(arguments: list[str]) -> int:
     return command.main(rest)
 
 
-def _fail(line: str, status: int) -> int:
-    print(f"torus: error: {line}", file=sys.stderr)
+def _fail(error: Exception, status: int) -> int:
+    print(f"torus: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 

@@ -1,7 +1,10 @@
 """The progress bar of commands that read or write for long."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from trainer.terminal import bare, one_line
 
 
 @contextmanager
@@ -13,18 +16,20 @@ def progress(text: str, total: int, *, in_bytes: bool = False) -> Iterator[Calla
     from rich import progress as bars
     from rich.console import Console
 
-    columns = bars.Progress.get_default_columns()
+    # As a value: paths hold braces and brackets too.
+    words = bars.TextColumn("{task.description}", markup=False)
+    columns = (words, *bars.Progress.get_default_columns()[1:])
     if in_bytes:
         columns = (
-            bars.TextColumn(text),
+            words,
             bars.BarColumn(),
             bars.DownloadColumn(),
             bars.TransferSpeedColumn(),
             bars.TimeRemainingColumn(),
         )
-    console = Console(stderr=True)
+    console = Console(file=bare(sys.stderr))
     with bars.Progress(
         *columns, console=console, transient=not in_bytes, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task(text, total=total)
+        task = bar.add_task(one_line(text), total=total)
         yield lambda amount: bar.advance(task, amount)

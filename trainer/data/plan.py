@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from sharding.errors import UsageError, nearest
 from trainer.data import packing
 from trainer.data.config import PACKINGS
 from trainer.data.packing import Pieces, join, sorting_order
+from trainer.terminal import bare
 
 _MEMBERS, _ORDER, _ROWS, _WINDOWS = range(4)  # what a random stream is for
 _CACHED_FROM = 1 << 17  # documents; the rows of fewer are counted sooner than a file is read
@@ -140,7 +142,7 @@ class Plan:
         """Returns the rows of every window, and behind them the positions of an epoch."""
         windows = -(-len(self._lengths) // self._window_size)
         counts = np.zeros(windows + 1, np.int64)
-        console = Console(stderr=True)
+        console = Console(file=bare(sys.stderr))
         quiet = windows < _SHOWN_FROM or not console.is_terminal
         for window in track(
             range(windows), "counting rows", console=console, transient=True, disable=quiet

@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from checkpoint.steps import write_whole
 from sharding.config import cache_folder
 from sharding.topology import Slice, compiler_environment
+from torus import module_command
 from trainer.config import ROOT, Experiment
 
 PARTS = ("name", "model", "data", "mesh", "optimizer", "train", "perf")  # what the step depends on
@@ -53,14 +53,11 @@ class Compilation:
 
     def _start(self, request: str) -> subprocess.Popen:
         environment = {**LEAN, **os.environ, **compiler_environment()}
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
         question = self._answer.with_name("question")
         question.write_text(request)
         with question.open() as stdin, self._answer.open("w") as out, self._log.open("w") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "trainer.plan.compile"],
+                module_command("trainer.plan.compile"),
                 stdin=stdin,
                 stdout=out,
                 stderr=log,
@@ -107,6 +104,7 @@ def _kept(experiment: Experiment, target: Slice) -> Path:
         for path in sorted(ROOT.glob(pattern)):
             digest.update(path.read_bytes())
     digest.update(described(experiment))
+    digest.update(b"evaluates" if experiment.eval.every else b"")
     return cache_folder() / "plans" / f"{digest.hexdigest()[:32]}.json"
 
 

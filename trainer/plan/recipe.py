@@ -160,9 +160,10 @@ def check_perf(perf: str) -> None:
             f"{nearest(first, PERF)}"
         )
     for change in changes:
-        if not re.fullmatch(r"-xla_\w+|xla_\w+=\S+|-barriers", change):
+        if not re.fullmatch(r"-xla_\w+|xla_\w+=[^\s/\\]+|-barriers", change):
             raise UsageError(
-                f"config.perf = {perf!r}: {change!r} is neither xla_NAME=VALUE nor -xla_NAME"
+                f"config.perf = {perf!r}: {change!r} is neither -xla_NAME nor "
+                "xla_NAME=VALUE with a VALUE that is no path"
             )
 
 

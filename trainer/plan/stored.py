@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sharding.hardware import CHIPS
 from sharding.topology import parse_slice
-from trainer.config import Experiment, load_config
+from trainer.config import Experiment, load_config, load_shipped
 from trainer.plan.process import described
 from trainer.plan.recipe import choose
 
@@ -63,7 +63,7 @@ def stale(plan: dict[str, Any]) -> list[str]:
     from models.flops import train_flops_per_token
     from trainer.plan.forecast import setting_of
 
-    experiment, target = load_config(plan["config"]), parse_slice(plan["slice"])
+    experiment, target = load_shipped(plan["config"]), parse_slice(plan["slice"])
     if _digest(experiment) != plan["digest"]:
         return ["the config is another one than was compiled"]
     chip = CHIPS[target.chip]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sharding.addresses import without_port
 from sharding.errors import UsageError
 
 VARIABLES = ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS")
@@ -47,7 +48,7 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster:
         raise UsageError(f"{address} is missing: the first host's address, as {index} and {count}")
     if not 0 <= host < hosts:
         raise UsageError(f"{index} = {host} of {count or address} = {hosts}: counted from 0")
-    return Cluster(host, hosts, _without_port(first))
+    return Cluster(host, hosts, without_port(first))
 
 
 def _number(environment: Mapping[str, str], name: str, default: str) -> int:
@@ -63,9 +64,3 @@ def _first_node(nodes: str) -> str:
     if match is None:
         raise UsageError(f"SLURM_STEP_NODELIST = {nodes!r} names no node")
     return "".join(part or "" for part in match.groups())
-
-
-def _without_port(address: str) -> str:
-    """Returns the host of `host:port`, `[v6]:port` and `host`."""
-    match = re.fullmatch(r"(?:\[(.+)\]|([^:]+)):\d+", address)
-    return (match[1] or match[2]) if match else address

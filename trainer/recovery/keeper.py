@@ -8,13 +8,17 @@ on which step counts. Never imports JAX; ends with its supervisor.
 """
 
 import contextlib
+import dataclasses
 import os
-import socketserver
+import signal
 import subprocess
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +27,15 @@ from checkpoint.memory.agreement import Agreement
 from checkpoint.memory.slots import HEADER, Slots
 from checkpoint.memory.wire import Connection, Directory, Message, Refused
 from sharding.errors import UsageError
+from torus import module_command
+from trainer.recovery.server import Server
+from trainer.terminal import escaped_streams
 
-_BLOCK = 2**22  # bytes received at once
+_ALIVE = 5.0  # seconds between signs that an answer is still being worked at
+_TOLD = (0.2, 1.0, 3.0)  # seconds before news that did not get through are told again
+_STREAMS = 8  # hosts' chunks that are computed at the same time
+_SETTLED = 10.0  # seconds that a keeper runs when it was started well
+_LONGEST_PAUSE = 60.0  # between starts of a keeper that ends at once
 _PARITY_INDEX = 64  # bytes of room after a parity
 Answer = tuple[Message, Iterable[memoryview]]
 
@@ -37,8 +48,9 @@ class KeeperProcess:
     ) -> None:
         """before_start: called in the new process. Without a directory there is no keeper."""
         self._directory, self._before = directory, before_start
-        self.environment = directory.environment() if directory else {}
         self._process: subprocess.Popen | None = None
+        self._started = self._next = 0.0
+        self._failures = 0  # in a row
 
     def __enter__(self) -> "KeeperProcess":
         return self
@@ -48,16 +60,43 @@ class KeeperProcess:
             self._process.kill()
             self._process.wait()
 
-    def ensure(self) -> bool:
-        """Starts the keeper if it does not run; returns whether one ended that had run."""
-        ended = self._process is not None and self._process.poll() is not None
-        if self._directory is not None and (self._process is None or ended):
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "trainer.recovery.keeper"],
-                env={**os.environ, **self.environment},
-                stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=self._before,
-            )  # fmt: skip
-        return ended
+    def environment(self, *, takes: bool = True) -> dict[str, str]:
+        """Returns what tells a trainer of the keepers; without `takes` it only restores."""
+        if self._directory is None:
+            return {}
+        return dataclasses.replace(self._directory, takes=takes).environment()
+
+    def ensure(self, address: str = "") -> str:
+        """Starts the keeper if it does not run; returns what is to be told of one that ended.
+
+        One that ends again at once is started ever more rarely, and told of only once.
+
+        Args:
+          address: of this host, where the keeper listens; "" if it is not known.
+        """
+        if self._directory is None or (self._process and self._process.poll() is None):
+            return ""
+        told = self._ended() if self._process else ""
+        if address:
+            self._directory = dataclasses.replace(self._directory, address=address)
+        if time.monotonic() < self._next:
+            return told
+        self._started = time.monotonic()
+        self._process = subprocess.Popen(
+            module_command("trainer.recovery.keeper"),
+            env={**os.environ, **self.environment()},
+            stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=self._before,
+        )  # fmt: skip
+        return told
+
+    def _ended(self) -> str:
+        status, self._process = self._process.returncode, None
+        now, killed = time.monotonic(), status < 0
+        self._failures = 1 if now - self._started >= _SETTLED else self._failures + 1
+        once = self._failures == 1
+        pause = 0.0 if killed and once else min(_LONGEST_PAUSE, 0.5 * 2**self._failures)
+        self._next = now + pause
+        return ("keeper lost" if killed else "no snapshots") if once else ""
 
 
 class Keeper:
@@ -69,6 +108,7 @@ class Keeper:
         self._slots: dict[int, Slots] = {}  # by rank
         self._facts: Message = {}  # what its trainers said last: `run`, `every`, `sizes`, `coded`
         self._written: dict[int, set[int]] = {}  # step → ranks of this host
+        self._securing = ""  # the run of which a step is being sent to the other hosts
         self._parity: Slots | None = None
         self._adding: tuple[str, int] = "", -1  # run and step that the parity is being made for
         self._added: set[int] = set()  # hosts whose chunk is in it
@@ -80,10 +120,15 @@ class Keeper:
         while True:
             message = connection.receive()
             try:
-                reply, content = getattr(self, f"do_{message['op']}")(connection, message)
+                with _signs_of_life(connection):
+                    reply, content = getattr(self, f"do_{message['op']}")(connection, message)
             except (UsageError, Refused) as error:
                 reply, content = {"error": str(error)}, []
             connection.send(reply, content)
+
+    def _submit(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """Does something in a thread; an exception in it is told."""
+        self._work.submit(work, *arguments).add_done_callback(_tell_exception)
 
     # ------------------------------------------------------------ what trainers of this host say
 
@@ -100,7 +145,7 @@ class Keeper:
             if rank not in self._slots:
                 self._slots[rank] = Slots.create(sizes[rank])
             if message["coded"] and self._parity is None:
-                self._parity = Slots.create(HEADER + self._chunk_size() + _PARITY_INDEX)
+                self._parity = Slots.create(HEADER + self._chunk_size(sizes) + _PARITY_INDEX)
             for slots in (self._slots[rank], *filter(None, [self._parity])):
                 slots.committed, slots.next = message["committed"], -1
             return {"path": self._slots[rank].path}, []
@@ -115,8 +160,11 @@ class Keeper:
                 ranks.update(message["ranks"])
                 if len(ranks) == self._directory.processes:
                     del self._written[message["step"]]
-                    self._work.submit(self._secure, {**message, "ranks": sorted(ranks)})
+                    self._securing = message["run"]
+                    self._submit(self._secure, {**message, "ranks": sorted(ranks)})
                 return {}, []
+            if message["event"] == "ready" and self._securing == message["run"]:
+                return {}, []  # a large snapshot is on its way to the others: no news are missing
         self._tell_leader(message)
         return {}, []
 
@@ -124,7 +172,7 @@ class Keeper:
 
     def _tell_leader(self, message: Message) -> None:
         facts = {name: self._facts[name] for name in ("every", "sizes")}
-        self._work.submit(self._ask, 0, {**message, **facts, "op": "heard"})
+        self._submit(self._tell, 0, {**message, **facts, "op": "heard"})
 
     def do_heard(self, _: Connection, message: Message) -> Answer:
         """The first host's keeper hears what happened, and tells all of them what follows."""
@@ -137,12 +185,14 @@ class Keeper:
                 changed = agreement.ready(message["ranks"], at, step)
             elif message["event"] == "missed":
                 changed = agreement.missed(step, at)
+            elif message["event"] == "failed":
+                changed = agreement.failed(step, at)
             else:
                 changed = agreement.done(message["ranks"], step, at)
             news = {"op": "decided", "run": run, "next": agreement.next}
             news["committed"] = agreement.committed
         for host in range(self._directory.hosts) if changed else ():
-            self._work.submit(self._ask, host, news)
+            self._submit(self._tell, host, news)
         return {}, []
 
     def do_decided(self, _: Connection, message: Message) -> Answer:
@@ -154,13 +204,27 @@ class Keeper:
                     slots.next = max(slots.next, message["next"])
         return {}, []
 
-    def _ask(self, host: int, message: Message, content: Iterable[memoryview] = ()) -> bool:
-        """Asks a keeper, also this one; without an answer the snapshot does not count."""
+    def _tell(self, host: int, message: Message) -> bool:
+        """Tells a keeper, also this one, news that do no harm when they come twice."""
+        for pause in (*_TOLD, None):
+            if self._ask(host, message, tells=pause is None):
+                return True
+            if pause is not None:
+                time.sleep(pause)
+        return False
+
+    def _ask(
+        self, host: int, message: Message, content: Iterable[memoryview] = (), *,
+        tells: bool = True,
+    ) -> bool:  # fmt: skip
+        """Asks a keeper; without an answer the snapshot does not count, which `tells` prints."""
         try:
             with self._directory.connect(host) as connection:
                 connection.ask(message, content)
         except (OSError, Refused) as error:
-            print(f"keeper: host {host}: {message['op']}: {error}", file=sys.stderr, flush=True)
+            if tells:
+                text = f"keeper: host {host}: {message['op']}: {error}"
+                print(text, file=sys.stderr, flush=True)
             return False
         return True
 
@@ -171,8 +235,13 @@ class Keeper:
         add = {name: message[name] for name in ("run", "step")}
         add |= {"op": "add", "host": self._directory.host}
         others = self._others() if self._facts["coded"] else []
-        if all([self._ask(host, add, self._chunk(message["step"], host)) for host in others]):
-            self._tell_leader({**message, "event": "done"})
+        try:
+            chunks = [(host, self._chunk(message["step"], host, self._facts)) for host in others]
+            done = all([self._ask(host, add, chunk) for host, chunk in chunks])
+        finally:
+            self._securing = ""
+        # A chunk that came in part is in the parity already: another step is taken instead.
+        self._tell_leader({**message, "event": "done" if done else "failed"})
 
     def do_add(self, connection: Connection, message: Message) -> Answer:
         """Adds another host's chunk of a step to the parity that this host keeps."""
@@ -183,7 +252,7 @@ class Keeper:
                 self._adding, self._added = adding, set()
                 self._parity_slot = self._parity.begin(adding[1])
                 np.frombuffer(self._parity.data(self._parity_slot), np.uint8)[:] = 0
-        for start, block in _blocks(connection, message["size"]):
+        for start, block in connection.blocks(message["size"]):
             with self._lock:
                 if welcome and adding == self._adding:
                     target = self._parity.data(self._parity_slot)
@@ -193,34 +262,70 @@ class Keeper:
                 raise Refused(f"step {adding[1]} is not being coded")
             self._added.add(host)
             if self._added == set(self._others()):
-                end = HEADER + self._chunk_size()
+                end = HEADER + self._chunk_size(self._facts["sizes"])
                 self._parity.commit(self._parity_slot, adding[1], end, {})
         return {}, []
 
-    def do_rebuild(self, _: Connection, message: Message) -> Answer:
+    def do_rebuild(self, connection: Connection, message: Message) -> Answer:
         """Computes what the trainers of host `owner` had written of `step`, from all other hosts.
 
-        Afterwards this keeper holds it; it is not compared with anything here.
+        Afterwards this keeper holds it; it is not compared with anything here. Every other host
+        has the parity of another part of it, and these parts are computed at the same time.
         """
-        owner, step, sizes = message["owner"], message["step"], message["sizes"]
-        ranks = self._ranks(owner)
+        owner, sizes = message["owner"], message["sizes"]
+        found: dict[int, Slots] = {}
+        hosts = [host for host in range(self._directory.hosts) if host != owner]
+        status = connection.status
+        status.update(done=0, of=len(hosts) ** 2 * self._chunk_size(sizes))
+        try:
+            for rank in self._ranks(owner):
+                found[rank] = Slots.create(sizes[rank])
+            parts = [slots.data(0) for slots in found.values()]
+            with ThreadPoolExecutor(min(_STREAMS, len(hosts))) as pool:
+                streams = [
+                    pool.submit(self._rebuild_chunk, message, keeper, hosts, parts, status)
+                    for keeper in hosts
+                ]
+                try:
+                    for stream in as_completed(streams):
+                        stream.result()
+                finally:
+                    pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:
+            for slots in found.values():
+                slots.close()
+            raise
         with self._lock:
-            self._facts = {**message, "coded": True, "run": ""}
-            found = {rank: Slots.create(sizes[rank]) for rank in ranks}
-            parts = [found[rank].data(0) for rank in ranks]
-            hosts = [host for host in range(self._directory.hosts) if host != owner]
-            for keeper in hosts:
-                start = parity.chunk_number(owner, keeper) * self._chunk_size()
-                asked = [(keeper, "parity")]
-                asked += [(other, "chunk") for other in hosts if other != keeper]
-                for host, op in asked:
-                    with self._directory.connect(host) as connection:
-                        ask = {"op": op, "step": step, "keeper": keeper, "sizes": sizes}
-                        _, size = connection.ask(ask)
-                        for at, block in _blocks(connection, size):
-                            parity.add(parts, start + at, block)
-            self._forget(set(ranks))
+            self._facts = {"every": 1, "run": "", "coded": True, "sizes": sizes}
+            self._forget(set(found))
             self._slots |= found
+        return {}, []
+
+    def _rebuild_chunk(
+        self, message: Message, keeper: int, hosts: list[int], parts: list[memoryview],
+        status: dict[str, int],
+    ) -> None:  # fmt: skip
+        """Computes the chunk of which `keeper` has the parity, in place.
+
+        The others are asked in an order of its own, so that no host is asked for all at once.
+        """
+        start = parity.chunk_number(message["owner"], keeper) * self._chunk_size(message["sizes"])
+        place = hosts.index(keeper)
+        for host in hosts[place:] + hosts[:place]:
+            ask = {"op": "parity" if host == keeper else "chunk", "step": message["step"]}
+            try:
+                with self._directory.connect(host) as connection:
+                    _, size = connection.ask({**ask, "keeper": keeper, "sizes": message["sizes"]})
+                    for at, block in connection.blocks(size):
+                        parity.add(parts, start + at, block)
+                        status["done"] += len(block)
+            except OSError as error:
+                raise Refused(f"host {host} does not give its part: {error}") from error
+
+    def do_release(self, _: Connection, message: Message) -> Answer:
+        """Gives back the memory of what was computed here for another host."""
+        with self._lock:
+            self._forget(set(self._slots) - set(self._own()))
         return {}, []
 
     def do_parity(self, _: Connection, message: Message) -> Answer:
@@ -228,11 +333,12 @@ class Keeper:
         slot = self._parity.held().get(message["step"]) if self._parity else None
         if slot is None:
             raise Refused(f"no parity of step {message['step']}")
-        return {}, [self._parity.data(slot)[HEADER : HEADER + self._chunk_size()]]
+        size = self._chunk_size(message["sizes"])
+        return {}, [self._parity.data(slot)[HEADER : HEADER + size]]
 
     def do_chunk(self, _: Connection, message: Message) -> Answer:
         """Gives the chunk of a step that `keeper` has in its parity."""
-        return {}, self._chunk(message["step"], message["keeper"])
+        return {}, self._chunk(message["step"], message["keeper"], message)
 
     # ------------------------------------------------------------ what is held
 
@@ -270,13 +376,12 @@ class Keeper:
         slots, slot = self._find(rank, step)
         return slots.data(slot)
 
-    def _chunk(self, step: int, keeper: int) -> list[memoryview]:
-        size = self._chunk_size()
+    def _chunk(self, step: int, keeper: int, facts: Message) -> list[memoryview]:
+        size = self._chunk_size(facts["sizes"])
         start = parity.chunk_number(self._directory.host, keeper) * size
         return parity.cut([self._view(rank, step) for rank in self._own()], start, size)
 
-    def _chunk_size(self) -> int:
-        sizes = self._facts["sizes"]
+    def _chunk_size(self, sizes: list[int]) -> int:
         hosts = range(self._directory.hosts)
         return parity.chunk_size([sum(sizes[r] for r in self._ranks(host)) for host in hosts])
 
@@ -299,33 +404,50 @@ class Keeper:
             self._parity = None
 
 
-def _blocks(connection: Connection, size: int) -> Iterator[tuple[int, memoryview]]:
-    """Yields (place, content) of the `size` bytes that follow a message."""
-    buffer = memoryview(bytearray(min(size, _BLOCK)))
-    for start in range(0, size, _BLOCK):
-        block = buffer[: min(_BLOCK, size - start)]
-        connection.take_into(block)
-        yield start, block
+@contextlib.contextmanager
+def _signs_of_life(connection: Connection) -> Iterator[None]:
+    """Sends the connection's status every few seconds while an answer is being worked at."""
+    connection.status = {}
+    done = threading.Event()
+
+    def tell() -> None:
+        with contextlib.suppress(OSError):  # the answer finds that out too
+            while not done.wait(_ALIVE):
+                connection.send({"progress": dict(connection.status)})
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
-def main() -> None:
+def _tell_exception(work: Future) -> None:
+    if not work.cancelled() and (error := work.exception()):
+        print("keeper: a snapshot does not count:", file=sys.stderr)
+        traceback.print_exception(error)
+
+
+def main() -> int:
     """Runs the keeper that the environment describes, until it is killed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # of a whole job: trainers are saving, and need this
     directory = Directory.of_environment()
     keeper = Keeper(directory)
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            with contextlib.suppress(OSError):  # whoever was there is gone, or was never welcome
-                keeper.answer(Connection.accept(self.request, directory.token))
-
-    class Server(socketserver.ThreadingTCPServer):
-        daemon_threads = True
-        request_queue_size = 128
-
-    with Server(("127.0.0.1" if directory.hosts == 1 else "", 0), Handler) as server:
-        directory.publish(server.server_address[1])
-        server.serve_forever()
+    try:
+        address = directory.own_address()
+        directory.make_token()
+        server = Server(address, directory.token, keeper.answer)
+        directory.publish(address, server.port)
+    except OSError as error:
+        print(f"keeper: no snapshots: {error}", file=sys.stderr, flush=True)
+        return 1
+    server.serve()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    with escaped_streams():  # what other hosts say is told there
+        sys.exit(main())

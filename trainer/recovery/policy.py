@@ -36,7 +36,10 @@ _FIRST_LIMITS = {
 }  # fmt: skip
 _LEAST = 10.0
 _FACTOR = 20.0  # times the slowest but one in a hundred
+_WIDEST = 4.0  # times that, after false alarms
 _ENOUGH, _REMEMBERED = 20, 512
+# Programs in the cache say nothing of another row length, restores from memory nothing of a disk.
+_NOT_LEARNED = ("compile", "restore")
 
 
 class PhaseLimits:
@@ -45,24 +48,34 @@ class PhaseLimits:
     def __init__(self, given: dict[str, float] | None = None) -> None:
         self._given = given or {}
         self._took = {p: collections.deque(maxlen=_REMEMBERED) for p in PHASES}
+        self._wider = 1.0
 
     def learn(self, before: Progress, after: Progress) -> None:
-        """Takes note of two readings of one page, both in one phase that was left in between.
+        """Takes note of two readings of one page, if the phase of the first was left in between.
 
-        What it took is then at most the time between, and longer by at most one reading.
+        It took at most the time between the two phases' beginnings, and less only if others came
+        and went between the readings.
         """
-        if after.changes > before.changes and before.phase == after.phase:
+        if after.changes > before.changes and before.since:
             self._took[before.phase].append(after.since - before.since)
+
+    def widen(self) -> None:
+        """Doubles what is learned, after a hang: perhaps the network has become that slow."""
+        self._wider = min(_WIDEST, 2 * self._wider)
+
+    def unusual(self, phase: str, seconds: float) -> bool:
+        """Whether `phase` takes longer than it usually does, which is no reason to end it yet."""
+        return len(self._took[phase]) < _ENOUGH or seconds > self.of(phase) / 8
 
     def of(self, phase: str) -> float:
         """Returns the limit of `phase` in seconds."""
         if phase in self._given:
             return self._given[phase]
         took = sorted(self._took[phase])
-        if len(took) < _ENOUGH:
+        if len(took) < _ENOUGH or phase in _NOT_LEARNED:
             return _FIRST_LIMITS[phase]
         slow = took[math.ceil(0.99 * len(took)) - 1]
-        return min(max(_FACTOR * slow, _LEAST), _FIRST_LIMITS[phase])
+        return min(self._wider * max(_FACTOR * slow, _LEAST), _FIRST_LIMITS[phase])
 
 
 @dataclass(frozen=True)
@@ -92,10 +105,24 @@ def first_cause(ends: list[End]) -> End:
     One that hung is the one that was stopped, else that did least; of those that failed, one whose
     status is not what the death of another makes of it.
     """
-    hung = [end for end in ends if end.status is None]
-    if hung:
-        return min(hung, key=lambda e: (not e.stopped, e.progress.step, e.progress.changes))
-    return min(ends, key=lambda end: (end.status in COLLATERAL, end.status == 0))
+    return min(_suspects(ends), key=_guilt)
+
+
+def is_certain(ends: list[End]) -> bool:
+    """Whether `first_cause` is told by the facts, and is not one of several that are alike."""
+    guilt = sorted(map(_guilt, _suspects(ends)))
+    return guilt.count(guilt[0]) == 1
+
+
+def _suspects(ends: list[End]) -> list[End]:
+    return [end for end in ends if end.status is None] or ends
+
+
+def _guilt(end: End) -> tuple:
+    """What is compared to find the first cause: the least is blamed."""
+    if end.status is None:
+        return not end.stopped, end.progress.step, end.progress.changes
+    return end.status in COLLATERAL, end.status == 0
 
 
 def permanent(end: End) -> int | None:

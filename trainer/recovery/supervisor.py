@@ -9,7 +9,6 @@ incidents.jsonl and one on the console.
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import socket
@@ -22,12 +21,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from checkpoint.memory.wire import Directory
-from checkpoint.steps import complete_steps, folder_path, is_remote
-from trainer.goodput import INCIDENTS
+from checkpoint.steps import complete_steps, folder_path, is_remote, listing
+from sharding.addresses import ADDRESS
+from torus import module_command
+from trainer.lock import JOB
 from trainer.recovery.cluster import VARIABLES
 from trainer.recovery.health import SUSPECT
 from trainer.recovery.hosts import Hosts, Place
 from trainer.recovery.keeper import KeeperProcess
+from trainer.recovery.log import SILENCE, Log
 from trainer.recovery.policy import (
     COLLATERAL,
     FINISHED,
@@ -42,6 +44,7 @@ from trainer.recovery.policy import (
     End,
     PhaseLimits,
     first_cause,
+    is_certain,
     permanent,
 )
 from trainer.recovery.progress import VARIABLE, Progress, ProgressPage, process_state
@@ -111,11 +114,13 @@ class Supervisor:
         self._signal: signal.Signals | None = None  # that asked this supervisor to stop
         self._resizes = False  # all save, to meet again with more hosts
         self._step = 0  # reached by any trainer here
+        self._moved = -1, 0.0  # the slowest trainer's step, and since when
         self._noticed = 0.0  # when this generation was last looked at: when its end was seen
         self._members: list[int] = []  # of the last generation
         self._loaded: dict[int, tuple[subprocess.Popen, TextIO | None]] = {}  # to be trainers
         self._fault: tuple[float, int] | None = None  # when, and the step reached then
         self._unjudged: list[End] | None = None  # what failed, for the host that led to judge
+        self._log = Log(options.workdir)
 
     def run(self) -> int:
         """Supervises the run to its end; returns one of the exit statuses of policy.py, or 130."""
@@ -129,7 +134,7 @@ class Supervisor:
                         while (status := self._one_generation(Path(folder))) is None:
                             pass
                 except OSError as error:  # no process, no memory, no port: perhaps elsewhere
-                    self._say(f"this host cannot go on: {error}")
+                    self._log.say(f"this host cannot go on: {error}")
                     status = RETRY if self._writable() else UNWRITABLE
                 # The others go on without this one, if they may, when only this one must end.
                 own = status in (SUSPECT, RETRY, PREEMPTED, 130)
@@ -139,13 +144,15 @@ class Supervisor:
                 return status
         finally:
             self._unload()
+            self._hosts.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _remember(self, number: int, frame: Any) -> None:
-        if self._signal:  # a second one: no more waiting
+        # A person's second Ctrl-C: no more waiting. SLURM sends SIGTERM two or three times.
+        if self._signal and number == signal.SIGINT:
             self._options = replace(self._options, grace=0.0)
-        self._signal = signal.Signals(number)
+        self._signal = self._signal or signal.Signals(number)
 
     def _meet_in(self, folder: Path) -> None:
         """A host that is alone has nobody to tell, and its run's folder may not be made yet."""
@@ -156,6 +163,7 @@ class Supervisor:
         self._hosts = Hosts(
             place, given.host, given.hosts, given.address,
             sizes=list(given.sizes), lease=given.lease, patience=given.patience,
+            remind=self._log.remind,
         )  # fmt: skip
 
     def _one_generation(self, folder: Path) -> int | None:
@@ -168,12 +176,15 @@ class Supervisor:
         if met is None:
             return self._stopped()
         if isinstance(met, int):
-            self._say("too few hosts came" if met == LOST else "another host ended the run")
+            self._log.say("too few hosts came" if met == LOST else "another host ended the run")
             return met
         if self._unjudged is not None and self._hosts.inherits:
             self._judge(self._unjudged, self._hosts.gone)
         self._unjudged = None
         self._tell_members(met)
+        if self._options.hosts > 1:
+            members = listing(map(str, self._hosts.members))
+            self._log.say(f"generation {self._hosts.generation} begins on hosts {members}")
         trainers = self._start(folder, met)
         try:
             failed = self._watch(trainers)
@@ -186,6 +197,7 @@ class Supervisor:
             return FINISHED
         if self._signal:
             return self._stopped()
+        self._tell_end(failed)
         if STOPPED in statuses or self._resizes:  # for hosts that come, or for one that goes
             self._resizes = False
             self._hosts.gather([], STOPPED)
@@ -206,16 +218,21 @@ class Supervisor:
         count, first = here * place.hosts, here * place.rank
         command = [*self._options.command, *self._options.sizes[place.hosts]]
         trainers = []
-        self._keeper.ensure()
+        self._moved = -1, time.monotonic()
+        address = self._hosts.address() if self._options.hosts > 1 else ""
+        self._tell_keeper(self._keeper.ensure(address))
         for rank in range(first, first + here):
             path = folder / f"{self._hosts.generation}.{rank}.progress"
             page = ProgressPage(path)
             page.enter("start", 0)
-            environment = {VARIABLE: str(path)}
-            if place.hosts == self._options.hosts:  # keepers know hosts by their number in the job
-                environment |= self._keeper.environment
+            environment = {VARIABLE: str(path), JOB: self._hosts.job}
+            if self._options.hosts in self._options.sizes:
+                # Keepers know hosts by their number in the job: of fewer they only give back.
+                full = place.hosts == self._options.hosts
+                environment |= self._keeper.environment(takes=full)
             if count > 1:
                 environment |= {
+                    ADDRESS: address,
                     "JAX_COORDINATOR_ADDRESS": place.coordinator,
                     "JAX_NUM_PROCESSES": str(count),
                     "JAX_PROCESS_ID": str(rank),
@@ -234,10 +251,10 @@ class Supervisor:
     def _load(self, rank: int, first: int) -> tuple[subprocess.Popen, TextIO | None]:
         """Starts a process that can become the trainer of `rank`."""
         # What the others say is kept for the stacks of a hang; the first speaks for all.
-        output = None if rank == first else self._log(rank)
+        output = None if rank == first else self._rank_log(rank)
         environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
         process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.recovery.standby"], env=environment,
+            module_command("trainer.recovery.standby"), env=environment,
             stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
             preexec_fn=_die_with_parent,
         )  # fmt: skip
@@ -253,7 +270,7 @@ class Supervisor:
                 output.close()
         self._loaded = {}
 
-    def _log(self, rank: int) -> TextIO:
+    def _rank_log(self, rank: int) -> TextIO:
         workdir = self._options.workdir
         place = Path(tempfile.gettempdir()) if is_remote(workdir) else folder_path(workdir)
         (place / "launch").mkdir(parents=True, exist_ok=True)
@@ -278,6 +295,7 @@ class Supervisor:
                     self._wait(trainers)
                 return []
             self._step = max(end.progress.step for end in ends)
+            self._recovered(max((end.progress for end in ends), key=lambda p: p.step))
             settled = self._step > max(0, self._budget.best)
             if settled and not self._loaded:  # the machine is busy with the start until then
                 first = trainers[0].rank
@@ -290,12 +308,11 @@ class Supervisor:
             for end in running:
                 self._limits.learn(seen[end.rank], end.progress)
                 seen[end.rank] = end.progress
-            if self._keeper.ensure():
-                self._record("keeper lost")
-            self._recovered(max((end.progress for end in ends), key=lambda p: p.step))
+            self._tell_keeper(self._keeper.ensure())
             # The others wait for the one that did least, however long that may rightly take.
             slowest = first_cause(running)
             self._hosts.beat(slowest.progress)
+            self._tell_waiting(slowest, now)
             late = now - slowest.progress.since > self._limits.of(slowest.progress.phase)
             if late and not self._hosts.waits_for(slowest.progress):
                 self._dump(trainers)
@@ -313,7 +330,7 @@ class Supervisor:
     def _drain(self, trainers: list[_Trainer]) -> None:
         """Passes the signal on and waits for the trainers to save and end."""
         why = self._signal.name if self._signal else "more hosts are there"
-        self._say(f"{why}: saving, for at most {self._options.grace:g} s")
+        self._log.say(f"{why}: saving, for at most {self._options.grace:g} s")
         for trainer in trainers:
             with contextlib.suppress(ProcessLookupError):
                 trainer.process.send_signal(signal.SIGTERM)
@@ -326,6 +343,8 @@ class Supervisor:
             if time.monotonic() - began > (self._options.grace if seconds is None else seconds):
                 return
             self._hosts.beat()  # saving may take longer than a lease
+            if (took := time.monotonic() - began) > SILENCE:
+                self._log.remind(f"the trainers have been ending for {took:.0f} s")
             time.sleep(_POLL)
 
     def _kill(self, trainers: list[_Trainer]) -> None:
@@ -344,15 +363,19 @@ class Supervisor:
         found = max((end.progress.start for end in failed), default=0)  # perhaps in memory
         goes_on = self._budget.spend(max(newest, found or newest))
         cause = first_cause(failed) if failed else None
-        if cause is None or (lost and cause.status in COLLATERAL):
-            status, facts = None, {"kind": "host lost", "hosts": lost or None}
+        if cause is None or (lost and cause.status in (None, *COLLATERAL)):
+            cut = bool(lost) and set(lost) <= set(self._hosts.cut_off(self._options.lease / 2))
+            why = "no network connection" if cut else None
+            status, facts = None, {"kind": "host lost", "hosts": lost or None, "cause": why}
         else:
             status = permanent(cause)
             if cause.status == SUSPECT and not self._hosts.elastic:
                 status = SUSPECT
+            known = is_certain(failed)
             facts = {
-                "kind": "hang" if cause.status is None else "crash", "rank": cause.rank,
-                "phase": cause.progress.phase, "cause": cause.text,
+                "kind": "hang" if cause.status is None else "crash",
+                "rank": cause.rank if known else None, "phase": cause.progress.phase,
+                "cause": cause.text if known else f"{cause.text}, not known on which rank",
             }  # fmt: skip
         if status is None and not goes_on:
             status = NO_PROGRESS
@@ -364,7 +387,8 @@ class Supervisor:
         ending = round(time.monotonic() - self._noticed, 2)  # seconds, up to this decision
         self._record(**facts, step=step, checkpoint=newest, ending=ending, exit=status)
         if status == NO_PROGRESS:
-            self._say(f"{self._options.tries} tries in a row brought no new checkpoint; giving up")
+            tries = f"{self._options.tries} tries in a row"
+            self._log.say(f"{tries} brought no new checkpoint; giving up")
         return status
 
     def _writable(self) -> bool:
@@ -378,9 +402,9 @@ class Supervisor:
                     (folder / ".launch").unlink()
                 return True
             except OSError as error:
-                if not told:
-                    wait = f"waiting for at most {self._options.patience:g} s"
-                    self._say(f"{self._options.workdir} cannot be written: {error}; {wait}")
+                wait = f"waiting for at most {self._options.patience:g} s"
+                text = f"{self._options.workdir} cannot be written: {error}; {wait}"
+                (self._log.remind if told else self._log.say)(text)
                 told = True
                 if time.monotonic() > until:
                     return False
@@ -416,31 +440,49 @@ class Supervisor:
 
     def _stopped(self) -> int:
         cause = self._signal.name if self._signal else "another host"
-        self._record("stopped", cause=cause, checkpoint=self._newest())
+        newest = self._newest()
+        lost = max(0, self._step - max(newest, 0))  # could not be saved within the grace
+        self._record("stopped", cause=cause, checkpoint=newest, lost_steps=lost or None)
         return _STATUSES[self._signal] if self._signal else PREEMPTED
 
     def _newest(self) -> int:
         return max(complete_steps(folder_path(self._options.workdir) / "checkpoints"), default=-1)
 
     def _record(self, kind: str, **facts: Any) -> None:
-        known = {name: value for name, value in facts.items() if value is not None}
-        line = {"time": round(time.time(), 3), "generation": self._hosts.generation, "kind": kind}
-        self._say(f"{kind}  " + "  ".join(f"{name} {value}" for name, value in known.items()))
-        folder = folder_path(self._options.workdir)
-        if not folder.is_dir():
-            return  # refused before anything was written
-        text = json.dumps(line | known) + "\n"
-        path = folder / INCIDENTS
-        if is_remote(self._options.workdir):  # nothing can be appended there
-            path.write_text((path.read_text() if path.exists() else "") + text)
-            return
-        with contextlib.suppress(OSError), open(path, "a") as file:  # a full disk ends no run
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        self._log.record(kind, self._hosts.generation, **facts)
 
-    def _say(self, text: str) -> None:
-        print(f"launch: {text}", file=sys.stderr, flush=True)
+    def _tell_end(self, failed: list[End]) -> None:
+        """Says, on every host, that the generation is over and what is known of it here."""
+        if any(end.status is None for end in failed) or not failed:
+            self._limits.widen()
+        if self._options.hosts == 1 or self._resizes:
+            return
+        generation = self._hosts.generation
+        if failed:
+            cause = first_cause(failed)
+            why = f"rank {cause.rank} {cause.text} in {cause.progress.phase}"
+        elif not self._hosts.current:
+            why = "the others gave this host up"
+        elif lost := self._hosts.lost():
+            why = f"lost host {listing(map(str, lost))}"
+        else:
+            why = "another host ended it"
+        self._log.say(f"generation {generation} is over: {why}")
+
+    def _tell_waiting(self, slowest: End, now: float) -> None:
+        """Says what all wait for while no step is done, for longer than is usual."""
+        phase, took = slowest.progress.phase, now - slowest.progress.since
+        if self._moved[0] != slowest.progress.step > slowest.progress.start:
+            self._moved = slowest.progress.step, now
+        if now - self._moved[1] > SILENCE and self._limits.unusual(phase, took):
+            limit = self._limits.of(phase)
+            self._log.remind(f"rank {slowest.rank} is in {phase}, {took:.0f} s of {limit:.0f}")
+
+    def _tell_keeper(self, kind: str) -> None:
+        if kind == "no snapshots":
+            self._record(kind, cause="the keeper ends as soon as it is started")
+        elif kind:
+            self._record(kind)
 
 
 def _die_with_parent() -> None:

@@ -2,11 +2,7 @@
 
 import os
 import random
-import socket
-import struct
-import threading
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +10,6 @@ from hypothesis import strategies as st
 from checkpoint.memory import parity, slots
 from checkpoint.memory.agreement import Agreement
 from checkpoint.memory.slots import HEADER, Slots
-from checkpoint.memory.wire import Connection
 from sharding.errors import UsageError
 
 
@@ -117,43 +112,42 @@ def test_any_one_host_is_rebuilt_from_the_others(n, data):
     assert b"".join(rebuilt) == b"".join(images[lost])
 
 
-def connected(token: bytes, other: bytes) -> list:
-    """Returns what both ends of a connection get: a connection or an error."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        results = [None, None]
-
-        def accept():
-            try:
-                results[0] = Connection.accept(server.accept()[0], token, timeout=5)
-            except OSError as error:
-                results[0] = error
-
-        thread = threading.Thread(target=accept)
-        thread.start()
-        try:
-            results[1] = Connection.open(server.getsockname(), other, timeout=5)
-        except OSError as error:
-            results[1] = error
-        if isinstance(results[1], Connection) and other != token:
-            results[1].__exit__()
-        thread.join()
-    return results
+def test_a_step_that_did_not_reach_all_is_followed_by_another_at_once():
+    agreement = Agreement(2, 5)
+    agreement.ready([0], 0, -1)
+    assert agreement.ready([1], 0, -1) and agreement.next == 5
+    assert not agreement.done([0], 5, 6)
+    assert agreement.failed(5, 7) and agreement.next == 10 and agreement.committed == -1
+    assert not agreement.failed(5, 7)  # the other host says so too
 
 
-def test_only_who_knows_the_token_is_heard():
-    keeper, client = connected(b"secret", b"guess")
-    assert isinstance(keeper, OSError) and isinstance(client, OSError)
-    assert "token" in str(client)
-    keeper, client = connected(b"secret", b"secret")
-    with keeper, client:
-        content = np.arange(10**6, dtype=np.uint8)
-        client.send({"op": "add"}, [memoryview(content[:3]), memoryview(content[3:])])
-        message = keeper.receive()
-        assert message == {"op": "add", "size": 10**6}
-        assert keeper.take(10**6) == content.tobytes()
-        client._socket.sendall(struct.pack(">I", 2**31))
-        with pytest.raises(OSError, match="message of 2147483648 bytes"):
-            keeper.receive()
+def test_ready_again_names_no_other_step_while_one_is_under_way():
+    """A large snapshot takes longer than the silence after which trainers ask."""
+    agreement = Agreement(2, 5)
+    for rank in (0, 1):
+        agreement.ready([rank], 0, -1)
+    assert agreement.ready([1], 3, -1) and agreement.next == 5  # ahead of all: told once more
+    agreement.done([0], 5, 6)
+    assert agreement.ready([0], 30, -1) and agreement.next == 5  # it has done its part
+    assert agreement.done([1], 5, 31) and agreement.committed == 5
+    step = agreement.next
+    assert agreement.ready([1], step + 1, 5) and agreement.next > step + 1  # its news were lost
+
+
+def test_cached_files_of_a_control_group_are_free_memory(tmp_path, monkeypatch):
+    group = tmp_path / "a"
+    group.mkdir()
+    monkeypatch.setattr(slots, "_groups", lambda: [group, tmp_path])
+    for name, text in (
+        ("memory.max", f"{2**24}\n"), ("memory.current", f"{2**23}\n"),
+        ("memory.stat", f"anon {2**22}\ninactive_file {2**22}\nactive_file 5\n"),
+    ):  # fmt: skip
+        (group / name).write_text(text)
+    assert slots.free_memory() == 2**24 - 2**23 + 2**22
+    (group / "memory.stat").unlink()
+    assert slots.free_memory() == 2**23
+    (group / "memory.max").write_text("max\n")
+    assert slots.free_memory() > 2**24
 
 
 def test_alone_every_step_may_be_taken():
@@ -164,6 +158,20 @@ def test_alone_every_step_may_be_taken():
         assert agreement.next == step + 1
     assert not agreement.done([0], 3, 20)
     assert agreement.done([0], 25, 26) and (agreement.committed, agreement.next) == (25, 27)
+
+
+def test_the_look_ahead_after_misses_shrinks_again():
+    """Each miss doubles it up to 64 steps; each snapshot that counts then takes one step off it."""
+    agreement = Agreement(2, 1)
+    agreement.ready([0, 1], 0, -1)
+    for _ in range(8):
+        agreement.missed(agreement.next, agreement.next)
+    ahead = []
+    for _ in range(70):
+        step = agreement.next
+        agreement.done([0, 1], step, step)
+        ahead.append(agreement.next - step)
+    assert ahead == [64 - n if n < 63 else 2 for n in range(70)]
 
 
 @settings(deadline=None, max_examples=30)

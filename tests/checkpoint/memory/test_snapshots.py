@@ -1,5 +1,6 @@
 """From devices into memory and back, in one process with a real keeper: any mesh, the same bits."""
 
+import dataclasses
 import time
 
 import jax
@@ -10,9 +11,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from checkpoint.fingerprint import box_sums, fingerprints
+from checkpoint.memory import restore
 from checkpoint.memory.slots import HEADER
-from checkpoint.memory.snapshots import Snapshots
-from checkpoint.memory.wire import VARIABLE, Directory
+from checkpoint.memory.snapshots import Snapshots, _plan
+from checkpoint.memory.wire import VARIABLE, Directory, Refused
 from sharding.errors import UsageError
 from trainer.recovery.keeper import KeeperProcess
 
@@ -58,6 +60,16 @@ def wait_until_due(snapshots: Snapshots, step: int) -> None:
     while not snapshots.due(step):
         assert time.monotonic() < until
         time.sleep(0.001)
+
+
+def next_due(snapshots: Snapshots, step: int) -> int:
+    """Does steps, from `step` on, until one is due."""
+    until = time.monotonic() + 20
+    while not snapshots.due(step):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+        step += 1
+    return step
 
 
 def take(snapshots: Snapshots, step: int, state: dict) -> None:
@@ -127,13 +139,85 @@ def test_a_keeper_that_was_replaced_has_the_next_snapshot_within_seconds(snapsho
     snapshots.keeper._process.kill()
     snapshots.keeper._process.wait()
     assert snapshots.keeper.ensure()
-    step, until = 3, time.monotonic() + 20
-    while not snapshots.due(step):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-        step += 1
+    step = next_due(snapshots, 3)
     write(snapshots, step, arrays(step, where))
     assert snapshots.restore_newest(abstract(where), None).step == step
+
+
+def test_a_step_that_nobody_can_have_named_is_no_news(snapshots, monkeypatch):
+    """Whatever wrote it: a keeper is asked anew, and snapshots go on."""
+    monkeypatch.setattr("checkpoint.memory.snapshots._ANEW", 0.1)
+    where = layout(1, 8)
+    snapshots.start(0, arrays(0, where), held=False)
+    take(snapshots, 1, arrays(1, where))
+    snapshots._slots.next = 10**9
+    step = next_due(snapshots, 2)
+    write(snapshots, step, arrays(2, where))
+    assert snapshots.restore_newest(abstract(where), None).step == step < 1000
+
+
+def test_room_is_made_for_the_names_of_all_arrays(snapshots, monkeypatch):
+    """A process that writes a few of many arrays has the sizes of all in its index."""
+    monkeypatch.setattr("checkpoint.memory.snapshots._SPARE_TEXT", 2**10)
+    plan = _plan
+    monkeypatch.setattr(
+        "checkpoint.memory.snapshots._plan", lambda *a: (plan(*a)[0][:3], plan(*a)[1])
+    )
+    one = NamedSharding(jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("fsdp",)), P())
+    zero = jax.device_put(jnp.zeros(()), one)
+    state = {f"layers_{n}_attention_and_a_long_name": zero for n in range(1728)}
+    snapshots.start(0, state, held=False)
+    take(snapshots, 1, state)
+    assert snapshots._slots.held().keys() == {1}
+
+
+def test_a_description_that_has_grown_too_large_ends_no_run(snapshots):
+    where = layout(1, 8)
+    state = arrays(0, where)
+    snapshots.start(0, state, held=False)
+    wait_until_due(snapshots, 1)
+    snapshots.take(1, state, lambda: {"text": "x" * 2**20})
+    snapshots._drain.result()
+    assert not snapshots._slots.held()
+    step = next_due(snapshots, 2)
+    write(snapshots, step, state)
+    assert snapshots.restore_newest(abstract(where), None).step == step
+
+
+def test_what_keepers_hold_is_restored_while_no_new_ones_are_taken(snapshots, monkeypatch):
+    """As fewer hosts do that go on."""
+    where = layout(2, 4)
+    snapshots.start(0, arrays(1, where), held=False)
+    take(snapshots, 1, arrays(1, where))
+    directory = dataclasses.replace(snapshots._directory, takes=False)
+    monkeypatch.setenv(VARIABLE, directory.environment()[VARIABLE])
+    with Snapshots(1) as fewer:
+        found = fewer.restore_newest(abstract(layout(1, 4)), None)
+        assert found.step == 1 and same(found.state, arrays(1, where))
+        fewer.start(1, found.state, held=found.same_layout)
+        assert not any(fewer.due(step) for step in range(2, 50))
+    assert snapshots._slots.held().keys() == {1}
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), KeyError("x"), OSError("gone"), Refused("")])
+def test_whatever_goes_wrong_in_one_process_is_told_to_the_others(snapshots, monkeypatch, error):
+    where = layout(1, 8)
+    snapshots.start(0, arrays(0, where), held=False)
+    take(snapshots, 1, arrays(1, where))
+    told = []
+    monkeypatch.setattr(restore, "_load", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(restore, "_first_text", lambda text: told.append(text) or text)
+    assert snapshots.restore_newest(abstract(where), None) is None
+    assert told and all(told)
+
+
+def test_a_problem_that_is_cut_in_a_letter_is_still_read(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    gather = restore.multihost_utils
+    monkeypatch.setattr(gather, "process_allgather", lambda text: np.stack([text * 0 + 32, text]))
+    assert restore._first_text("é" * 150).startswith("é" * 99)
+    assert restore._first_text("x" + "é" * 150).startswith("xé")
+    assert restore._first_text("") == ""
 
 
 def test_without_a_keeper_nothing_happens(monkeypatch):

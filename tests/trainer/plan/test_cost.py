@@ -147,6 +147,50 @@ def test_a_slice_of_a_stack_counts_as_a_slice():
     assert time_step(parse(text), FOUR).rows[0].bytes == pytest.approx(8 * MiB, rel=1e-5)
 
 
+def test_only_collectives_between_slices_are_left_out():
+    """Eight devices in two slices: a gather inside each takes its time, one across says so."""
+    two = Setting(V5E, {"data": 2, "fsdp": 4, "seq": 1, "tensor": 1}, (2, 2), wrap=False, slices=2)
+    inside, across = (
+        time_step(parse(scheduled(PARAMETER, f"ROOT %g = {LARGE} all-gather(%p), {groups}")), two)
+        for groups in (
+            "channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}",
+            "channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}",
+        )
+    )
+    assert inside.seconds["estimate"] == pytest.approx(GATHER) and not inside.notes
+    assert across.seconds["estimate"] == 0
+    assert across.notes == ["all-gather over data crosses slices: its time is not in the estimate"]
+
+
+def test_work_adds_up_flops_and_bytes(timing):
+    """What `torus plan --json` prints by kind is the sum of the rows of that kind."""
+    work = timing.work()
+    assert work["matmul"][0] == sum(r.flops for r in timing.rows if r.kind == "matmul") > 1e9
+    assert sum(flops for flops, _ in work.values()) == timing.flops
+    assert sum(moved for _, moved in work.values()) == sum(r.bytes for r in timing.rows) > 1e6
+
+
+NESTED = HEAD + (
+    "%inner (x: f32[64,1048576], i: s32[]) -> f32[1,1048576] {\n"
+    "  %x = f32[64,1048576]{1,0} parameter(0)\n  %i = s32[] parameter(1)\n"
+    "  %z = s32[] constant(0)\n"
+    "  ROOT %s = f32[1,1048576]{1,0} dynamic-slice(%x, %i, %z)\n}\n\n"
+    "%outer (y: f32[64,1048576], j: s32[]) -> (f32[1,1048576], f32[64,1048576]) {\n"
+    "  %y = f32[64,1048576]{1,0} parameter(0)\n  %j = s32[] parameter(1)\n"
+    "  %n = f32[1,1048576]{1,0} fusion(%y, %j), kind=kLoop, calls=%inner\n"
+    "  ROOT %t = (f32[1,1048576]{1,0}, f32[64,1048576]{1,0}) tuple(%n, %y)\n}\n\n"
+    "ENTRY %main (p: f32[64,1048576], k: s32[]) -> (f32[1,1048576], f32[64,1048576]) {\n"
+    "  %p = f32[64,1048576]{1,0} parameter(0)\n  %k = s32[] parameter(1)\n"
+    "  ROOT %f = (f32[1,1048576]{1,0}, f32[64,1048576]{1,0}) fusion(%p, %k), kind=kLoop, "
+    "calls=%outer\n}\n"
+)
+
+
+def test_a_fusion_reads_what_the_fusion_inside_it_slices():
+    """4 MiB read and 4 MiB written: the stack is handed on untouched, not read whole (256 MiB)."""
+    assert time_step(parse(NESTED), FOUR).rows[0].bytes == pytest.approx(8 * MiB, rel=1e-5)
+
+
 def test_what_lives_at_once_is_held_at_once():
     """Two of three arrays live together; the one that is dead by then is not counted."""
     lines = (

@@ -1,5 +1,6 @@
 """`torus plan`: refusals without the compiler, its answers read right, and two real compiles."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -179,6 +180,13 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_to_try():
     assert "try a larger slice" in format_plan(plan, experiment, parse_slice("v5e-4"))
 
 
+def test_the_verdict_counts_an_evaluation_in_the_run():
+    plan = _plan(evaluation_bytes=18 * GIB, fits=False)
+    text = format_plan(plan, get_config(), parse_slice("v5e-4"))
+    assert re.search(r"needed +12\.00\n +evaluation +18\.00\n", text)
+    assert "does not fit: evaluation needs 2.00 GiB more than the 16.00 GiB per chip" in text
+
+
 def test_a_compiler_that_crashes(monkeypatch, capsys):
     monkeypatch.setattr(command, "require_libtpu", lambda: None)
     monkeypatch.setattr(command, "_compile", lambda *_: (-6, None, "Check failed\n"))
@@ -259,14 +267,18 @@ def test_published_runs_are_whole():
 
 @needs_libtpu
 @pytest.mark.tpu_compile
-def test_a_real_compilation_for_a_slice_that_is_not_there(capsys):
-    assert command.main([*TINY, "--json"]) == 0
+def test_a_real_compilation_for_a_slice_that_is_not_there(capsys, tmp_path):
+    page, program = tmp_path / "plan.html", tmp_path / "program.gz"
+    assert command.main([*TINY, "--json", f"--explain={page}", "--program", str(program)]) == 0
+    assert "<h2>Roofline</h2>" in page.read_text()
+    assert gzip.decompress(program.read_bytes()).startswith(b"HloModule")
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"] and plan["mesh"]["fsdp"] == 4 and plan["devices"] == 4
     state = plan["parameter_bytes"] + plan["optimizer_bytes"]
     # The compiler pads small arrays to tiles; it must not hold a second copy of the state.
     assert state < plan["argument_bytes"] < 1.5 * state + 2**16
     assert plan["argument_bytes"] < plan["needed"] < plan["capacity"]
+    assert state < plan["evaluation_bytes"] < plan["needed"]
 
 
 @needs_libtpu

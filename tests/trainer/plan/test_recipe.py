@@ -86,7 +86,12 @@ def test_options_are_overridden_by_name():
 
 
 @pytest.mark.parametrize(
-    ("perf", "match"), [("fats", "choose auto, fast, off.*fast"), ("auto,x", "neither")]
+    ("perf", "match"),
+    [
+        ("fats", "choose auto, fast, off.*fast"),
+        ("auto,x", "neither"),
+        ("off,xla_dump_to=/tmp/x", "no path"),
+    ],
 )
 def test_a_choice_that_cannot_be_read(perf, match):
     exp = get_config()

@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, environment
+from tests.processes import BESIDE, ROOT, environment
+from torus import module_command
 from trainer.metrics import read_metrics
 from trainer.recovery.progress import Progress, ProgressPage
 
@@ -19,7 +19,7 @@ _KEEPER = "trainer.recovery.keeper"
 
 def command(workdir: Path, *arguments: str) -> list[str]:
     return [
-        sys.executable, "-m", "trainer.commands.main", "launch", f"--config={TINY}",
+        *module_command("trainer.commands.main"), "launch", f"--config={TINY}",
         f"--workdir={workdir}", f"--config.train.steps={STEPS}", "--config.checkpoint.every=4",
         "--config.checkpoint.snapshot_every=1",
         *arguments,
@@ -28,7 +28,7 @@ def command(workdir: Path, *arguments: str) -> list[str]:
 
 def launch(workdir: Path, *arguments: str, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
-        command(workdir, *arguments), env=environment(**variables), cwd=ROOT, text=True,
+        command(workdir, *arguments), env=environment(**variables), cwd=BESIDE, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

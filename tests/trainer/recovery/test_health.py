@@ -99,7 +99,7 @@ def test_a_rewind_says_where_the_data_goes_on(tmp_path):
 
 @pytest.mark.parametrize("name", ["window", "factor", "sustained", "good_after", "rewinds"])
 def test_settings_that_make_no_sense(name):
-    with pytest.raises(UsageError, match=rf"config.health.{name} = -1: at least"):
+    with pytest.raises(UsageError, match=rf"config.health.{name} = -1(\.0)?: at least"):
         HealthConfig(**{name: -1}).validate()
 
 

@@ -9,6 +9,7 @@ import pytest
 from trainer.recovery.hosts import Hosts, Place
 from trainer.recovery.policy import FINISHED, LOST, NO_PROGRESS, PREEMPTED, STOPPED, End
 from trainer.recovery.progress import Progress
+from trainer.recovery.reach import connected
 
 LEASE = 1.0
 
@@ -18,8 +19,10 @@ class Host:
 
     def __init__(self, folder: Path, index: int, count: int, sizes=(3, 1), patience=20.0) -> None:
         self.hosts = Hosts(
-            folder, index, count, "127.0.0.1", sizes=sizes, lease=LEASE, patience=patience
-        )
+            folder, index, count, "127.0.0.1", sizes=sizes, lease=LEASE, patience=patience,
+            remind=self.reminded,
+        )  # fmt: skip
+        self.reminders: set[str] = set()
         self.met: list[Place | int | None] = []
         self.ended = threading.Event()
         self.frozen = threading.Event()
@@ -54,6 +57,13 @@ class Host:
             time.sleep(0.01)
         return self.ended.is_set()
 
+    def reminded(self, text: str, _: float) -> None:
+        self.reminders.add(text.rpartition(",")[0] or text)
+
+    def lose_network(self) -> None:
+        """Nobody reaches this host any more; it sees the folder and the others as before."""
+        self.hosts._reach.close()
+
     def die(self) -> None:
         self.ended.set()
         self.thread.join()
@@ -76,6 +86,7 @@ def meeting(tmp_path):
     for host in made:
         host.frozen.clear()
         host.die()
+        host.hosts.close()
 
 
 def until(condition, seconds: float = 20.0) -> None:
@@ -142,6 +153,65 @@ def test_a_host_that_takes_leave_is_not_waited_for(meeting):
     hosts[0].leave(PREEMPTED)
     until(lambda: agreed(hosts[1:], [1]))
     assert time.monotonic() - began < LEASE
+
+
+def test_a_host_without_network_is_left_out_though_its_folder_lives(meeting):
+    hosts = meeting(0, 1, 2, count=3, sizes=(3, 2))
+    until(lambda: agreed(hosts, [0, 1, 2]))
+    hosts[2].lose_network()
+    until(lambda: agreed(hosts[:2], [0, 1]))
+    assert hosts[0].lost == [2] and hosts[0].led
+    time.sleep(2 * LEASE)
+    assert agreed(hosts[:2], [0, 1]) and hosts[1].hosts.generation == 1  # and stays out
+
+
+def test_the_one_that_leads_leaves_itself_out_when_its_network_is_dead(meeting):
+    hosts = meeting(0, 1, 2, count=3, sizes=(3, 2))
+    until(lambda: agreed(hosts, [0, 1, 2]))
+    hosts[0].lose_network()
+    until(lambda: agreed(hosts[1:], [1, 2]))
+    assert not hosts[1].hosts.inherits  # the first one has judged before
+    assert (hosts[0].led, hosts[0].lost) == (True, [0])
+    until(lambda: "the other hosts train; this one waits until it is needed" in hosts[0].reminders)
+
+
+def test_where_all_are_needed_a_dead_network_is_waited_for_and_named(meeting):
+    hosts = meeting(0, 1, 2, count=3, sizes=(3,), patience=4.0)
+    until(lambda: agreed(hosts, [0, 1, 2]))
+    hosts[2].lose_network()
+    until(lambda: [host.met[-1] for host in hosts] == [LOST] * 3)
+    assert all(
+        "waiting for host 2, which the others do not reach" in host.reminders for host in hosts
+    )
+
+
+def test_hosts_whose_ports_are_closed_to_each_other_begin_all_the_same(meeting):
+    """A firewall may be around the launchers' ports, and not around the collectives'."""
+    hosts = meeting(0, 1, count=2, sizes=(2, 1))
+    for host in hosts:
+        host.lose_network()
+        host.hosts._own["port"] = 0
+    until(lambda: agreed(hosts, [0, 1]))
+    time.sleep(2 * LEASE)
+    assert agreed(hosts, [0, 1]) and hosts[0].hosts.generation == 0
+
+
+@pytest.mark.parametrize(
+    ("links", "left"),
+    [
+        ({}, [0]),
+        ({(0, 1), (1, 0), (1, 2), (2, 1), (0, 2), (2, 0)}, [0, 1, 2]),
+        ({(0, 1), (1, 0), (1, 2), (0, 2)}, [0, 1]),  # 2 is heard by nobody
+        ({(0, 1), (1, 0), (2, 1), (2, 0)}, [0, 1]),  # 2 hears nobody
+        ({(1, 2), (2, 1)}, [1, 2]),
+        ({(1, 2), (2, 1), (0, 2), (2, 0)}, [0, 2]),  # one link is down
+    ],
+)
+def test_as_many_as_reach_each_other_stay(links, left):
+    ages = {a: {b: 1.0 for (x, b) in links if x == a} for a in range(3)}
+    assert connected([0, 1, 2], ages, within=2.0) == left
+    assert connected([0, 1, 2], ages, within=0.5) == [0]
+    assert connected([], {}, within=1.0) == []
 
 
 def test_one_that_was_frozen_finds_that_it_was_given_up(meeting):

@@ -1,15 +1,19 @@
 """Keepers as real processes, their trainers played by this one: no JAX."""
 
+import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from checkpoint.memory.slots import HEADER, Slots
-from checkpoint.memory.wire import Connection, Directory, Refused
-from trainer.recovery.keeper import KeeperProcess
+from checkpoint.memory.wire import VARIABLE, Connection, Directory, Refused
+from trainer.recovery.keeper import Keeper, KeeperProcess
+from trainer.recovery.keeper import main as keeper_main
+from trainer.recovery.server import STRANGERS
 
 pytestmark = pytest.mark.multiprocess
 PROCESSES = 2
@@ -155,6 +159,98 @@ def test_a_stranger_is_not_heard(hosts, tmp_path):
         Connection.open(("127.0.0.1", port), b"guess")
     job.reserve(1)
     assert job.named() > 0
+
+
+def test_a_keeper_listens_at_its_own_address_only(hosts, tmp_path):
+    job = hosts([4096, 4096], processes=1)
+    job.reserve(0)
+    for host in (0, 1):
+        wait(lambda host=host: (tmp_path / f"keeper{host}.json").exists())
+        address, port = json.loads((tmp_path / f"keeper{host}.json").read_text())
+        assert address == "127.0.0.1"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port), timeout=5)
+
+
+def test_many_strangers_do_not_close_a_keeper(hosts, tmp_path):
+    """Three hundred are silent or send a byte at a time; it holds a few dozen of them."""
+    job = hosts([4096], processes=1)
+    job.reserve(0)
+    _, port = json.loads((tmp_path / "keeper0.json").read_text())
+    pid = job.keepers[0]._process.pid
+    with contextlib.ExitStack() as stack:
+        for number in range(300):
+            stranger = socket.create_connection(("127.0.0.1", port), timeout=5)
+            stack.enter_context(stranger)
+            if number % 2:
+                stranger.send(b"x")
+        assert len(os.listdir(f"/proc/{pid}/fd")) < STRANGERS + 30
+        step = job.named()
+        job.write(step, {0: b"x"})
+        job.counted(step)
+
+
+def test_a_lost_connection_between_keepers_costs_no_minute(hosts, tmp_path):
+    """A chunk does not reach the other host: another step is named, and that one counts."""
+    job = hosts([4096, 4096], processes=1)
+    for rank in (0, 1):
+        job.reserve(rank)
+    first = job.named()
+    place = tmp_path / "keeper1.json"
+    kept = place.read_text()
+    place.write_text(json.dumps(["127.0.0.1", 9]))
+    job.write(first, {0: b"first"})
+    wait(lambda: job.slots[0].next > first)
+    place.write_text(kept)
+    began, second = time.monotonic(), job.named()
+    assert second > first
+    job.write(second, {0: b"second", 1: b"second"})
+    job.counted(second)
+    assert time.monotonic() - began < 15
+
+
+def test_a_keeper_that_cannot_start_is_told_of_once_and_tried_ever_more_rarely(tmp_path):
+    directory = Directory(str(tmp_path), 0, 2, 1, address="203.0.113.1")  # no host's (RFC 5737)
+    starts, told = [], []
+    with KeeperProcess(directory) as keeper:
+        until = time.monotonic() + 6
+        while time.monotonic() < until:
+            told += filter(None, [keeper.ensure()])
+            starts += [keeper._process] * (keeper._process not in (*starts, None))
+            time.sleep(0.02)
+    assert told == ["no snapshots"]
+    assert 2 <= len(starts) <= 4  # not once a second
+
+
+def test_a_keeper_says_why_it_cannot_start(tmp_path, monkeypatch, capsys):
+    directory = Directory(str(tmp_path), 0, 2, 1, address="203.0.113.1")
+    monkeypatch.setenv(VARIABLE, directory.environment()[VARIABLE])
+    assert keeper_main() == 1
+    assert "keeper: no snapshots: " in (text := capsys.readouterr().err)
+    assert "Cannot assign requested address" in text
+
+
+def test_what_goes_wrong_in_a_thread_of_a_keeper_is_told(tmp_path, capsys):
+    keeper = Keeper(Directory(str(tmp_path)))
+    keeper._submit(lambda: 1 // 0)
+    keeper._work.shutdown()
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_parts_are_computed_with_signs_of_life_and_given_back(hosts, monkeypatch):
+    job = hosts([2**20] * 3, processes=1)
+    for rank in range(3):
+        job.reserve(rank)
+    step = job.named()
+    job.write(step, {rank: os.urandom(2**20 - 300) for rank in range(3)})
+    job.counted(step)
+    job.keepers[2].__exit__()
+    directory = job.directories[0]
+    ask = {"op": "rebuild", "owner": 2, "step": step, "sizes": job.sizes}
+    directory.ask(0, ask)
+    assert directory.ask(0, {"op": "survey"})["ranks"].keys() == {"0", "2"}
+    directory.ask(0, {"op": "release"})
+    assert directory.ask(0, {"op": "survey"})["ranks"].keys() == {"0"}
 
 
 def test_more_than_the_memory_there_is_is_refused(hosts):

@@ -1,0 +1,1 @@
+raise SystemExit("a package of the user was imported instead of that of Torus")

@@ -1,0 +1,1 @@
+raise SystemExit("a module of the user was imported instead of a package of Torus")
