@@ -12,7 +12,15 @@ import pytest
 from models.presets import PRESETS
 from sharding.errors import UsageError
 from trainer.commands.main import main
-from trainer.config import Experiment, differences, from_dict, leaves, parse_flags, to_json
+from trainer.config import (
+    Experiment,
+    check_sizes,
+    differences,
+    from_dict,
+    leaves,
+    parse_flags,
+    to_json,
+)
 from trainer.run import write_experiment
 
 TINY = f"--config={Path(__file__).parent.parent / 'tiny.py'}"
@@ -286,3 +294,14 @@ def test_every_leaf_is_either_identity_or_free():
     assert {"model.layers", "data.seed", "optimizer.peak_lr", "train.steps"} <= fields
     assert not fields & {"mesh.fsdp", "log.every", "train.stop_at", "model.remat", "model.dtype"}
     assert dataclasses.asdict(old) == dataclasses.asdict(new)
+
+
+@pytest.mark.parametrize(("kv_heads", "tensor"), [(1, 4), (2, 4), (4, 4), (4, 2), (4, 8), (8, 8)])
+def test_kv_heads_divide_over_tensor_or_the_other_way_round(kv_heads, tensor):
+    experiment = Experiment()
+    experiment.model = dataclasses.replace(experiment.model, heads=24, kv_heads=kv_heads)
+    sizes = {"data": 1, "fsdp": 1, "seq": 1}
+    check_sizes(experiment, {**sizes, "tensor": tensor})
+    experiment.model = dataclasses.replace(experiment.model, kv_heads=6)
+    with pytest.raises(UsageError, match=r"kv_heads = 6 does not divide over .* tensor = [248]"):
+        check_sizes(experiment, {**sizes, "tensor": 4 if tensor == 2 else tensor})

@@ -113,7 +113,7 @@ def attend(
             constant = twice * (np.abs(dout[b, t, n]) @ np.abs(out[b, t, n]))
             row = constant + (twice - 1) * (np.abs(v[b, keys, g]) @ np.abs(dout[b, t, n]))
             moved = np.abs(draw) + p * slope * row
-            off.out_BTNV[b, t, n] = p @ np.abs(v[b, keys, g])
+            off.out_BTNV[b, t, n] = p @ np.abs(v[b, keys, g]) + (twice - 1) * np.abs(out[b, t, n])
             off.dq_BTNH[b, t, n] = scale * moved @ np.abs(k[b, keys, g])
             off.dk_BSKH[b, keys, g] += scale * np.outer(moved, np.abs(q[b, t, n]))
             off.dv_BSKV[b, keys, g] += twice * np.outer(p, np.abs(dout[b, t, n]))
