@@ -14,6 +14,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from checkpoint.files import read_lines
 from checkpoint.steps import folder_path
 from trainer.console import format_duration
 from trainer.metrics import all_records
@@ -63,10 +64,10 @@ class Goodput:
 def read_incidents(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns what `torus launch` wrote down; a line torn by a crash is left out."""
     path, found = folder_path(run) / INCIDENTS, []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+    for line in read_lines(path) if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
-    return found
+    return [incident for incident in found if isinstance(incident, dict)]
 
 
 def failures(run: str | os.PathLike[str]) -> tuple[int, float]:

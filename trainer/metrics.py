@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from checkpoint.files import LINE, open_file, read_lines
 from checkpoint.steps import folder_path, is_remote
 from sharding.errors import UsageError
 from sharding.fields import Fields
@@ -203,7 +204,7 @@ def all_records(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = folder_path(run)
     if path.is_dir():
         path = path / "metrics.jsonl"
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = read_lines(path) if path.exists() else ()
     return [record for line in lines if (record := _parse(line)) is not None]
 
 
@@ -362,7 +363,7 @@ def _without_specials(value: Any) -> Any:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:  # also UnicodeDecodeError: a crash can tear a line anywhere
+    except (ValueError, RecursionError):  # also UnicodeDecodeError: a crash tears lines anywhere
         return None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         return None
@@ -378,10 +379,17 @@ def _drop_torn_line(path: Path) -> None:
     """Cuts a last line without its newline, so that what is appended starts on its own line."""
     if not path.exists():
         return
+    open_file(path).close()  # refuses what is not a regular file
     with path.open("r+b") as file:
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - LINE)
+            file.seek(start)
+            if (last := file.read(end - start).rfind(b"\n")) >= 0:
+                end = start + last + 1
+                break
+            end = start
+        file.truncate(end)
 
 
 class _RewrittenFile:

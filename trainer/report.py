@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.files import read_json
 from checkpoint.steps import complete_steps, folder_path, write_whole
 from sharding.errors import UsageError
 from trainer.console import format_duration
@@ -92,9 +93,9 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     experiment = {}
     if (path / "experiment.json").exists():
         try:
-            experiment = json.loads((path / "experiment.json").read_text())
+            experiment = read_json(path / "experiment.json")
         except ValueError as error:
-            raise UsageError(f"{path / 'experiment.json'} is not JSON: {error}") from error
+            raise UsageError(str(error)) from error
     records = read_metrics(path)
     return Run(
         folder=path,

@@ -6,10 +6,10 @@ lock              which process trains here now (trainer/lock.py)
 metrics.jsonl     records of steps, evaluations and events; tensorboard/ mirrors them
 """
 
-import json
 import os
 from dataclasses import replace
 
+from checkpoint.files import read_json
 from checkpoint.steps import complete_steps, folder_path, is_remote, pick_step, write_whole
 from sharding.errors import UsageError
 from trainer.config import Experiment, differences, from_dict, to_json
@@ -28,7 +28,7 @@ def read_experiment(workdir: str | os.PathLike) -> Experiment:
     if not path.exists():
         raise UsageError(f"{workdir} is not a run: it has no {EXPERIMENT}")
     try:
-        return from_dict(json.loads(path.read_text()))
+        return from_dict(read_json(path))
     except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 

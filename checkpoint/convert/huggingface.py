@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from checkpoint.convert.folders import inside
-from checkpoint.convert.safetensors import Stored, Tensors, create, read_header, read_json
+from checkpoint.convert.safetensors import Stored, Tensors, create, read_header
+from checkpoint.files import read_json
 from sharding.errors import MismatchError, UnsafeInputError
 
 CONFIG = "config.json"

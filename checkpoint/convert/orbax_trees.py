@@ -21,9 +21,10 @@ import tensorstore as ts
 from checkpoint.convert.folders import inside
 from checkpoint.convert.mapping import aligned
 from checkpoint.convert.pieces import LARGEST, sound
-from checkpoint.convert.safetensors import RANK_LIMIT, read_json
+from checkpoint.convert.safetensors import RANK_LIMIT
 from checkpoint.convert.sources import Source
 from checkpoint.convert.trees import Keys, source_of
+from checkpoint.files import read_json
 from checkpoint.objects import folder_spec
 from checkpoint.steps import COMMITTED, is_remote
 from sharding.errors import MismatchError, UnsafeInputError, UsageError

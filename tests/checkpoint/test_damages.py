@@ -152,10 +152,10 @@ def test_what_is_no_small_file_is_refused_where_json_is_wanted(pristine, tmp_pat
     path = folder / "1/meta/data.json"
     path.unlink()
     os.mkfifo(path)
-    assert "it is not a file" in verified(folder, capsys)
+    assert "is not a regular file" in verified(folder, capsys)
     path.unlink()
     path.symlink_to("/dev/zero")
-    assert "it is not a file" in verified(folder, capsys)
+    assert "is not a regular file" in verified(folder, capsys)
     path.unlink()
     with path.open("wb") as file:
         file.truncate(2**40)

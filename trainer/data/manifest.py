@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from checkpoint.files import parse_json, read_bytes
 from checkpoint.steps import write_whole
-from sharding.errors import UsageError
+from sharding.errors import UsageError, shown
 from trainer.data.tokenizer import TokenizerSpec
 
 FILE = "manifest.json"
@@ -85,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
         preparation that did not finish, a shard outside the folder, ids beyond the vocabulary.
     """
     try:
-        text = (folder / FILE).read_text()
+        text = read_bytes(folder / FILE)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"dataset {folder}: no {FILE} there, so it is not a dataset") from None
     except (OSError, ValueError) as error:
@@ -96,12 +97,14 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(text: str | bytes, folder: str) -> Manifest:
     """Checks the text of a manifest as `read_manifest` does; `folder` is for the errors."""
     try:
-        content = json.loads(text)
+        content = parse_json(text if isinstance(text, bytes) else text.encode(), FILE)
     except ValueError as error:
         raise UsageError(f"dataset {folder}: {FILE} cannot be read: {error}") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
-        raise UsageError(f"dataset {folder}: {FILE} has version {version}, this reads {VERSION}")
+        raise UsageError(
+            f"dataset {folder}: {FILE} has version {shown(version)}, this reads {VERSION}"
+        )
     try:
         manifest = Manifest(
             **{
@@ -121,7 +124,7 @@ def _typed(kind: type, content: dict) -> object:
     for part in fields(kind):
         value = content[part.name]
         if type(value) is not part.type or (part.type is int and value < 0):
-            raise TypeError(f"{kind.__name__}.{part.name} = {value!r}")
+            raise TypeError(f"{kind.__name__}.{part.name} = {shown(value)}")
     return kind(**content)
 
 

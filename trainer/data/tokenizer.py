@@ -17,9 +17,12 @@ from typing import Protocol
 
 import numpy as np
 
+from checkpoint.files import read_bytes, read_json, read_text
 from checkpoint.steps import folder_path, is_remote
 from sharding.errors import StorageError, UsageError, install_hint, nearest
 from trainer.data.chat import ChatTemplate
+
+LIMIT = 2**28  # bytes of a definition; the largest published ones have some 2**25
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,7 @@ def open_tokenizer(reference: str) -> Tokenizer:
             raise UsageError(f"tokenizer {reference}: the folder has none of {wanted}")
         path = path / names[0]
     try:
-        definition = path.read_bytes()
+        definition = read_bytes(path, LIMIT)
     except StorageError:
         raise
     except OSError as error:
@@ -334,7 +337,7 @@ def load_tokenizer(spec: TokenizerSpec | dict, folder: Path | None = None) -> To
         raise UsageError(f"tokenizer {kind!r} lives in the dataset's folder, none was given")
     else:
         try:
-            definition = (folder / file).read_bytes()
+            definition = read_bytes(folder / file, LIMIT)
         except OSError as error:
             raise UsageError(f"dataset {folder}: {file}: {error.strerror}") from None
         tokenizer = _build(kind, definition, folder / file)
@@ -427,12 +430,12 @@ def _build(kind: str, definition: bytes, path: Path) -> Tokenizer:
 def _special_names(folder: Path) -> dict[str, str]:
     """Returns the special tokens and the chat template that are named beside a tokenizer.json."""
     path, names = folder / _CONFIG, {}
-    content = json.loads(path.read_text()) if path.is_file() else {}
+    content = read_json(path) if path.is_file() else {}
     template, file = content.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
     if file.is_file():
-        template = file.read_text()
+        template = read_text(file)
     if template:
         if not isinstance(template, str):
             raise UsageError(f"the chat_template in {_CONFIG} is not text")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.files import read_json
 from checkpoint.steps import write_whole
 from sharding.errors import UsageError
 from sharding.fields import Fields
@@ -150,7 +151,10 @@ class Rewinds:
     def read(cls, folder: Path) -> "Rewinds":
         """Returns what the run's folder says: none, if it never went back."""
         path = folder / "rewinds.json"
-        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+        try:
+            return cls(**read_json(path)) if path.exists() else cls()
+        except TypeError as error:
+            raise UsageError(f"{path} does not count rewinds: {error}") from error
 
     def write(self, folder: Path) -> None:
         """Puts it into the run's folder, whole or not at all."""
