@@ -83,7 +83,12 @@ def _assemble(tag: Path, shapes: list[dict], states: list[dict]) -> Source:
     else:
         inner, masters = "base_optimizer_state", "single_partition_of_fp32_groups"
     adam = [state[inner]["state"] for state in states]
-    steps = {count_of(group["step"]) for rank in adam for group in rank.values()}
+    steps = {
+        # Early versions of FusedAdam count in the parameter group alone.
+        count_of(entry.get("step", state[inner]["param_groups"][0].get("step")))
+        for rank, state in zip(adam, states, strict=True)
+        for entry in rank.values()
+    }
     if len(steps) != 1:
         raise MismatchError(f"{tag}: its ranks are at steps {sorted(steps)[:4]}")
     cut = _cut_parameters if stage == 3 else _cut_groups
@@ -174,7 +179,7 @@ def read_ucp(folder: Path) -> Source:
                 step = read_torch(inside(place, "step.pt"))
                 steps.add(count_of(step))
         inner = state.get("optimizer_state_dict", {}).get("state", {})
-        steps |= {count_of(group["step"]) for group in inner.values()}
+        steps |= {count_of(group["step"]) for group in inner.values() if "step" in group}
         settings = adam_settings((state.get("param_groups") or [{}])[0])
     if len(steps) != 1:
         raise MismatchError(f"{tag}: its parameters are at steps {sorted(steps)[:4]}")

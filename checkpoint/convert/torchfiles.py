@@ -253,7 +253,7 @@ class _Reader:
         (count,) = storage.shape
         size = math.prod(shape)
         if size > count or (size and first + _extent(shape, stride) > count):
-            raise ValueError(f"a tensor of {shown(shape)} from {first} on is in {count} elements")
+            raise ValueError(f"a tensor of {shape} from {first} on lies in {count} elements")
         offset = storage.offset + first * storage.dtype.itemsize
         return Strided(storage.file, offset, storage.dtype, tuple(shape), tuple(stride))
 

@@ -361,11 +361,15 @@ def _report(
     written = not args.dry_run
     plan, plans = moves[0].plan, [move.plan for move in moves]
     casts = plan.casts | {f"{m.part}/{n}": c for m in moves[1:] for n, c in m.plan.casts.items()}
+    overflows = {
+        (f"{m.part}/" if m is not moves[0] else "") + n: c
+        for m in moves for n, c in m.plan.overflows.items() if c
+    }  # fmt: skip
     facts = {
         "family": plan.family.model_type, "source": args.source, "target": args.target,
         "written": written, "verified": written, "tensors": sum(len(p.target) for p in plans),
         "bytes": sum(p.nbytes for p in plans), "in_flight": in_flight,
-        "casts": casts, "ignored": list(plan.buffers),
+        "casts": casts, "overflows": overflows, "ignored": list(plan.buffers),
         "repeated": [copy for copy, _ in plan.copies], "optimizer": carried, "left": left,
         "rows": [row.text for row in plan.rows],
     }  # fmt: skip
@@ -376,6 +380,9 @@ def _report(
         print("\n".join(facts["rows"]))
     for name, cast in casts.items():
         print(one_line(f"cast: {name} {cast}"))
+    for name, count in overflows.items():
+        where = casts[name]
+        print(one_line(f"OVERFLOW: {name}: {count:,} finite values are too large for {where}"))
     for what in ("ignored", "repeated"):
         for name in facts[what]:
             print(one_line(f"{what}: {name}"))

@@ -76,7 +76,7 @@ FILES = {
         p, b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,0]}}'
     ),
     "shape of 1,000 axes": edited(shape=[1] * 1000),
-    "unknown dtype": edited(dtype="F4"),
+    "unknown dtype": edited(dtype="F5"),
     "offsets beyond the file": edited(data_offsets=[0, 2**50]),
     "offsets backwards": edited(data_offsets=[24, 0]),
     "one offset": edited(data_offsets=[0]),

@@ -25,6 +25,7 @@ from tests.checkpoint.convert.folders import (
     random_tensors,
     read_folder,
     same,
+    shapes_of,
     tiny,
     write_folder,
 )
@@ -204,6 +205,24 @@ def test_a_cast_is_asked_for_and_reported(tmp_path, capsys):
     for name, array in before.items():
         with np.errstate(invalid="ignore"):  # signalling NaNs
             assert np.array_equal(after[name], array, equal_nan=True)
+
+
+def test_values_that_float16_does_not_hold_are_counted(tmp_path, capsys):
+    family, config = drawn("llama", 0)
+    tensors = {n: np.ones(s, np.float32) for n, s in shapes_of(family, family.read(config)).items()}
+    tensors["model.norm.weight"][:2] = 1e6, np.inf
+    folder = write_folder(tmp_path / "hf", config, tensors)
+    command = ["convert", str(folder), f"torus:{tmp_path}/start"]
+    assert main(command) == 0 and "OVERFLOW" not in capsys.readouterr().out
+    command = ["convert", f"{tmp_path}/start", f"{tmp_path}/out", "--dtype"]
+    assert main([*command, "float16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["overflows"] == {"model.norm.weight": 1}
+    shutil.rmtree(tmp_path / "out")
+    assert main([*command, "float16"]) == 0
+    line = "OVERFLOW: model.norm.weight: 1 finite values are too large for float32 → float16"
+    assert line in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out")
+    assert main([*command, "bfloat16"]) == 0 and "OVERFLOW" not in capsys.readouterr().out
 
 
 def test_tokenizer_files_and_the_rest_of_the_config_travel(tmp_path):
