@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.convert.folders import find_tag, inside
+from checkpoint.convert.folders import find_tag, inside, resolved
 from checkpoint.convert.pieces import (
     Pieces,
     PieceTensors,
@@ -163,7 +163,7 @@ def read_ucp(folder: Path) -> Source:
     facts = read_torch(inside(tag, model), _CLASSES)
     places = sorted(place for place in zero.iterdir() if place.is_dir())
     for place in (zero, *places):
-        if not place.resolve().is_relative_to(tag.resolve()):
+        if not resolved(place).is_relative_to(resolved(tag)):
             raise UnsafeInputError(f"{place} is a link out of its folder")
     state = read_torch(inside(zero, "optimizer_state.pt"), _CLASSES)
     parts: dict[str, dict[str, Pieces]] = {part: {} for part in _KEYS.values()}

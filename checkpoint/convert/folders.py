@@ -28,18 +28,26 @@ def inside(folder: Path, name: str) -> Path:
         if not (folder / name).is_file():
             raise MismatchError(f"{folder} has no {name}")
         return folder / name
-    path, root = folder / name, folder.resolve()
+    path, root = folder / name, resolved(folder)
     if not path.exists() and not path.is_symlink():
         raise MismatchError(f"{folder} has no {name}")
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
-    target = path.resolve()
+    target = resolved(path)
     if not any(target.is_relative_to(place) for place in allowed):
         raise UnsafeInputError(f"{path} is a link out of its folder, to {target}")
     if not target.is_file():
         raise UnsafeInputError(f"{path} is not a file")
     return target
+
+
+def resolved(path: Path) -> Path:
+    """Returns a path without links; raises UnsafeInputError for a link to itself."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # the latter before Python 3.13
+        raise UnsafeInputError(f"{path} is a link to itself, or cannot be followed") from error
 
 
 def find_tag(
@@ -64,7 +72,7 @@ def find_tag(
     tag = folder / name
     if name not in {path.name for path in folder.iterdir()} or not tag.is_dir():
         raise MismatchError(f"{folder / pointer} names {name}, which is not there")
-    if not tag.resolve().is_relative_to(folder.resolve()):
+    if not resolved(tag).is_relative_to(resolved(folder)):
         raise UnsafeInputError(f"{tag} is a link out of its folder")
     return tag
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from checkpoint.convert.families import Family
 from checkpoint.convert.fields import Constant, Theirs
-from checkpoint.convert.folders import find_tag, inside
+from checkpoint.convert.folders import find_tag, inside, resolved
 from checkpoint.convert.pieces import Pieces, PieceTensors, check_grid, count_of, sound, whole
 from checkpoint.convert.sources import MOMENTS, PARAMS, Source, adam_settings
 from checkpoint.convert.torch_dcp import read_index
@@ -139,7 +139,7 @@ def _read_legacy(tag: Path) -> tuple[dict[str, Tensors], dict, list[str]]:
     if len(places) != tensor * pipeline:
         raise MismatchError(f"{tag} has {len(places)} files of {tensor} × {pipeline} ranks")
     for place in places.values():
-        if not place.resolve().is_relative_to(tag.resolve()):
+        if not resolved(place).is_relative_to(resolved(tag)):
             raise UnsafeInputError(f"{place} is a link out of its folder")
     states = {r: read_torch(inside(place, _FILE), CLASSES) for r, place in places.items()}
     common = states[0, 0]

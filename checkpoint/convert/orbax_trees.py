@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from checkpoint.convert.folders import inside
+from checkpoint.convert.folders import inside, resolved
 from checkpoint.convert.mapping import aligned
 from checkpoint.convert.pieces import LARGEST, sound
 from checkpoint.convert.safetensors import RANK_LIMIT
@@ -143,10 +143,10 @@ def _size(item: Path) -> int:
     """Returns the bytes of all files of an item; raises UnsafeInputError for a link out of it."""
     if is_remote(item):
         return LARGEST  # stores do not say, and have no links
-    total, root = 0, item.resolve()
+    total, root = 0, resolved(item)
     for place, folders, files in os.walk(item):
         for path in (Path(place) / name for name in (*folders, *files)):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
+            if path.is_symlink() and not resolved(path).is_relative_to(root):
                 raise UnsafeInputError(f"{path} is a link out of its folder")
         total += sum((Path(place) / name).stat().st_size for name in files)
     return total
@@ -156,7 +156,7 @@ def _open(
     item: Path, facts: dict[str, Any], names: list[str], cache: int
 ) -> dict[str, ts.TensorStore]:
     packed = (item / STORE).exists()
-    base = folder_spec(item if is_remote(item) else item.resolve())
+    base = folder_spec(item if is_remote(item) else resolved(item))
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
     complete = facts.get("store_array_data_equal_to_fill_value") is True
 

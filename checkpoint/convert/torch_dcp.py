@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.convert.folders import inside
+from checkpoint.convert.folders import inside, resolved
 from checkpoint.convert.pickles import LIMIT, Global, Inert, dumps, loads
 from checkpoint.convert.pieces import (
     Pieces,
@@ -138,7 +138,7 @@ def _newest(folder: Path) -> Path:
         names = ", ".join(sorted(child.name for child in below)[:4])
         raise MismatchError(f"{folder} has no {INDEX}" + (f"; name one of {names}" * bool(below)))
     found = steps[max(steps)] if steps else below[0]
-    if not found.resolve().is_relative_to(folder.resolve()):
+    if not resolved(found).is_relative_to(resolved(folder)):
         raise UnsafeInputError(f"{found} is a link out of its folder")
     return found
 
