@@ -425,7 +425,7 @@ def _build(kind: str, definition: bytes, path: Path) -> Tokenizer:
             f"tokenizer {path}: reading it needs {error.name}; {install_hint('data')}"
         ) from None
     except Exception as error:  # the libraries raise bare Exception on files they cannot read
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise UsageError(f"tokenizer {path} cannot be read: {reason}") from None
 
 
