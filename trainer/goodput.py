@@ -9,6 +9,7 @@ them before it.
 
 import contextlib
 import json
+import math
 import os
 import statistics
 from dataclasses import dataclass
@@ -67,7 +68,15 @@ def read_incidents(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for line in read_lines(path) if path.exists() else ():
         with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
-    return [incident for incident in found if isinstance(incident, dict)]
+    return [incident for incident in found if isinstance(incident, dict) and _sound(incident)]
+
+
+def _sound(incident: dict[str, Any]) -> bool:
+    """Whether a record has the fields that are read of it, and of their types."""
+    numbers = (incident.get(name, 0) for name in ("time", "step", "checkpoint", "seconds"))
+    return isinstance(incident.get("kind"), str) and all(
+        isinstance(number, int | float) and math.isfinite(number) for number in numbers
+    )
 
 
 def failures(run: str | os.PathLike[str]) -> tuple[int, float]:
@@ -97,7 +106,7 @@ def measure(run: str | os.PathLike[str]) -> Goodput | None:
         return None
     usual = statistics.median(steps)
     faults = [i for i in read_incidents(run) if i.get("kind") in _FAULTS]
-    recoveries = [i["seconds"] for i in read_incidents(run) if i.get("kind") == "recovered"]
+    recoveries = [i.get("seconds", 0.0) for i in read_incidents(run) if i["kind"] == "recovered"]
     bad, spans = dict.fromkeys(CAUSES, 0.0), []
     detected, recovered, lost, stopped = [], [], 0, 0.0
     before: list[dict[str, Any]] = []

@@ -30,7 +30,8 @@ def read_experiment(workdir: str | os.PathLike) -> Experiment:
     try:
         return from_dict(read_json(path))
     except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())[:1000]
+        raise UsageError(f"{path} cannot be read: {reason}") from error
 
 
 def check_workdir(workdir: str, experiment: Experiment) -> None:

@@ -34,6 +34,7 @@ METADATA = "_METADATA"
 STORE = "manifest.ocdbt"
 CACHE = 2**27  # bytes of chunks that are kept, or two of the largest
 EXPANSION = 1024  # times the bytes on disk that all arrays may have; weights hardly compress
+HOLES = 64  # bytes of a file per byte on the disk, as a file system may compress it
 TOGETHER = 64  # arrays that are opened at once
 _STEP = re.compile(r"(?:.*_)?(\d+)")
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")

@@ -19,7 +19,7 @@ import numpy as np
 
 from checkpoint.files import read_bytes, read_json, read_text
 from checkpoint.steps import folder_path, is_remote
-from sharding.errors import StorageError, UsageError, install_hint, nearest
+from sharding.errors import StorageError, UsageError, install_hint, nearest, shown
 from trainer.data.chat import ChatTemplate
 
 LIMIT = 2**28  # bytes of a definition; the largest published ones have some 2**25
@@ -173,7 +173,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if name is not None:
             found = self._tokenizer.token_to_id(name)
             if found is None:
-                raise UsageError(f"tokenizer_config.json names {name!r}, tokenizer.json has none")
+                raise UsageError(
+                    f"tokenizer_config.json names {shown(name)}, tokenizer.json has none"
+                )
             return found
         ids = (self._tokenizer.token_to_id(each) for each in usual)
         return next((found for found in ids if found is not None), None)
@@ -423,7 +425,7 @@ def _build(kind: str, definition: bytes, path: Path) -> Tokenizer:
             f"tokenizer {path}: reading it needs {error.name}; {install_hint('data')}"
         ) from None
     except Exception as error:  # the libraries raise bare Exception on files they cannot read
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise UsageError(f"tokenizer {path} cannot be read: {reason}") from None
 
 

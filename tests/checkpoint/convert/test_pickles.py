@@ -151,13 +151,13 @@ def memoised(size: int, call: bytes, count: int) -> bytes:
 @pytest.mark.parametrize("name", ["ctorch\nSize\n", "cbuiltins\nset\n",
                                   "ccollections\nOrderedDict\n"])  # fmt: skip
 def test_one_large_value_is_not_copied_many_times(name):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UnsafeInputError, match=r"of what is no|too many axes"):
         loads(memoised(2**20, name.encode(), 400), "x", KNOWN, torchfiles.plain)
     pairs = b"\x80\x02(](" + b"(K\1K\2t" * 10**4 + b"eq\0" + (name.encode() + b"h\0\x85R") * 10**4
     with pytest.raises(UnsafeInputError, match=r"more than 640 MiB|too many axes"):
         loads(pairs + b"t.", "x", KNOWN, torchfiles.plain)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_a_pickle_takes_a_bounded_memory(monkeypatch):
