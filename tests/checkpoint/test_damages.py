@@ -152,14 +152,14 @@ def test_what_is_no_small_file_is_refused_where_json_is_wanted(pristine, tmp_pat
     path = folder / "1/meta/data.json"
     path.unlink()
     os.mkfifo(path)
-    assert "it is not a file" in verified(folder, capsys)
+    assert "is not a regular file" in verified(folder, capsys)
     path.unlink()
     path.symlink_to("/dev/zero")
-    assert "it is not a file" in verified(folder, capsys)
+    assert "is not a regular file" in verified(folder, capsys)
     path.unlink()
     with path.open("wb") as file:
         file.truncate(2**40)
-    assert "bytes, more than" in verified(folder, capsys)
+    assert "is larger than" in verified(folder, capsys)
 
 
 def test_a_step_that_is_retired_meanwhile_is_no_damage(pristine, tmp_path, capsys, monkeypatch):
