@@ -1,4 +1,4 @@
-"""What is left of a failed read by Orbax: its reason in one line, and reads that nobody awaits."""
+"""What Orbax says: of a failed read the reason in one line, and nothing of what nobody needs."""
 
 import gc
 import logging
@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from absl import logging as absl
 
 from checkpoint import steps
 
@@ -25,13 +27,23 @@ def read_failure(error: BaseException, names: Sequence[str]) -> str:
     return ": ".join([*([steps.listing(about)] if about else []), steps.reason(error)])
 
 
-def quiet_late_reads() -> None:
-    """Says nothing, from now on, of reads that end after Orbax gave up on a step and closed shop.
+def quiet_orbax() -> None:
+    """Drops, from now on, Orbax's notes of progress and what its reads say once it gave up.
 
-    tensorstore tells each of them to Python's hook for errors that nobody can catch.
+    tensorstore tells of a read that ends after that to Python's hook for errors nobody can catch.
     """
     if not isinstance(sys.unraisablehook, _Quiet):
         sys.unraisablehook = _Quiet(sys.unraisablehook)
+    logger = absl.get_absl_logger()
+    if not any(isinstance(known, _OrbaxFilter) for known in logger.filters):
+        logger.addFilter(_OrbaxFilter())
+
+
+class _OrbaxFilter(logging.Filter):
+    """Drops Orbax's progress notes, a page for each save."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or "orbax" not in record.pathname
 
 
 class _Quiet:

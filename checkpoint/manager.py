@@ -12,11 +12,10 @@ that were in memory when they were saved: Orbax itself returns flipped bits with
 
 import contextlib
 import json
-import logging as python_logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,7 +31,7 @@ from orbax.checkpoint import v1 as ocp
 
 from checkpoint import agreement, steps
 from checkpoint.config import CheckpointConfig, validate
-from checkpoint.failures import collect_reads, quiet_late_reads, read_failure
+from checkpoint.failures import collect_reads, quiet_orbax, read_failure
 from checkpoint.fingerprint import as_text, fingerprints
 from checkpoint.manifest import (
     FORMAT,
@@ -81,7 +80,7 @@ class CheckpointManager:
             UsageError: a setting makes no sense.
         """
         validate(config)
-        _quiet_orbax()
+        quiet_orbax()
         self.folder = steps.folder_path(folder)
         self._config = config
         self.every = config.every if config.every >= 0 else _FIRST_SAVE  # steps between saves
@@ -361,7 +360,7 @@ def load_step(
         CheckpointError: the step is damaged, and the message names files or arrays; or it is not
             visible to a process (`steps.NotVisibleError`).
     """
-    _quiet_orbax()
+    quiet_orbax()
     step = agreement.first(lambda: steps.pick_step(folder, step))
     agreement.together(lambda: steps.wait_visible(folder, step, jax.process_index()))
     path = steps.folder_path(folder) / str(step)
@@ -391,7 +390,7 @@ def try_restore(folder: str | os.PathLike, step: int) -> None:
     Raises:
         CheckpointError: the step could not be restored; the message names files or arrays.
     """
-    _quiet_orbax()
+    quiet_orbax()
     manifest, _, _ = read_step(folder, step)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     first = {
@@ -401,37 +400,15 @@ def try_restore(folder: str | os.PathLike, step: int) -> None:
     context = ocp.Context()
     context.array.loading.enable_padding_and_truncation = True
     path = steps.folder_path(folder) / str(step)
-    tree = unflatten(first)
-    remote = steps.is_remote(folder)
-    with _without_values(path, tree) if remote else contextlib.nullcontext(path) as near:
-        _load(near, tree, context, path)
-
-
-@contextlib.contextmanager
-def _without_values(path: Any, first: Tree) -> Iterator[Path]:
-    """Gives a copy, on the disk, of a step in a bucket with one element of each array.
-
-    Orbax reads buckets by libraries that need not be here (gcsfs), and this way too what it reads
-    beside the values is all of that step.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        save_frame(folder, 0, first, {})
-        local = Path(folder) / "0"
-        for file in local.rglob("*"):
-            if file.is_file() and not _holds_values(file.relative_to(local)):
-                file.unlink()
-        for name in path.below():
-            if not (local / name).resolve().is_relative_to(local.resolve()):
-                raise CheckpointError(f"{path} holds {name!r}, which leads out of it")
-            if not _holds_values(Path(name)):
-                (local / name).parent.mkdir(parents=True, exist_ok=True)
-                (local / name).write_bytes((path / name).read_bytes())
-        yield local
-
-
-def _holds_values(file: Path) -> bool:
-    """Whether a file of a step is one of the store of its arrays."""
-    return file.name == "manifest.ocdbt" or "d" in file.parts[:-1]
+    if not steps.is_remote(folder):
+        _load(path, unflatten(first), context, path)
+        return
+    # Orbax reads buckets by libraries that need not be here (gcsfs): what it reads beside the
+    # values is copied to one element of each array.
+    with tempfile.TemporaryDirectory() as copy:
+        save_frame(copy, 0, unflatten(first), {})
+        steps.copy_beside_values(path, Path(copy) / "0")
+        _load(Path(copy) / "0", unflatten(first), context, path)
 
 
 def _load(path: Path, abstract: Tree, context: ocp.Context, step: Path) -> Tree:
@@ -459,7 +436,7 @@ def save_frame(folder: str | os.PathLike, step: int, abstract: Tree, meta: dict[
     For arrays too large to hold: what fills them in (checkpoint/convert/native.py) gives them the
     shape and dtype of `abstract`, nested dicts of jax.ShapeDtypeStruct, before anyone looks.
     """
-    _quiet_orbax()
+    quiet_orbax()
     frame = jax.tree.map(lambda a: np.zeros((1,) * len(a.shape), a.dtype), abstract)
     check_storable(frame)
     _check_json(meta)
@@ -521,17 +498,3 @@ def _check_json(meta: dict[str, Any]) -> None:
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise UsageError(f"checkpoint meta `{key}` is not JSON: {error}") from error
-
-
-class _OrbaxFilter(python_logging.Filter):
-    """Drops Orbax's progress notes, a page for each save."""
-
-    def filter(self, record: python_logging.LogRecord) -> bool:
-        return record.levelno >= python_logging.WARNING or "orbax" not in record.pathname
-
-
-def _quiet_orbax() -> None:
-    quiet_late_reads()
-    logger = logging.get_absl_logger()
-    if not any(isinstance(known, _OrbaxFilter) for known in logger.filters):
-        logger.addFilter(_OrbaxFilter())

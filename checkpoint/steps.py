@@ -212,6 +212,28 @@ def sync_step(folder: str | os.PathLike, step: int) -> None:
     _sync(root)
 
 
+def copy_beside_values(step: Any, target: Path) -> None:
+    """Gives the step at `target` all that one in a bucket holds beside the values of its arrays.
+
+    Raises:
+        CheckpointError: an object's name leads out of the step.
+    """
+    for file in list(target.rglob("*")):
+        if file.is_file() and not _holds_values(file.relative_to(target)):
+            file.unlink()
+    for name in step.below():
+        if not (target / name).resolve().is_relative_to(target.resolve()):
+            raise CheckpointError(f"{step} holds {name!r}, which leads out of it")
+        if not _holds_values(Path(name)):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes((step / name).read_bytes())
+
+
+def _holds_values(file: Path) -> bool:
+    """Whether a file of a step is one of the store of its arrays."""
+    return file.name == "manifest.ocdbt" or "d" in file.parts[:-1]
+
+
 def listing(names: Any) -> str:
     """Returns the names separated by commas, cut short after a few."""
     names = list(names)
