@@ -293,8 +293,9 @@ class Supervisor:
                     self._wait(trainers)
                 return []
             self._step = max(end.progress.step for end in ends)
-            self._recovered(max((end.progress for end in ends), key=lambda p: p.step))
-            settled = self._step > max(0, self._budget.best)
+            fastest = max((end.progress for end in ends), key=lambda p: p.step)
+            self._recovered(fastest)
+            settled = self._step > max(0, self._budget.best, fastest.start)
             if settled and not self._loaded:  # the machine is busy with the start until then
                 first = trainers[0].rank
                 self._loaded = {t.rank: self._load(t.rank, first) for t in trainers}
