@@ -1,10 +1,18 @@
 # Everything that the README says, as commands. `make help` lists them.
 
-PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-CONSTRAINTS := constraints/py$(VERSION).txt
+# The newest Python with a constraints file. Each is run, because a name may be there and not work
+# (pyenv's shims) or lack venv (Debian's python3 without python3-venv).
+PROBE := import sys; print("%d.%d" % sys.version_info[:2])
+ifndef PYTHON
+PYTHON := $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	version=$$($$python -c 'import ensurepip, venv; $(PROBE)' 2>/dev/null) && [ -f "constraints/py$$version.txt" ] && \
+	echo $$python && break; done)
+endif
+# An environment that is there already keeps the Python that it was made with.
+VERSION := $(shell $(or $(wildcard $(BIN)/python),$(PYTHON),false) -c '$(PROBE)' 2>/dev/null)
+CONSTRAINTS := constraints/py$(or $(VERSION),-none).txt
 RUN ?= runs/quickstart
 STOP ?= 350
 JOBS ?= 2
@@ -25,6 +33,11 @@ help:
 	@echo "make chaos   eleven faults, each in a small run that must survive it (nine minutes)"
 	@echo "make soak    the slow tests, every fault ten times, half an hour without a fault: hours"
 	@echo "Variables: PYTHON=python3.12 VENV=.venv312 RUN=runs/x ARGS='--config.train.steps=200'"
+	@echo "Python here: $(or $(VERSION),none that fits), with the versions of $(CONSTRAINTS)"
+
+constraints/py%.txt:
+	@echo "Torus needs Python 3.11, 3.12 or 3.13 with venv. Name one: make setup PYTHON=python3.12" >&2
+	@exit 2
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

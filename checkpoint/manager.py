@@ -10,28 +10,29 @@ Missing, truncated or misplaced data is refused by name, and so are arrays whose
 that were in memory when they were saved: Orbax itself returns flipped bits without a word.
 """
 
-import asyncio
 import contextlib
 import json
 import logging as python_logging
 import os
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Self, TypeVar
+from pathlib import Path
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from checkpoint import steps
+from checkpoint import agreement, steps
 from checkpoint.config import CheckpointConfig, validate
+from checkpoint.failures import collect_reads, quiet_late_reads, read_failure
 from checkpoint.fingerprint import as_text, fingerprints
 from checkpoint.manifest import (
     FORMAT,
@@ -39,20 +40,20 @@ from checkpoint.manifest import (
     MANIFEST,
     META,
     check_fingerprints,
-    integrity_record,
+    check_matching,
     read_meta,
     read_step,
 )
+from checkpoint.record import Record, RecordHandler
 from checkpoint.steps import CheckpointError
-from checkpoint.tree import check_storable, flatten
+from checkpoint.tree import check_storable, flatten, unflatten
 from sharding.errors import UsageError
 
 Tree = Any
-_T = TypeVar("_T")
 
 _STATE = "state"
 _FIRST_SAVE = 20  # steps until it is known how often to save
-_LEAST_CHUNK = 2**20  # bytes; Orbax warns of smaller ones
+_LEAST_CHUNK = 2**20  # bytes; Orbax warns of less
 _DATA_FILE = 2**27  # bytes; a file is written while the next is filled, with Orbax's 2 GB none is
 
 
@@ -74,10 +75,10 @@ class CheckpointManager:
     """
 
     def __init__(self, folder: str | os.PathLike, config: CheckpointConfig) -> None:
-        """Creates `folder` and clears what interrupted saves left in it (in process 0).
+        """Writes nothing: a run may still be refused. Entering the manager, or a save, begins to.
 
         Raises:
-            UsageError: the folder cannot be written, or a setting makes no sense.
+            UsageError: a setting makes no sense.
         """
         validate(config)
         _quiet_orbax()
@@ -89,13 +90,29 @@ class CheckpointManager:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._current: int | None = None  # the step last saved or restored: where the run stands
-        if jax.process_index() == 0:
-            steps.make_writable(self.folder)
-            for name in steps.clean_interrupted(self.folder):
-                logging.warning("checkpoint: removed %s, an interrupted save", name)
+        self._damaged: list[int] = []  # steps that were passed over and are to be set aside
+        self._entered = False
 
     def __enter__(self) -> Self:
+        """Creates the folder, clears what interrupted saves left there, sets damaged steps aside.
+
+        Raises (in all processes):
+            UsageError: the folder cannot be written.
+            CheckpointError: a damaged step cannot be renamed.
+        """
+        agreement.first(self._prepare)
+        self._entered = True
         return self
+
+    def _prepare(self) -> None:
+        steps.make_writable(self.folder)
+        for name in steps.clean_interrupted(self.folder):
+            logging.warning("checkpoint: removed %s, an interrupted save", name)
+        self._set_aside()
+
+    def _set_aside(self) -> None:
+        while self._damaged:
+            steps.set_aside(self.folder, self._damaged.pop())
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
@@ -116,6 +133,10 @@ class CheckpointManager:
     def latest(self) -> int | None:
         """Returns the newest complete step, or None."""
         return max(self.steps(), default=None)
+
+    def compile(self, state: Tree) -> None:
+        """Compiles what a save of `state` runs on the devices, which may take long."""
+        jax.block_until_ready(fingerprints(state))
 
     def due(self, step: int) -> bool:
         """Whether the interval asks for a save after `step` updates."""
@@ -142,7 +163,7 @@ class CheckpointManager:
             logging.warning("checkpoint: waited %.1f s for the save before step %d", waited, step)
         if step == self._current:
             return False
-        newest = self.latest()
+        newest = agreement.first(self.latest)  # another process may still see a deleted step
         if newest is not None and step <= newest:
             raise UsageError(
                 f"cannot save step {step}: {self.folder} already holds step {newest}; restore it, "
@@ -152,7 +173,7 @@ class CheckpointManager:
         check_storable(state)
         _check_json(meta)
         manifest = _manifest(state)
-        record = _Record(step, list(flatten(state)), Future(), manifest, meta)
+        record = Record(step, list(flatten(state)), Future(), manifest, meta)
         try:
             with self._context:
                 items = {_STATE: state, MANIFEST: manifest, META: meta, INTEGRITY: record}
@@ -199,41 +220,62 @@ class CheckpointManager:
     def restore(self, step: int | None, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
         """Returns (state, meta) of `step` (None: the newest); see `load_step`."""
         self.wait()
-        step = steps.pick_step(self.folder, step)
+        step = agreement.first(lambda: steps.pick_step(self.folder, step))
         loaded = load_step(self.folder, step, abstract, verify=self._config.verify)
         self._current = step
         return loaded
 
-    def restore_newest(self, abstract: Tree) -> Restored | None:
+    def restore_newest(
+        self,
+        abstract: Tree,
+        given_up: Callable[[int, dict[str, Any]], bool] | None = None,
+    ) -> Restored | None:
         """Returns the newest step that can be read and verified, or None if there are no steps.
 
-        Damaged newer steps are told in the log, and their folders renamed to `<step>.damaged` so
-        that the run can save those steps again.
+        Process 0 says which steps there are. Damaged newer steps are told in the log. Their folders
+        are renamed to `<step>.damaged`, so that the run can save those steps again, but not before
+        the manager is entered.
 
-        Raises:
+        Args:
+            given_up: told number and meta of a step, whether it is passed over without a word.
+
+        Raises (in all processes):
             UsageError: a step holds other arrays than `abstract` asks for.
-            CheckpointError: every step is damaged, or a damaged one cannot be renamed.
+            CheckpointError: every step is damaged, or a process does not see a step that process 0
+                sees; once the manager is entered also: a damaged step cannot be renamed.
         """
-        damaged: list[tuple[int, str]] = []
-        for step in reversed(self.steps()):
+        damaged = []
+        for step in self.candidates(given_up):
             try:
                 loaded = self.restore(step, abstract)
+            except steps.NotVisibleError:
+                raise
             except CheckpointError as error:  # in all processes, of the same step
                 damaged.append((step, str(error)))
                 logging.error("checkpoint: %s", error)
                 continue
-            self._set_aside([number for number, _ in damaged])
+            self._damaged = [number for number, _ in damaged]
+            if self._entered and damaged:
+                agreement.first(self._set_aside)
             return Restored(step, *loaded, damaged=tuple(text for _, text in damaged))
         if damaged:
             raise CheckpointError("; ".join(text for _, text in damaged))
         return None
 
-    def _set_aside(self, damaged: list[int]) -> None:
-        if jax.process_index() == 0:
-            for step in damaged:
-                steps.set_aside(self.folder, step)
-        if damaged and jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {damaged}")
+    def candidates(self, given_up: Callable[[int, dict[str, Any]], bool] | None) -> list[int]:
+        """Returns the steps that process 0 sees and has not given up, newest first."""
+
+        def listed() -> list[int]:
+            newest_first = reversed(self.steps())
+            return [n for n in newest_first if not (given_up and self._is_given_up(n, given_up))]
+
+        return agreement.first(listed)
+
+    def _is_given_up(self, step: int, given_up: Callable[[int, dict[str, Any]], bool]) -> bool:
+        try:
+            return given_up(step, read_meta(self.folder, step))
+        except CheckpointError:  # `restore_newest` reports it
+            return False
 
     def discard_where(self, given_up: Callable[[int, dict[str, Any]], bool]) -> None:
         """Deletes the steps for which `given_up`, told number and meta, is true.
@@ -241,14 +283,12 @@ class CheckpointManager:
         A run that goes back must not find them again.
         """
         self.wait()
-        for step in reversed(self.steps() if jax.process_index() == 0 else []):
-            try:
-                meta = read_meta(self.folder, step)
-            except CheckpointError:  # `restore_newest` tells of it
-                continue
-            if given_up(step, meta):
+        agreement.first(lambda: self._discard(given_up))  # nobody reads on before that is done
+
+    def _discard(self, given_up: Callable[[int, dict[str, Any]], bool]) -> None:
+        for step in reversed(self.steps()):
+            if self._is_given_up(step, given_up):
                 steps.delete_step(self.folder, step)
-        _anywhere(False)  # nobody reads on before that is done
 
     def good_steps(self) -> list[int]:
         """Returns the complete steps that were marked as good, ascending."""
@@ -315,99 +355,102 @@ def load_step(
         partial: `abstract` names only some of the arrays; the others stay unread on disk.
         verify: compare what was read with the fingerprints of what was saved.
 
-    Raises:
+    Raises (in all processes):
         UsageError: the step does not exist, or an array's name, shape or dtype differs from what
             `abstract` wants (nothing is cast, padded or dropped).
-        CheckpointError: the step is damaged; the message names files or arrays.
+        CheckpointError: the step is damaged, and the message names files or arrays; or it is not
+            visible to a process (`steps.NotVisibleError`).
     """
     _quiet_orbax()
-    path = steps.folder_path(folder) / str(steps.pick_step(folder, step))
+    step = agreement.first(lambda: steps.pick_step(folder, step))
+    agreement.together(lambda: steps.wait_visible(folder, step, jax.process_index()))
+    path = steps.folder_path(folder) / str(step)
     unplaced = [name for name, leaf in flatten(abstract).items() if leaf.sharding is None]
     if unplaced:
         raise ValueError(f"restoring needs a sharding for {steps.listing(unplaced)}")
-    manifest, meta, saved = _together(lambda: read_step(folder, step))
+    manifest, meta, saved = agreement.together(lambda: read_step(folder, step))
+    agreement.check_same([manifest, meta, saved], f"step {step} in {folder}")
     stored, wanted = manifest["arrays"], _facts(abstract)
     if partial:
         stored = {name: facts for name, facts in stored.items() if name in wanted}
-    _check_matching(stored, wanted, f"step {step} in {folder}")
+    check_matching(stored, wanted, f"step {step} in {folder}")
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
-    # Orbax would have all wait for one another, and so for one whose part is damaged.
-    me = jax.process_index()
-    context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
-    context.multiprocessing.barrier_sync_key_prefix = f"process{me}"
-
-    def load() -> Tree:
-        try:
-            with context:
-                return ocp.load(path, abstract, checkpointable_name=_STATE)
-        except Exception as error:
-            text = f"cannot read step {step} in {folder}: {steps.reason(error)}"
-            raise CheckpointError(text) from error
-
-    state = _together(load)
+    state = agreement.together(lambda: _load(path, abstract, context, path))
     if verify:
         check_fingerprints(folder, step, as_text(fingerprints(state), list(flatten(state))), saved)
     return state, meta
 
 
-def _together(read: Callable[[], _T]) -> _T:
-    """Returns what `read` does; raises CheckpointError in all processes if it does in any."""
-    problem, found = None, None
+def try_restore(folder: str | os.PathLike, step: int) -> None:
+    """Opens every array of a step as `load_step` does, and reads the first element of each.
+
+    For a step too large to hold: what is left to read are values, of which Orbax knows no more
+    than tensorstore does (checkpoint/convert/native.py).
+
+    Raises:
+        CheckpointError: the step could not be restored; the message names files or arrays.
+    """
+    _quiet_orbax()
+    manifest, _, _ = read_step(folder, step)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    first = {
+        name: jax.ShapeDtypeStruct((1,) * len(fact["shape"]), fact["dtype"], sharding=here)
+        for name, fact in manifest["arrays"].items()
+    }
+    context = ocp.Context()
+    context.array.loading.enable_padding_and_truncation = True
+    path = steps.folder_path(folder) / str(step)
+    tree = unflatten(first)
+    remote = steps.is_remote(folder)
+    with _without_values(path, tree) if remote else contextlib.nullcontext(path) as near:
+        _load(near, tree, context, path)
+
+
+@contextlib.contextmanager
+def _without_values(path: Any, first: Tree) -> Iterator[Path]:
+    """Gives a copy, on the disk, of a step in a bucket with one element of each array.
+
+    Orbax reads buckets by libraries that need not be here (gcsfs), and this way too what it reads
+    beside the values is all of that step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_frame(folder, 0, first, {})
+        local = Path(folder) / "0"
+        for file in local.rglob("*"):
+            if file.is_file() and not _holds_values(file.relative_to(local)):
+                file.unlink()
+        for name in path.below():
+            if not (local / name).resolve().is_relative_to(local.resolve()):
+                raise CheckpointError(f"{path} holds {name!r}, which leads out of it")
+            if not _holds_values(Path(name)):
+                (local / name).parent.mkdir(parents=True, exist_ok=True)
+                (local / name).write_bytes((path / name).read_bytes())
+        yield local
+
+
+def _holds_values(file: Path) -> bool:
+    """Whether a file of a step is one of the store of its arrays."""
+    return file.name == "manifest.ocdbt" or "d" in file.parts[:-1]
+
+
+def _load(path: Path, abstract: Tree, context: ocp.Context, step: Path) -> Tree:
+    """Returns the state at `path`, in this process alone.
+
+    Raises:
+        CheckpointError: it cannot be read; the message calls it `step`.
+    """
+    # Orbax would have all wait for one another, and so for one whose part is damaged.
+    me = jax.process_index()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+    context.multiprocessing.barrier_sync_key_prefix = f"process{me}"
     try:
-        found = read()
-    except CheckpointError as error:
-        problem = error
-    if _anywhere(problem is not None):
-        raise problem or CheckpointError("another process could not read it")
-    return found
-
-
-def _anywhere(flag: bool) -> bool:
-    """Whether `flag` is set in any process; every process must ask."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
-
-
-@dataclass(frozen=True)
-class _Record:
-    """The integrity record of a step, its fingerprints still being computed on the devices."""
-
-    step: int
-    names: list[str]
-    fingerprints: Future[jax.Array]
-    manifest: dict[str, Any]
-    meta: dict[str, Any]
-
-    def text(self) -> str:
-        arrays = as_text(self.fingerprints.result(), self.names)
-        return json.dumps(integrity_record(self.step, arrays, self.manifest, self.meta))
-
-
-class _RecordHandler:
-    """Writes a `_Record` in the background, where waiting for the devices holds nobody up."""
-
-    async def save(self, directory: Any, record: _Record) -> Awaitable[None]:
-        return self._write(directory, record)
-
-    async def _write(self, directory: Any, record: _Record) -> None:
-        folder = await directory.await_creation()
-        if jax.process_index() == 0:
-            text = await asyncio.to_thread(record.text)
-            await asyncio.to_thread((folder / "data.json").write_text, text)
-
-    async def load(self, directory: Any, abstract: None = None) -> Awaitable[None]:
-        raise TypeError("the integrity record is read without Orbax: checkpoint/manifest.py")
-
-    async def metadata(self, directory: Any) -> None:
-        return None
-
-    def is_handleable(self, item: Any) -> bool:
-        return isinstance(item, _Record)
-
-    def is_abstract_handleable(self, item: Any) -> None:
-        return None
+        with context:
+            return ocp.load(path, abstract, checkpointable_name=_STATE)
+    except Exception as error:
+        text = read_failure(error, list(flatten(abstract))).replace(str(path), str(step))
+    collect_reads()
+    raise CheckpointError(f"cannot read step {step.name} in {step.parent}: {text}")
 
 
 def save_frame(folder: str | os.PathLike, step: int, abstract: Tree, meta: dict[str, Any]) -> None:
@@ -437,7 +480,7 @@ def _context(config: CheckpointConfig) -> ocp.Context:
     # Without this a dict of numbers counts as a tree of arrays and its lists, bools and Nones bend.
     for item in (MANIFEST, META):
         known.add(ocp.handlers.JsonHandler, checkpointable_name=item)
-    known.add(_RecordHandler, checkpointable_name=INTEGRITY)
+    known.add(RecordHandler, checkpointable_name=INTEGRITY)
     context.checkpointables.registry = known
     return context
 
@@ -480,27 +523,6 @@ def _check_json(meta: dict[str, Any]) -> None:
             raise UsageError(f"checkpoint meta `{key}` is not JSON: {error}") from error
 
 
-def _check_matching(stored: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
-    problems = []
-    for verb, names in (
-        ("lacks", [name for name in wanted if name not in stored]),
-        ("also holds", [name for name in stored if name not in wanted]),
-    ):
-        if names:
-            problems.append(f"{verb} {len(names)} array(s): {steps.listing(names)}")
-    for name in sorted(stored.keys() & wanted.keys()):
-        if stored[name] != wanted[name]:
-            have, want = _text(stored[name]), _text(wanted[name])
-            problems.append(f"holds `{name}` as {have}, wanted {want}")
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UsageError(f"{where} does not match: {'; '.join(problems[:4])}{more}")
-
-
-def _text(facts: dict[str, Any]) -> str:
-    return f"{facts['dtype']}{facts['shape']}"
-
-
 class _OrbaxFilter(python_logging.Filter):
     """Drops Orbax's progress notes, a page for each save."""
 
@@ -509,6 +531,7 @@ class _OrbaxFilter(python_logging.Filter):
 
 
 def _quiet_orbax() -> None:
+    quiet_late_reads()
     logger = logging.get_absl_logger()
     if not any(isinstance(known, _OrbaxFilter) for known in logger.filters):
         logger.addFilter(_OrbaxFilter())

@@ -9,17 +9,24 @@ without a word. Comparing with the record is what keeps it from returning other 
 
 import hashlib
 import json
+import math
 import os
 from typing import Any
 
-from checkpoint import steps
+from checkpoint import files, steps
 from checkpoint.steps import CheckpointError
-from sharding.errors import MismatchError
+from sharding.errors import MismatchError, UsageError
 
 MANIFEST = "manifest"
 META = "meta"
 INTEGRITY = "integrity"
 FORMAT = 2
+_DTYPES = {
+    "bool", "int2", "int4", "int8", "int16", "int32", "int64", "uint2", "uint4", "uint8", "uint16",
+    "uint32", "uint64", "float16", "float32", "float64", "bfloat16", "complex64", "complex128",
+    "float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn",
+    "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
+}  # fmt: skip
 
 
 def integrity_record(
@@ -124,15 +131,28 @@ def read_manifest(folder: str | os.PathLike, step: int, *, checked: bool = True)
             f"cannot read step {step} in {folder}: manifest format {manifest.get('format')}, "
             f"this version reads {FORMAT}"
         )
+    arrays = manifest.get("arrays")
+    if not isinstance(arrays, dict) or not all(map(_is_fact, arrays.values())):
+        raise CheckpointError(
+            f"cannot read step {step} in {folder}: {MANIFEST} does not describe arrays"
+        )
     if checked:
         _check_digest(folder, step, MANIFEST, manifest, _read_record(folder, step))
     return manifest
 
 
+def _is_fact(fact: Any) -> bool:
+    """Whether this is the shape and the dtype of an array that a machine could hold."""
+    if not isinstance(fact, dict) or not isinstance(shape := fact.get("shape"), list):
+        return False
+    sizes = all(type(size) is int and size >= 0 for size in shape) and math.prod(shape) < 2**60
+    return sizes and isinstance(fact.get("dtype"), str) and fact["dtype"] in _DTYPES
+
+
 def _read(folder: str | os.PathLike, step: int, item: str) -> dict[str, Any]:
     path = steps.folder_path(folder) / str(step) / item / "data.json"
     try:
-        found = json.loads(path.read_text())
+        found = files.read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read step {step} in {folder}: {item}: {steps.reason(error)}"
@@ -174,3 +194,25 @@ def _digest(content: dict[str, Any]) -> str:
     plain = json.loads(json.dumps(content))  # keys as they will be read: always strings
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_matching(stored: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
+    """Raises UsageError unless name → shape and dtype of stored arrays are the wanted ones."""
+    problems = []
+    for verb, names in (
+        ("lacks", [name for name in wanted if name not in stored]),
+        ("also holds", [name for name in stored if name not in wanted]),
+    ):
+        if names:
+            problems.append(f"{verb} {len(names)} array(s): {steps.listing(names)}")
+    for name in sorted(stored.keys() & wanted.keys()):
+        if stored[name] != wanted[name]:
+            have, want = _text(stored[name]), _text(wanted[name])
+            problems.append(f"holds `{name}` as {have}, wanted {want}")
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UsageError(f"{where} does not match: {'; '.join(problems[:4])}{more}")
+
+
+def _text(facts: dict[str, Any]) -> str:
+    return f"{facts['dtype']}{facts['shape']}"

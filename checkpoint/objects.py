@@ -145,6 +145,20 @@ class ObjectPath(os.PathLike):
         found = self._read(slice(0, 0))
         return found.stamp.generation.hex() if found.state == "value" else ""
 
+    def read_stamped(self) -> tuple[bytes, bytes]:
+        """Returns an object, b"" for none, and a stamp that changes whenever it is written."""
+        found = self._read(None)
+        return found.value, found.stamp.generation
+
+    def swap(self, content: bytes | None, stamp: bytes) -> bytes | None:
+        """Writes an object (None deletes it) if it is still as `stamp` says; returns its new stamp.
+
+        None if it is not. On Amazon's and Google's stores that is atomic; on another S3 server
+        two that come at the same moment may both succeed, and the later one stays.
+        """
+        done = self._ask(lambda store: store.write(self.key, content, if_equal=stamp))
+        return done.generation or None
+
     def _read(self, part: slice | None) -> "tensorstore.KvStore.ReadResult":
         return self._ask(lambda store: store.read(self.key, byte_range=part))
 

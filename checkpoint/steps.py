@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,16 @@ TEMPORARY = ".orbax-checkpoint-tmp"
 COMMITTED = "commit_success.txt"
 GOOD = "good"  # a file in a step that enough healthy training followed
 
+STALE_SECONDS = 70.0  # NFS shows a folder as it was up to 60 s ago (acdirmax)
 _SHOWN = 8  # names listed in one error line before "and N more"
 
 
 class CheckpointError(RuntimeError):
     """A save that failed or a stored step that cannot be read: the storage's fault, not a typo."""
+
+
+class NotVisibleError(CheckpointError):
+    """A step that one process of a job sees and another does not: a folder that is not shared."""
 
 
 def folder_path(folder: str | os.PathLike) -> Path:
@@ -93,6 +99,22 @@ def pick_step(folder: str | os.PathLike, step: int | None = None) -> int:
         left = [f"{name} (interrupted save)" for name in interrupted_saves(folder)]
         found = "found " + (listing(left) or "nothing")
     raise UsageError(f"{wanted} in {folder_path(folder)}; {found}")
+
+
+def wait_visible(folder: str | os.PathLike, step: int, process: int = 0) -> None:
+    """Waits until this process sees a complete step that another one saw.
+
+    Raises:
+        NotVisibleError: it does not, for longer than a network's file system caches a listing.
+    """
+    path, until = folder_path(folder) / str(step), time.monotonic() + STALE_SECONDS
+    while not _committed(path):
+        if time.monotonic() > until:
+            raise NotVisibleError(
+                f"process {process} does not see step {step} in {folder}, which process 0 sees, "
+                f"after {STALE_SECONDS:g} s: every host has to see the same folder"
+            )
+        time.sleep(0.2)
 
 
 def good_steps(folder: str | os.PathLike) -> list[int]:

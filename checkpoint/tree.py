@@ -35,6 +35,18 @@ def flatten(tree: Tree) -> dict[str, Any]:
     return {"/".join(_part(key) for key in path): leaf for path, leaf in leaves}
 
 
+def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Returns the nested dict whose leaves have these names; the reverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        node = tree
+        *parents, last = name.split("/")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree
+
+
 def check_storable(state: Tree) -> None:
     """Refuses what Orbax would lose, merge or write wrongly without a word.
 

@@ -17,8 +17,8 @@ SAVEABLE = ("rotated_qk", "v", "attention", "residual", "gate", "up")
 
 # Fields that may differ between two runs of the same experiment.
 COMPUTATION = (
-    "attention", "barriers", "dtype", "loss_chunks", "remat", "scan_layers", "seq_head_devices",
-    "seq_order", "seq_strategy",
+    "attention", "barriers", "dtype", "loss_chunks", "reduce_dtype", "remat", "scan_layers",
+    "seq_head_devices", "seq_order", "seq_strategy",
 )  # fmt: skip
 
 # How attention is spread over the `seq` mesh axis: models/attention/sequence_plan.py.
@@ -32,6 +32,7 @@ CHOICES = {
     "qk_norm": ("none", "head", "full"),
     "activation": ("swiglu", "geglu", "gelu", "gelu_exact"),
     "dtype": ("float32", "bfloat16"),
+    "reduce_dtype": ("float32", "bfloat16"),
     "seq_strategy": SEQ_STRATEGIES,
     "seq_order": SEQ_ORDERS,
     "rope.scaling": ("none", "linear", "llama3", "yarn"),
@@ -42,16 +43,16 @@ CHOICES = {
 class RopeConfig(Fields, at="config.model.rope"):
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-split layout."""
 
-    theta: float = 10_000.0
+    theta: float = 10_000.0  # base of the wavelengths
     local_theta: float = 0.0  # theta of "local" layers, unscaled; 0 = the same as the others
     fraction: float = 1.0  # part of the head that is rotated
     scaling: str = "none"  # none | linear | llama3 | yarn
     factor: float = 1.0  # context extension factor of the scaling
     original_length: int = 8192  # context length before the extension
-    low_frequency_factor: float = 1.0  # llama3
-    high_frequency_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
+    low_frequency_factor: float = 1.0  # llama3: below it wavelengths are scaled in full
+    high_frequency_factor: float = 4.0  # llama3: above it they are not scaled
+    beta_fast: float = 32.0  # yarn: rotations above which nothing is scaled
+    beta_slow: float = 1.0  # yarn: rotations below which all is scaled
 
 
 @dataclass
@@ -59,24 +60,24 @@ class ModelConfig(Fields, at="config.model"):
     """One decoder-only transformer. Sizes use the letters of the code: D, L, N, K, H, F, V."""
 
     # Shape.
-    vocab: int = 384
-    layers: int = 4
-    width: int = 256
-    heads: int = 4
-    kv_heads: int = 4
-    head_dim: int = 64
-    mlp: int = 768
+    vocab: int = 384  # V, ids of the tokenizer
+    layers: int = 4  # L
+    width: int = 256  # D, of the residual stream
+    heads: int = 4  # N, query heads
+    kv_heads: int = 4  # K, key and value heads; divides heads
+    head_dim: int = 64  # H
+    mlp: int = 768  # F, hidden width of the MLP
     max_length: int = 2048  # longest sequence; the size of the table for learned positions
 
     # Family.
     norm: str = "rmsnorm"  # rmsnorm | rmsnorm_plus_one (scale is 1 + w) | layernorm (with bias)
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5  # added to the variance in norms
     norm_placement: str = "pre"  # pre | post (on the branch output) | sandwich (both)
     position: str = "rope"  # rope | learned | none
     rope: RopeConfig = field(default_factory=RopeConfig)
     pattern: tuple[str, ...] = ("global",)  # kinds of layers, repeated: "global" or "local"
     window: int = 0  # keys that a "local" layer sees, its own position included
-    qkv_bias: bool = False
+    qkv_bias: bool = False  # biases of queries, keys and values
     out_bias: bool = False  # bias of the attention output and of the MLP
     qk_norm: str = "none"  # none | head (over each head) | full (over all heads)
     attention_scale: float = 0.0  # 0 = head_dim ** -0.5
@@ -84,15 +85,18 @@ class ModelConfig(Fields, at="config.model"):
     final_softcap: float = 0.0  # 0 = none
     activation: str = "swiglu"  # swiglu | geglu | gelu, gelu_exact (two matrices; tanh form, erf)
     parallel_residual: bool = False  # attention and MLP both read the layer's input
-    tie_embeddings: bool = False
+    tie_embeddings: bool = False  # the head is the embedding table
     scale_embeddings: bool = False  # multiply embeddings by sqrt(width)
 
     # Computation: changes speed and memory, never the function (beyond rounding).
     dtype: str = "bfloat16"  # of matmuls; parameters, norms, softmax and loss stay float32
+    # float32 | bfloat16: in which gradients of weights are summed over tokens and devices; bfloat16
+    # moves half the bytes and holds half a layer's gradient (docs/models.md)
+    reduce_dtype: str = "float32"
     # none | full | auto (what fits: trainer/plan/recipe.py) | names from SAVEABLE joined by ",",
     # "@host" offloads one
     remat: str = "auto"
-    scan_layers: bool = True
+    scan_layers: bool = True  # compile one layer and loop over it, instead of all of them
     barriers: bool = False  # no fusion of norms and activations into matmuls; train steps choose
     attention: str = "auto"  # backend; models/attention/dispatch.py lists them
     seq_strategy: str = "auto"  # over seq: gather | ulysses | ring | bidirectional | hybrid
@@ -144,6 +148,11 @@ class ModelConfig(Fields, at="config.model"):
                     f"config.model.{path} = {value!r}: choose {', '.join(choices)}"
                     f"{nearest(value, choices)}"
                 )
+        if self.dtype == "float32" and self.reduce_dtype != "float32":
+            raise UsageError(
+                f"config.model.reduce_dtype = {self.reduce_dtype!r} is narrower than "
+                f"config.model.dtype = {self.dtype!r}; choose float32"
+            )
         for path, least in {
             "vocab": 1, "layers": 1, "width": 1, "heads": 1, "kv_heads": 1, "head_dim": 1, "mlp": 1,
             "max_length": 1, "pad_vocab_to": 1, "norm_eps": 0, "window": 0, "attention_scale": 0,

@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
+from models import linear
 from models.config import ModelConfig
-from models.decoder import forward, gathered, logits
+from models.decoder import forward, logits, param_specs
 from models.spec import Tree
 from sharding.errors import UsageError
 from sharding.rules import BATCH, SEQ, spec_for
@@ -116,7 +117,7 @@ def resident(params: Tree, config: ModelConfig) -> Tree:
 
     Done once before a loop, it saves a cast and an all-gather of the whole model per token.
     """
-    return gathered(params, jnp.dtype(config.dtype))
+    return linear.resident(params, param_specs(config), config)
 
 
 # ---------------------------------------------------------------- sampling

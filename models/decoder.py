@@ -23,7 +23,9 @@ from models.attention.dispatch import attention
 from models.attention.mask import Mask
 from models.attention.sequence import Rows, plan_for, sequence_attention
 from models.config import ModelConfig
+from models.linear import Weight, add_bias, gathered, lookup, matmul
 from models.spec import ParamSpec, Tree
+from sharding.errors import UsageError
 from sharding.rules import BATCH, SEQ, STREAM
 
 X_BTD = P(BATCH, SEQ, None)  # the residual stream as blocks and loss see it
@@ -74,23 +76,6 @@ def head_VD(params: Tree) -> jax.Array:
     return params.get("head", params["embedding"])
 
 
-def gathered(params: Tree, dtype: jnp.dtype) -> Tree:
-    """Casts weights to `dtype` (norms stay float32), then all-gathers them over fsdp.
-
-    The cast comes first so that half as many bytes travel; the transpose of the gather is the
-    reduce-scatter of the gradient.
-    """
-
-    def leaf(path, w):
-        if path[-1].key not in ("scale", "bias"):
-            w = w.astype(dtype)
-        spec = jax.typeof(w).sharding.spec
-        without = P(*(None if axis == "fsdp" else axis for axis in spec))
-        return w if without == spec else reshard(w, without)
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
-
-
 # ---------------------------------------------------------------- one layer
 
 
@@ -116,7 +101,13 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
     """Attention on each device's own batch rows, query positions and heads."""
     mask = Mask(causal=True, window=config.window if kind == "local" else None)
     plan = plan_for(config, q_BTNH.shape[1])
+    if plan.devices > 1 and context.prefix_BT is not None:
+        raise UsageError(
+            f"attention with prefix keys needs rows on one device, mesh axis {SEQ} = {plan.devices}"
+        )
     cache = context.cache
+    tensor, kv_heads = jax.sharding.get_abstract_mesh().shape["tensor"], k_BSKH.shape[2]
+    kv_axis = jax.typeof(k_BSKH).sharding.spec[2]  # None where KV heads are fewer than devices
     q_rows = Rows(context.positions_BT, context.segments_BT)
     k_rows = q_rows if cache is None else Rows(cache["positions_BS"], cache["segments_BS"])
     options = dict(
@@ -126,6 +117,11 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
     )
 
     def local(q_BTNH, k_BSKH, v_BSKH, q_rows: Rows, k_rows: Rows, prefix_BS=None):
+        if kv_axis is None and min(tensor, kv_heads) > 1:  # the one head that its queries read
+            head = jax.lax.axis_index("tensor") * kv_heads // tensor
+            k_BSKH, v_BSKH = (
+                jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (k_BSKH, v_BSKH)
+            )
         if plan.devices > 1:
             return sequence_attention(q_BTNH, k_BSKH, v_BSKH, q_rows, mask, plan, **options)
         out_BTNH, _ = attention(
@@ -139,12 +135,13 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, context: Context, kind: str, config: ModelCo
             k_segments_BS=k_rows.segments_BT,
             prefix_BS=None if prefix_BS is None else prefix_BS > 0,
             rows_aligned=cache is None,
+            needs_lse=False,
             **options,
         )
         return out_BTNH
 
     q_spec = P(BATCH, SEQ, "tensor", None)
-    kv_spec = P(BATCH, SEQ, jax.typeof(k_BSKH).sharding.spec[2], None)
+    kv_spec = P(BATCH, SEQ, kv_axis, None)
     rows = P(BATCH, SEQ)
     k_BSKH, v_BSKH = reshard(k_BSKH, kv_spec), reshard(v_BSKH, kv_spec)
     k_rows = jax.tree.map(lambda x: reshard(x, rows), k_rows)
@@ -167,7 +164,7 @@ def _layer(
     config: ModelConfig,
 ) -> tuple[jax.Array, Tree | None]:
     """One layer; returns the residual stream and the cache with this layer's keys and values."""
-    params = gathered(params, jnp.dtype(config.dtype))
+    params = gathered(params, _layer_specs(config), config)
     before = config.norm_placement in ("pre", "sandwich")
     after = config.norm_placement in ("post", "sandwich")
     stream = jax.typeof(x_BTD).sharding.spec
@@ -183,9 +180,9 @@ def _layer(
         }
         k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[n], layer, 0, False) for n in "kv")
     out_BTNH = _attend(q_BTNH, k_BSKH, v_BSKH, context, kind, config)
-    y_BTD = layers.matmul(out_BTNH, params["attention"]["wo"], 2, stream)
+    y_BTD = matmul(out_BTNH, params["attention"]["wo"], 2, stream)
     if config.out_bias:
-        y_BTD = y_BTD + params["attention"]["bo"]
+        y_BTD = add_bias(y_BTD, params["attention"]["bo"])
     if after:
         y_BTD = layers.norm(y_BTD, params["attention_post_norm"], config)
     input_BTD, x_BTD = x_BTD, checkpoint_name(x_BTD + y_BTD, "residual")
@@ -296,21 +293,25 @@ def _slice(w: jax.Array, start: int, stop: int) -> jax.Array:
     return w if (start, stop) == (0, w.shape[0]) else w[start:stop]
 
 
-def _embedded(table_VD: jax.Array, tokens_BT: jax.Array, stream: P, dtype: jnp.dtype) -> jax.Array:
+def _embedded(params: Tree, tokens_BT: jax.Array, stream: P, config: ModelConfig) -> jax.Array:
     """Returns the table's rows of the tokens, sharded as `stream`.
 
     Where tokens are few they travel and not the table with its gradient: each device looks up its
     columns for all of fsdp, and one all-to-all puts the rows together. It goes twice, an eighth of
     the devices far on a torus; the table is gathered, and its gradient reduced at twice the cost.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
+    table_VD, sizes = params["embedding"], jax.sharding.get_abstract_mesh().shape
     moved = 2 * tokens_BT.size / math.prod(sizes.values()) * max(1, sizes["fsdp"] / 8)
     if "fsdp" not in jax.typeof(table_VD).sharding.spec or moved >= 3 * table_VD.shape[0]:
-        table_VD = gathered({"embedding": table_VD}, dtype)["embedding"]
-        return table_VD.at[tokens_BT].get(out_sharding=stream)
+        return lookup(_weight("embedding", params, config), tokens_BT, stream)
     tokens_BT = reshard(tokens_BT, P("data", jax.typeof(tokens_BT).sharding.spec[1]))
     x_BTD = table_VD.at[tokens_BT].get(out_sharding=P("data", stream[1], "fsdp"))
-    return reshard(x_BTD.astype(dtype), stream)
+    return reshard(x_BTD.astype(config.dtype), stream)
+
+
+def _weight(name: str, params: Tree, config: ModelConfig) -> Weight:
+    """Returns one parameter outside of the layers as products use it."""
+    return gathered(params[name], param_specs(config)[name], config)
 
 
 def forward(
@@ -330,18 +331,20 @@ def forward(
         attend to one another; positions restart at 0 in each.
       cache: see models/decode.py.
       prefix_BT: int32, not 0 on tokens that all of their document may see (a prefix language
-        model's prompt); not with rows spread over `seq`.
+        model's prompt).
+
+    Raises:
+      UsageError: `prefix_BT` with rows spread over `seq`.
     """
     dtype = jnp.dtype(config.dtype)
     sizes = jax.sharding.get_abstract_mesh().shape
     spread = tokens_BT.shape[1] % math.prod(sizes[axis] for axis in STREAM) == 0
     stream = P(BATCH, STREAM, None) if spread and sizes["tensor"] > 1 else X_BTD
-    x_BTD = _embedded(params["embedding"], tokens_BT, stream, dtype)
+    x_BTD = _embedded(params, tokens_BT, stream, config)
     if config.scale_embeddings:
         x_BTD = x_BTD * jnp.asarray(config.width**0.5, dtype)
     if config.position == "learned":
-        table_PD = gathered({"positions": params["positions"]}, dtype)["positions"]
-        x_BTD = x_BTD + table_PD.at[positions_BT].get(out_sharding=stream)
+        x_BTD = x_BTD + lookup(_weight("positions", params, config), positions_BT, stream)
     tables = None
     if config.position == "rope":
         tables = {k: layers.rope_tables(positions_BT, config, k) for k in set(config.pattern)}
@@ -358,11 +361,11 @@ def forward(
 
 def logits(params: Tree, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
     """Returns float32 logits_BTV over the true vocabulary, soft-capped if the family does so."""
-    table = gathered({"head": head_VD(params)}, jnp.dtype(config.dtype))["head"]
+    name = "embedding" if config.tie_embeddings else "head"
     out_BTV = jnp.einsum(
         "BTD,VD->BTV",
         x_BTD,
-        table,
+        _weight(name, params, config).value,
         preferred_element_type=jnp.float32,
         out_sharding=P(BATCH, SEQ, "tensor"),
     )

@@ -8,6 +8,7 @@ dimension and visible key for attention. Recomputation does not count.
 import math
 
 import jax
+import numpy as np
 
 from models.config import ModelConfig
 from models.decoder import param_specs
@@ -21,13 +22,28 @@ def matmul_weights(config: ModelConfig) -> int:
     return inside + config.vocab * config.width
 
 
-def visible_keys(config: ModelConfig, kind: str, length: int) -> float:
-    """Mean number of keys that a query of a full row of `length` sees under the causal mask."""
-    window = min(config.window, length) if kind == "local" else length
+def visible_keys(config: ModelConfig, kind: str, length: np.ndarray | int) -> np.ndarray | float:
+    """Mean number of keys that a query of a segment of `length` sees under the causal mask."""
+    window = np.minimum(config.window, length) if kind == "local" else length
     return window - window * (window - 1) / (2 * length)
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """FLOPs per token of forward and backward at rows of `length` tokens."""
-    keys = sum(visible_keys(config, kind, length) for kind in config.kinds)
-    return 6.0 * matmul_weights(config) + 12.0 * config.heads * config.head_dim * keys
+    """FLOPs per token of forward and backward where a document fills a row of `length` tokens."""
+    return train_flops(config, np.asarray([length])) / length
+
+
+def train_flops(config: ModelConfig, segments: np.ndarray) -> float:
+    """FLOPs of forward and backward over packed documents that do not see one another.
+
+    Args:
+      segments: (documents,), the tokens of each. Padding belongs to none.
+    """
+    segments = segments[segments > 0]
+    kinds = {kind: config.kinds.count(kind) for kind in dict.fromkeys(config.kinds)}
+    pairs = sum(
+        count * float((segments * visible_keys(config, kind, segments)).sum())
+        for kind, count in kinds.items()
+    )
+    weights = matmul_weights(config) * float(segments.sum())
+    return 6.0 * weights + 12.0 * config.heads * config.head_dim * pairs

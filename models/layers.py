@@ -1,22 +1,20 @@
 """Norms, rotary embeddings and the two halves of a layer: attention and MLP.
 
 Letters: B batch, T query time, S key time, D width, N query heads, K KV heads, H head dim,
-F MLP width, R rotated half of the head. Weights arrive gathered over fsdp and cast to the compute
-dtype; reductions that would round badly are float32.
+F MLP width, R rotated half of the head. Weights arrive as `linear.gathered` makes them; reductions
+that would round badly are float32.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig, RopeConfig
+from models.linear import add_bias, matmul
 from models.spec import ParamSpec, Tree
-from sharding.rules import SEQ, STREAM
 
 # ---------------------------------------------------------------- norms
 
@@ -110,54 +108,6 @@ def rotate(x_BTNH: jax.Array, tables: Tree) -> jax.Array:
     return jnp.concatenate([*parts, rest] if rest.shape[-1] else parts, axis=-1)
 
 
-# ---------------------------------------------------------------- matmul
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x: jax.Array, w: jax.Array, contracted: int = 1, spec: P | None = None) -> jax.Array:
-    """Contracts the last `contracted` dimensions of x with the first ones of w.
-
-    The gradients are spelled out because JAX's own for the weight comes out transposed, and
-    XLA:CPU then transposes an activation for it: a quarter of the time of a layer. `spec` is the
-    sharding of the result, needed where a contracted dimension is sharded. Operands whose tokens
-    are spread over STREAM are gathered here and kept spread for the backward pass, where their
-    gradient is reduced and spread in one step (sequence parallelism, arXiv:2205.05198).
-    """
-    batch = x.ndim - contracted
-    return _dot(x, w, range(batch, x.ndim), range(contracted), spec)
-
-
-def _matmul_forward(x, w, contracted, spec):
-    return matmul(x, w, contracted, spec), (x, w)
-
-
-def _matmul_backward(contracted, spec, saved, dy):
-    x, w = saved
-    batch, out = x.ndim - contracted, range(contracted, w.ndim)
-    dx = _dot(dy, w, range(batch, dy.ndim), out, jax.typeof(x).sharding.spec)
-    dw = _dot(x, dy, range(batch), range(batch), jax.typeof(w).sharding.spec)
-    return dx, dw
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _dot(a: jax.Array, b: jax.Array, a_axes, b_axes, spec: P | None) -> jax.Array:
-    sharding = None if spec is None else NamedSharding(jax.sharding.get_abstract_mesh(), spec)
-    a, b = _with_all_tokens(a), _with_all_tokens(b)
-    return jax.lax.dot_general(
-        a, b, ((tuple(a_axes), tuple(b_axes)), ((), ())), out_sharding=sharding
-    )
-
-
-def _with_all_tokens(x: jax.Array) -> jax.Array:
-    spec = jax.typeof(x).sharding.spec
-    if STREAM not in spec:
-        return x
-    with jax.named_scope("all_tokens"):  # trainer/plan/audit.py knows it by this
-        return reshard(x, P(*(SEQ if axis == STREAM else axis for axis in spec)))
-
-
 # ---------------------------------------------------------------- attention projections
 
 
@@ -208,11 +158,9 @@ def project_qkv(
     k_BTKH = matmul(x_BTD, params["wk"])
     v_BTKH = matmul(x_BTD, params["wv"])
     if config.qkv_bias:
-        q_BTNH, k_BTKH, v_BTKH = (
-            q_BTNH + params["bq"],
-            k_BTKH + params["bk"],
-            v_BTKH + params["bv"],
-        )
+        q_BTNH = add_bias(q_BTNH, params["bq"])
+        k_BTKH = add_bias(k_BTKH, params["bk"])
+        v_BTKH = add_bias(v_BTKH, params["bv"])
     if config.qk_norm != "none":
         q_BTNH = qk_norm(q_BTNH, params["q_norm"], config)
         k_BTKH = qk_norm(k_BTKH, params["k_norm"], config)
@@ -247,7 +195,7 @@ def mlp(x_BTD: jax.Array, params: Tree, config: ModelConfig, spec: P) -> jax.Arr
     """SwiGLU or GeGLU (arXiv:2002.05202), or GELU; its tanh form unless "gelu_exact"."""
     up_BTF = matmul(x_BTD, params["up"])
     if config.out_bias:
-        up_BTF = up_BTF + params["up_bias"]
+        up_BTF = add_bias(up_BTF, params["up_bias"])
     up_BTF = checkpoint_name(up_BTF, "up")
     if config.activation in ("gelu", "gelu_exact"):
         hidden_BTF = jax.nn.gelu(up_BTF, approximate=config.activation == "gelu")
@@ -258,7 +206,7 @@ def mlp(x_BTD: jax.Array, params: Tree, config: ModelConfig, spec: P) -> jax.Arr
         gated = _gated_apart if config.barriers and {"gate", "up"} <= kept else _gated
         hidden_BTF = gated(gate_BTF, up_BTF, config.activation)
     y_BTD = matmul(apart(hidden_BTF, config), params["down"], 1, spec)
-    return y_BTD + params["down_bias"] if config.out_bias else y_BTD
+    return add_bias(y_BTD, params["down_bias"]) if config.out_bias else y_BTD
 
 
 def _gated(gate_BTF: jax.Array, up_BTF: jax.Array, activation: str) -> jax.Array:

@@ -35,10 +35,14 @@ class LossOptions:
     softcap: float = 0.0
     z_loss: float = 0.0  # weight of the squared log-sum-exp (PaLM, arXiv:2204.02311, section 5)
     chunks: int = 0
+    reduce_dtype: str = "float32"  # in which the head's gradient is summed over tokens and devices
 
     @classmethod
     def of(cls, config: ModelConfig, z_loss: float = 0.0) -> "LossOptions":
-        return cls(config.vocab, config.dtype, config.final_softcap, z_loss, config.loss_chunks)
+        return cls(
+            config.vocab, config.dtype, config.final_softcap, z_loss, config.loss_chunks,
+            config.reduce_dtype,
+        )  # fmt: skip
 
 
 def loss_weights(targets_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
@@ -128,7 +132,7 @@ def _local(x_BTD, head_VD, targets_BT, weights_BT, *, options, gathered, with_gr
         def body(carry, chunk):
             objective, nll, dhead = carry
             o, n, dx_CD, d = one(*chunk)
-            dhead = dhead + d.astype(jnp.float32) if with_gradient else None
+            dhead = dhead + d if with_gradient else None
             return (objective + o, nll + n, dhead), dx_CD
 
         start = jnp.zeros((V, D), jnp.float32) if with_gradient else None
@@ -137,7 +141,7 @@ def _local(x_BTD, head_VD, targets_BT, weights_BT, *, options, gathered, with_gr
     if not with_gradient:
         return objective, nll, None, None
     dx = _sum(dx, (VOCAB,)).reshape(-1, D)[: B * T].reshape(B, T, D)
-    dhead = dhead.astype(dtype)  # as the layers' gradients: half the bytes between devices
+    dhead = dhead.astype(options.reduce_dtype)
     if gathered:
         dhead = jax.lax.psum_scatter(dhead, "fsdp", scatter_dimension=1, tiled=True)
         dhead = _sum(dhead, tuple(a for a in TOKENS if a != "fsdp"))
@@ -194,5 +198,7 @@ def _chunk(x_CD, target_C, weight_C, *, head_VD, options, with_gradient):
         dlogits_CV = dlogits_CV * (1.0 - jnp.square(jnp.tanh(raw_CV / options.softcap)))
     dlogits_CV = dlogits_CV.astype(head_VD.dtype)
     dx_CD = jnp.einsum("CV,VD->CD", dlogits_CV, head_VD)
-    dhead_VD = jnp.einsum("CV,CD->VD", dlogits_CV, x_CD)
+    dhead_VD = jnp.einsum(
+        "CV,CD->VD", dlogits_CV, x_CD, preferred_element_type=options.reduce_dtype
+    )
     return objective, nll, dx_CD, dhead_VD

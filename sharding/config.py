@@ -21,20 +21,16 @@ def cache_folder() -> Path:
 
 @dataclass
 class MeshConfig(Fields, at="config.mesh"):
-    """Sizes of the mesh axes, slowest link first; one of them may be -1 and takes what is left.
+    """Sizes of the mesh axes, slowest link first; one of them may be -1 and takes what is left."""
 
-    `data` holds replicas, `fsdp` shards rows of the batch and the model state (see `zero`), `seq`
-    shards the sequence dimension of activations, `tensor` shards heads, MLP width and vocabulary.
-    The `dcn_` sizes say how much of `data` and of `fsdp` crosses the slow network between slices
-    or hosts: `data=4, dcn_data=2` is two slices that hold two replicas each.
-    """
-
-    data: int = 1
-    fsdp: int = -1
-    seq: int = 1
-    tensor: int = 1
+    data: int = 1  # replicas of the model
+    fsdp: int = -1  # shards rows of the batch and the model state (see zero)
+    seq: int = 1  # shards the sequence dimension of activations
+    tensor: int = 1  # shards heads, MLP width and vocabulary
+    # The part of data that crosses the slow network between slices or hosts: data=4, dcn_data=2 is
+    # two slices that hold two replicas each.
     dcn_data: int = 1
-    dcn_fsdp: int = 1
+    dcn_fsdp: int = 1  # the same part of fsdp
     zero: int = 3  # what fsdp shards: 1 optimizer state, 2 and gradients, 3 and parameters
 
     def sizes(self, devices: int) -> dict[str, int]:

@@ -4,7 +4,9 @@ Lives on the lowest floor so that every package can raise them; imports nothing 
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -31,6 +33,11 @@ class StorageError(UsageError, OSError):
     status = 5
 
 
+def install_hint(extra: str) -> str:
+    """Returns how to install an extra of Torus, which is installed from a clone."""
+    return f"pip install -e '.[{extra}]' in the folder of Torus"
+
+
 def nearest(value: str, choices: Iterable[str]) -> str:
     """Returns "; did you mean `x`?" for the choice closest to `value`, or "" when none is close.
 
@@ -40,3 +47,16 @@ def nearest(value: str, choices: Iterable[str]) -> str:
     match = difflib.get_close_matches(str(value), known, n=1, cutoff=0.6)
     match = match or [choice for choice in known if str(choice).endswith(f"_{value}")]
     return f"; did you mean `{match[0]}`?" if match else ""
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """Returns the beginning of a value's repr, for messages about what a file says.
+
+    Nothing larger than the result is built, however large or deep the value is, and nothing in it
+    reaches a terminal unescaped.
+    """
+    short = reprlib.Repr()
+    short.maxlevel, short.maxdict, short.maxother = 3, 4, limit
+    short.maxstring = short.maxlong = limit
+    text = short.repr(value)
+    return text if len(text) <= limit + 2 else text[: limit - 1] + "…"

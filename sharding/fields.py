@@ -37,7 +37,7 @@ class Fields:
         if at:
             cls.at = at
 
-    def __new__(cls, *_: Any, **values: Any) -> typing.Self:
+    def __new__(cls, /, *_: Any, **values: Any) -> typing.Self:
         for name in values:
             field_type(cls, name)
         return super().__new__(cls)

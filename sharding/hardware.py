@@ -4,14 +4,11 @@ Owns the numbers that MFU, the planner and `torus doctor` divide by, and the way
 to them. Figures are the vendors' own, dense (no sparsity): for TPU the system-architecture pages at
 cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x), for NVIDIA the A100, H100, H200 and HGX B200
 datasheets (SXM boards). Clocks are those at which the peak is quoted; NVIDIA's and those of v6e and
-tpu7x follow from peak FLOP/s and the size of the matrix units. Nothing here touches a device at
-import, and JAX is imported only by `measured_cpu_flops`.
+tpu7x follow from peak FLOP/s and the size of the matrix units. Nothing here imports JAX.
 """
 
 import glob
-import math
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,46 +84,13 @@ def chip_for(device: Any) -> Chip | None:
     return chip
 
 
-def peak_flops(
-    devices: Sequence[Any], cpu_seconds: float = 0.0, cpu_dtype: str = "bfloat16"
-) -> float | None:
+def peak_flops(devices: Sequence[Any]) -> float | None:
     """Returns the bfloat16 peak of `devices` together in FLOP/s, or None where it is not known.
 
-    CPU devices have no datasheet: with `cpu_seconds` > 0 their matmul rate in `cpu_dtype` (the
-    run's compute dtype) is measured for about that long. Fake CPU devices share one machine, so
-    the measured rate counts once, not per device.
+    Of CPUs it never is: they have no such datasheet, and the rate of a shared machine changes too
+    much from one second to the next to be measured once.
     """
     chips = [chip_for(device) for device in devices]
     if chips and all(chip is not None for chip in chips):
         return sum(chip.flops_bf16 for chip in chips if chip is not None)
-    if devices and cpu_seconds > 0 and all(d.platform == "cpu" for d in devices):
-        hosts = len({device.process_index for device in devices})
-        return hosts * measured_cpu_flops(cpu_seconds, cpu_dtype)
     return None
-
-
-def measured_cpu_flops(seconds: float = 0.5, dtype: str = "bfloat16", size: int = 768) -> float:
-    """Returns the best matmul rate of this machine's CPU in FLOP/s, measured for about `seconds`.
-
-    A square matmul of `size` in `dtype` (the compute dtype of the run), timed after compilation;
-    the best of several runs, because on a shared machine every disturbance only adds time. An MFU
-    taken against it reads "share of what this machine's matmuls reach", not of a datasheet.
-    """
-    import jax
-    import numpy as np
-
-    cpu = jax.local_devices(backend="cpu")[0]
-    rows = np.arange(size * size, dtype=np.float32).reshape(size, size) % 7 - 3
-    a_DD = jax.device_put(rows.astype(jax.numpy.dtype(dtype)), cpu)
-    matmul = jax.jit(lambda x_DD, y_DD: x_DD @ y_DD)
-    best, deadline, left = math.inf, math.inf, 6  # at least five, however slow the first ones are
-    with jax.set_mesh(jax.sharding.Mesh([cpu], ("cpu",))):  # the caller's mesh has more devices
-        while left > 0 or time.perf_counter() < deadline:
-            left -= 1
-            start = time.perf_counter()
-            matmul(a_DD, a_DD).block_until_ready()
-            if deadline == math.inf:  # the first run compiled
-                deadline = time.perf_counter() + seconds
-            else:
-                best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best

@@ -33,8 +33,9 @@ RULES: dict[str, tuple[str, ...]] = {
 BATCH, SEQ = RULES["batch"], RULES["seq"][0]  # what every activation is sharded over
 STREAM = (SEQ, "tensor")  # tokens between the blocks, where nothing else is split over tensor
 
-# A size of 1 on these is replicated instead of refused (multi-query attention has one KV head).
-REPLICATE_SINGLE = frozenset({"kv_heads"})
+# These are whole on every device where the mesh axes have more devices than there are of them, a
+# multiple: each KV head then serves several devices (models/decoder.py picks a device's own).
+REPLICATED_IF_FEW = frozenset({"kv_heads"})
 
 
 def spec_for(
@@ -69,12 +70,13 @@ def spec_for(
                 f"{nearest(axis, RULES)}"
             )
         mesh_axes = tuple(a for a in RULES[axis] if a not in without)
-        if size == 1 and axis in REPLICATE_SINGLE:
-            mesh_axes = ()
+        shards = math.prod(sizes[a] for a in mesh_axes)
+        if axis in REPLICATED_IF_FEW and size < shards and shards % size == 0:
+            mesh_axes, shards = (), 1
         if twice := used.intersection(mesh_axes):
             raise UsageError(f"{name}: mesh axis {twice.pop()!r} would shard two dimensions {axes}")
         used.update(mesh_axes)
-        if size % (shards := math.prod(sizes[a] for a in mesh_axes)):
+        if size % shards:
             raise UsageError(
                 f"{name}: dimension {dimension} ({axis}, size {size}) does not divide over mesh "
                 f"axis {' × '.join(mesh_axes)} of size {shards}"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sharding.errors import UsageError, nearest
+from sharding.errors import UsageError, install_hint, nearest
 from sharding.hardware import CHIPS, has_tpu
 
 _GIB = 2.0**30
@@ -174,7 +174,7 @@ def require_libtpu() -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError(
             "compiling for a TPU that is not there needs its compiler, the package libtpu: "
-            "pip install 'torus-train[aot]'"
+            + install_hint("aot")
         )
 
 

@@ -17,6 +17,7 @@ class Google:
         self.buckets: dict[str, dict[str, bytes]] = {}
         self.sent: dict[str, int] = {}  # bytes of each object that went out
         self.written: list[str] = []  # names, in order
+        self.generations: dict[str, int] = {}  # of the objects of all buckets
         self.refuse = 0  # a status to answer with
         self.pause = 0.0  # seconds before each answer
         self.waiting, self.most = 0, 0  # requests that wait for one, and the most at once
@@ -49,7 +50,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._answer(200, json.dumps({"items": items}).encode())
         data, asked = objects[name], self.headers.get("Range")
         if query.get("alt") != "media":
-            return self._answer(200, self._metadata(name, data))
+            return self._answer(200, self._metadata(name))
         if not asked:
             return self._send(name, 200, data, {})
         begin, end = (int(n) if n else None for n in asked.removeprefix("bytes=").split("-"))
@@ -66,14 +67,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if objects is None:
             return self._answer(self.store.refuse or 404)
-        objects[query["name"]] = content
-        self.store.written.append(query["name"])
-        return self._answer(200, self._metadata(query["name"], content))
+        with self.counting:
+            if not self._matches(objects, query["name"], query):
+                return self._answer(412)
+            objects[query["name"]] = content
+            self.store.written.append(query["name"])
+            self.store.generations[query["name"]] = len(self.store.written) + 1
+        return self._answer(200, self._metadata(query["name"]))
 
     def do_DELETE(self) -> None:
-        objects, name, _ = self._place()
-        found = objects is not None and objects.pop(name, None) is not None
-        self._answer(self.store.refuse or (204 if found else 404))
+        objects, name, query = self._place()
+        with self.counting:
+            if objects is not None and not self._matches(objects, name, query):
+                return self._answer(412)
+            found = objects is not None and objects.pop(name, None) is not None
+        return self._answer(self.store.refuse or (204 if found else 404))
+
+    def _matches(self, objects: dict[str, bytes], name: str, query: dict[str, str]) -> bool:
+        """Whether an object has the generation that a request is conditional on, 0 for none."""
+        there = self.store.generations.get(name, 1) if name in objects else 0
+        return int(query.get("ifGenerationMatch", there)) == there
 
     def _place(self) -> tuple[dict[str, bytes] | None, str, dict[str, str]]:
         path, _, query = self.path.partition("?")
@@ -81,14 +94,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         objects = None if self.store.refuse else self.store.buckets.get(bucket)
         return objects, urllib.parse.unquote(name[1:]), dict(urllib.parse.parse_qsl(query))
 
-    @staticmethod
-    def _metadata(name: str, content: bytes) -> bytes:
-        generation = 1 + hash(content) % 2**40
+    def _metadata(self, name: str) -> bytes:
+        generation = self.store.generations.get(name, 1)
         return json.dumps({"name": name, "generation": str(generation)}).encode()
 
     def _send(self, name: str, status: int, data: bytes, headers: dict[str, str]) -> None:
         self.store.sent[name] = self.store.sent.get(name, 0) + len(data)
-        self._answer(status, data, {"x-goog-generation": "1"} | headers)
+        generation = str(self.store.generations.get(name, 1))
+        self._answer(status, data, {"x-goog-generation": generation} | headers)
 
     def _answer(
         self, status: int, data: bytes = b"", headers: dict[str, str] | None = None

@@ -20,7 +20,7 @@ _FLAGS = (
     "--xla_backend_optimization_level=0",  # compiles in two thirds of the time; tests run few steps
     # A third of the time on JAX 0.10, and the programs of tests are small; 0.11 has it no more.
     *(["--xla_cpu_use_fusion_emitters=false"] if version("jax").startswith("0.10.") else []),
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # sharding/mesh.py says why
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # sharding/runtime.py says why
     # Eight devices meet in every collective. On a starved machine that takes longer than the 40 s
     # after which XLA:CPU takes the process down.
     "--xla_cpu_collective_call_terminate_timeout_seconds=400",

@@ -1,6 +1,6 @@
 """Starts a JAX job of several real processes on this machine, joined over loopback.
 
-The code that runs in them calls `sharding.mesh.start_runtime()` first, as a real job would.
+The code that runs in them calls `sharding.runtime.start_runtime()` first, as a real job would.
 """
 
 import os

@@ -26,6 +26,10 @@ dry='' pretend=absent started='' shown=0
 
 say() { echo "tpu.sh: $1" >&2; }
 
+say_all() { # a text of several lines, as one
+  say "$1: $(tr -s '[:space:]' ' ' <<<"$2" | cut -c 1-500)"
+}
+
 fail() { # status, text
   say "$2"
   exit "$1"
@@ -83,22 +87,28 @@ kind() { if [ "$QUEUED" = yes ]; then echo queued-resources; else echo tpu-vm; f
 # A queued resource is deleted with its node.
 deletion() { echo "$(kind) delete $NAME$(if [ "$QUEUED" = yes ]; then echo ' --force'; fi)"; }
 
+is_gone() { # what gcloud said: only that this very resource does not exist
+  # Accounts, projects and the program itself are "not found" as well, while a TPU costs money.
+  grep -F ") NOT_FOUND: Resource 'projects/" <<<"$1" | grep -F "/locations/$ZONE/" |
+    grep -qF "/$NAME' was not found"
+}
+
 state() { # absent, waiting, ready, lost (it was there), failed, or unknown (no answer)
   local text field=state
   if [ "$QUEUED" = yes ]; then field=state.state; fi
   if text=$(cloud "$(kind)" describe "$NAME" "--format=value($field)" 2>&1); then
     if [ -n "$dry" ]; then text=$pretend; fi
-    case $text in
+    case $(grep -xE '[A-Z_]+|absent' <<<"$text" | tail -n 1) in # a line among its warnings
       READY | ACTIVE) echo ready ;;
       FAILED) echo failed ;;
       SUSPENDING | SUSPENDED | PREEMPTED | TERMINATED | STOPPED) echo lost ;;
       absent) echo absent ;;
       *) echo waiting ;;
     esac
-  elif grep -qiE 'not[_ ]found' <<<"$text"; then
+  elif is_gone "$text"; then
     echo absent
   else
-    say "gcloud does not say whether $NAME is there: $(tail -n 1 <<<"$text")"
+    say_all "gcloud does not say whether $NAME is there" "$text"
     echo unknown
   fi
 }
@@ -111,7 +121,7 @@ ask() { # one request; a full zone is asked again until WAIT is over
   if [ "$QUEUED" = yes ]; then arguments=("--node-id=$NAME" "--runtime-version=$VERSION"); fi
   if [ "$SPOT" = yes ]; then arguments+=(--spot); fi
   until text=$(cloud "$(kind)" create "$NAME" "--accelerator-type=$TYPE" "${arguments[@]}" 2>&1); do
-    say "$(tail -n 1 <<<"$text")"
+    say_all "gcloud create" "$text"
     if ! grep -qi 'no more capacity' <<<"$text" || [ "$SECONDS" -ge "$1" ]; then
       fail 69 "$TYPE in $ZONE was refused"
     fi
@@ -121,11 +131,12 @@ ask() { # one request; a full zone is asked again until WAIT is over
 }
 
 create() {
-  local now until=$((SECONDS + WAIT))
+  local now until=$((SECONDS + WAIT)) unknown=0
   while [ "$SECONDS" -le "$until" ]; do
     now=$(state)
     case $now in
       ready) return ;;
+      unknown) if [ "$((unknown += 1))" -ge 10 ]; then fail 69 "gcloud gives no answer"; fi ;;
       absent) ask "$until" && continue ;;
       failed) fail 69 "the request for $NAME failed; see: gcloud compute tpus $(kind) describe $NAME --zone=$ZONE" ;;
       lost) delete && continue ;;
@@ -202,7 +213,11 @@ delete() {
   # shellcheck disable=SC2046 # words of their own
   cloud $(deletion) || true # judged by what is there afterwards
   pretend=absent
-  [ "$(state)" = absent ]
+  for _ in 1 2 3; do # the network may fail for a moment, and deleting take one
+    if [ "$(state)" = absent ]; then return; fi
+    pause
+  done
+  return 1
 }
 
 # ---------------------------------------------------------------- all of it
@@ -266,7 +281,11 @@ arguments=("${@:2}")
 if [[ $command =~ ^(train|run)$ ]] && [ "${#arguments[@]}" -eq 0 ]; then
   fail 2 "$command: what should run? -- --config=… --workdir=gs://…"
 fi
-if [ -n "$dry" ]; then POLL=0; fi
+if [ -n "$dry" ]; then
+  POLL=0
+elif ! command -v gcloud >/dev/null; then
+  fail 2 "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
+fi
 case $command in
   status) say "$NAME: $(state)" && on all status ;;
   stop) on all stop "$GRACE" ;;

@@ -41,13 +41,13 @@ _BOOLEANS = ("true", "t", "1", "false", "f", "0")
 class OptimizerConfig(Fields, at="config.optimizer"):
     """AdamW (arXiv:1711.05101) with warm-up and cosine decay, in the terms of `schedules.py`."""
 
-    peak_lr: float = 3e-4
-    warmup_steps: int = 100
+    peak_lr: float = 3e-4  # highest learning rate, reached after the warm-up
+    warmup_steps: int = 100  # steps in which the rate rises from 0, linearly
     schedule: str = "cosine"  # cosine | constant, after the warm-up
     final_lr_fraction: float = 0.1  # of peak_lr, at the last step of a cosine
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # on matrices; norms and biases never decay
     clip_norm: float = 1.0  # of the global gradient; 0 = off
     moment_dtype: str = "float32"  # of the first moment: float32 | bfloat16
@@ -57,11 +57,11 @@ class OptimizerConfig(Fields, at="config.optimizer"):
 class TrainConfig(Fields, at="config.train"):
     """How long, how much at a time, from which seed."""
 
-    steps: int = 1000
+    steps: int = 1000  # updates in the whole run; the schedule ends here
     batch_size: int = 32  # rows per step over all devices
     accumulation: int = 1  # microbatches per step, each batch_size / accumulation rows
-    seed: int = 0
-    z_loss: float = 0.0
+    seed: int = 0  # of the first parameters, 0 to 2**32 - 1
+    z_loss: float = 0.0  # weight of log(Z) squared in the loss (arXiv:2204.02311); 0 = none
     init_from: str = ""  # run whose newest parameters are the first ones here; "" = random ones
     self_check: bool = False  # try devices, links and files first; always so under torus launch
     stop_at: int = 0  # stop and save after this step without changing the schedule; 0 = steps
@@ -79,7 +79,7 @@ class EvalConfig(Fields, at="config.eval"):
 class Experiment(Fields, at="config"):
     """All of one run. Its JSON form is written to the run's folder and is enough to repeat it."""
 
-    name: str = "experiment"
+    name: str = "experiment"  # in titles and records
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -89,7 +89,8 @@ class Experiment(Fields, at="config"):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
-    perf: str = "auto"  # auto | off, then ",xla_NAME=VALUE" or ",-xla_NAME": trainer/plan/recipe.py
+    # Compile options: auto | fast | off, then ",xla_NAME=VALUE" or ",-xla_NAME"; see docs/plan.md.
+    perf: str = "auto"
 
 
 # Fields that a resumed run may change: they alter speed, place or reporting, not the experiment.
@@ -146,6 +147,13 @@ def validate(experiment: Experiment) -> None:
             f"config.data.seq_len = {data.seq_len} is longer than config.model.max_length = "
             f"{model.max_length}"
         )
+    if train.seed >= 1 << 32:
+        raise UsageError(f"config.train.seed = {train.seed}: below 2**32")
+    if train.stop_at > train.steps:
+        raise UsageError(
+            f"config.train.stop_at = {train.stop_at} lies beyond config.train.steps = "
+            f"{train.steps}, where the schedule ends: raise steps (in a new run), or lower stop_at"
+        )
     if optimizer.warmup_steps > train.steps:
         raise UsageError(
             f"config.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds "
@@ -185,7 +193,8 @@ def check_sizes(experiment: Experiment, sizes: dict[str, int]) -> None:
         *(("data.buckets", length, "seq") for length in experiment.data.buckets),
         ("data.seq_len", experiment.data.seq_len, "seq"),
         ("model.heads", model.heads, "tensor"),
-        ("model.kv_heads", model.kv_heads if model.kv_heads > 1 else tensor, "tensor"),
+        # Fewer KV heads than devices are on all of them: sharding/rules.py.
+        ("model.kv_heads", max(model.kv_heads, 0 if tensor % model.kv_heads else tensor), "tensor"),
         ("model.mlp", model.mlp, "tensor"),
         ("model.padded_vocab", model.padded_vocab, "tensor"),
     ):

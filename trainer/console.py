@@ -65,7 +65,7 @@ class Console:
         self._progress.update(
             self._progress.task_ids[0],
             completed=record["step"],
-            rates="  ".join(_fields(record, names)),
+            rates="  ".join(_fields(_with_mean(record), names)),
         )
 
 
@@ -76,7 +76,26 @@ def format_record(record: Mapping[str, Any], total_steps: int) -> str:
         return "  ".join([f"{record.get('event', 'event')} at step {step}", *_details(record)])
     if record["kind"] == "eval":
         return "  ".join([f"eval {step}", *_fields(record, ("loss", "bits_per_byte"))])
-    return "  ".join([f"step {step}", *_fields(record, tuple(_FORMATS))])
+    return _step_line(_with_mean(record), step)
+
+
+def _step_line(record: Mapping[str, Any], step: str) -> str:
+    """The fields that fit in the width of a terminal; metrics.jsonl has them all."""
+    names = list(_FORMATS)
+    if (record.get("data_wait_ms") or 0) < _NOTICED * (record.get("step_ms") or 0):
+        names.remove("data_wait_ms")
+    for left_out in (None, *_LEFT_OUT):
+        names = [name for name in names if name != left_out]
+        line = "  ".join([f"step {step}", *_fields(record, tuple(names))])
+        if len(line) <= _WIDTH:
+            break
+    return line
+
+
+def _with_mean(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Shows the mean of the loss since the last record: a single step's says little."""
+    mean = record.get("mean_loss")
+    return record if mean is None else {**record, "loss": mean}
 
 
 def format_duration(seconds: float) -> str:
@@ -91,14 +110,24 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
+def _short(value: float) -> str:
+    """Returns a count in five characters or fewer: "950", "12.3k", "4.01M"."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * factor:
+            return f"{value / factor:.3g}{unit}" if value < 999.5 * factor else f"{value:.1e}"
+    return f"{value:.3g}"
+
+
+_WIDTH = 80  # of the narrowest terminal that step lines are made for
+_LEFT_OUT = ("learning_rate", "eta_seconds", "data_wait_ms", "grad_norm", "bits_per_byte")
+_NOTICED = 0.05  # share of a step's time; a shorter wait for data is not shown
 _FORMATS = {
     "loss": lambda v: f"loss {v:.3f}",
     "bits_per_byte": lambda v: f"bpb {v:.2f}",
     "grad_norm": lambda v: f"grad {v:.2f}",
     "learning_rate": lambda v: f"lr {v:.1e}",
-    "tokens_per_second": lambda v: f"tok/s {v:,.0f}",
+    "tokens_per_second": lambda v: f"tok/s {_short(v)}",
     "mfu": lambda v: f"mfu {100 * v:.0f}%" if v >= 0.1 else f"mfu {100 * v:.1f}%",
-    "step_ms": lambda v: f"{v:.0f} ms" if v >= 10 else f"{v:.1f} ms",
     "data_wait_ms": lambda v: f"data {v:.1f} ms",
     "skipped_steps": lambda v: f"SKIPPED {v:.0f}" if v else "",
     "eta_seconds": lambda v: f"eta {format_duration(v)}",

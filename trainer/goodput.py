@@ -14,6 +14,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from checkpoint.files import read_lines
 from checkpoint.steps import folder_path
 from trainer.console import format_duration
 from trainer.metrics import all_records
@@ -63,27 +64,34 @@ class Goodput:
 def read_incidents(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns what `torus launch` wrote down; a line torn by a crash is left out."""
     path, found = folder_path(run) / INCIDENTS, []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+    for line in read_lines(path) if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
-    return found
+    return [incident for incident in found if isinstance(incident, dict)]
 
 
 def failures(run: str | os.PathLike[str]) -> tuple[int, float]:
-    """Returns how many faults a run had, in how many hours since its first start."""
-    records = all_records(run)
-    hours = (records[-1]["time"] - records[0]["time"]) / 3600 if records else 0.0
-    return sum(incident.get("kind") in _FAULTS for incident in read_incidents(run)), hours
+    """Returns how many faults a run had, in how many hours that it was up."""
+    attempts = _attempts(all_records(run))
+    seconds = sum(attempt[-1]["time"] - attempt[0]["time"] for attempt in attempts)
+    faults = sum(incident.get("kind") in _FAULTS for incident in read_incidents(run))
+    return faults, seconds / 3600
 
 
-def measure(run: str | os.PathLike[str]) -> Goodput | None:
-    """Returns the accounts of a run, or None before its second step was recorded."""
-    records = all_records(run)
+def _attempts(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Returns the records of each start of the run, in order."""
     attempts: list[list[dict[str, Any]]] = []
     for record in records:
         if (record["kind"] == "event" and record.get("event") in _BEGINS) or not attempts:
             attempts.append([])
         attempts[-1].append(record)
+    return attempts
+
+
+def measure(run: str | os.PathLike[str]) -> Goodput | None:
+    """Returns the accounts of a run, or None before its second step was recorded."""
+    records = all_records(run)
+    attempts = _attempts(records)
     steps = [r["step_ms"] / 1e3 for r in records if r.get("step_ms")]
     if not steps:
         return None

@@ -7,22 +7,21 @@ checkpoint called good, a rewind, or the end with a status that says why.
 """
 
 import functools
-import gc
 import math
 import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, reshard
 
+from checkpoint.agreement import first
 from checkpoint.fingerprint import as_text, fingerprints
 from checkpoint.manager import CheckpointManager
 from checkpoint.manifest import read_meta
@@ -48,21 +47,6 @@ _ENOUGH = 8
 
 class Rewind(Exception):
     """The run goes back: where to is in its folder."""
-
-
-def rewinding(train: Callable) -> Callable:
-    """Makes `train` start again, in this process, from where a rewind goes back to."""
-
-    @functools.wraps(train)
-    def run(*arguments: Any, **named: Any) -> Any:
-        while True:
-            try:
-                return train(*arguments, **named)
-            except Rewind:
-                pass
-            gc.collect()  # the state of the attempt that ended, or both would need memory
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -116,7 +100,7 @@ class Guard:
         self._seconds, self._looked = deque(maxlen=_TIMED), math.nan
         self._scores, self._times, self._dispatched = Scores(), None, 0.0
         self._told = start.step, 0.0, 0.0  # when times were last exchanged: step and totals
-        self._past = Rewinds.read(folder_path(self._workdir))
+        self._past = start.past
         kept = start.meta.get("health", {})
         self._watch = Watch(self._config, kept)
         if pending := kept.get("pending"):
@@ -154,9 +138,8 @@ class Guard:
         self._unproven.append(step)
         if self._experiment.checkpoint.every >= 0 or len(self._seconds) < _ENOUGH:
             return
-        hours = hours_between_failures(jax.device_count(), *failures(self._workdir))
         took = statistics.median(self._seconds)
-        every = _first_ones(steps_between_saves(seconds, took, hours))
+        every, hours = first(lambda: self._cadence(seconds, took))
         if every != self._checkpoints.every:
             self._checkpoints.every = every
             self._journal.event(
@@ -164,7 +147,28 @@ class Guard:
                 step_seconds=round(took, 4), hours_between_failures=round(hours, 1),
             )  # fmt: skip
 
+    def _cadence(self, seconds: float, took: float) -> tuple[int, float]:
+        """Returns the steps between saves, and the hours between failures that they follow from."""
+        hours = hours_between_failures(jax.device_count(), *failures(self._workdir))
+        return steps_between_saves(seconds, took, hours), hours
+
     # ------------------------------------------------------------ every step
+
+    def programs(self, batch: dict) -> Hashable:
+        """Returns a name for what the next step and its comparisons run: new ones are compiled."""
+        number = self._step + 1
+        due = (
+            _due(number, every)
+            for every in (
+                self._config.replay_every,
+                self._config.compare_every,
+                self._experiment.log.fingerprint_every,
+            )
+        )
+        # The second step waits for the first one, which is run without its phase being left.
+        second = number - self._start.step > 1
+        exchange = self._told[0] == self._start.step and self._journal.due(self._step)
+        return batch["tokens"].shape[1], *due, second, exchange
 
     def step(self, train_step: Callable, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """Takes one step, and starts whatever comparison of its result is due."""
@@ -212,6 +216,8 @@ class Guard:
         loss, norm, skipped = _numbers(metrics)
         left_out, self._skipped = skipped > self._skipped, skipped
         self._judge(step, loss, norm, left_out)
+        if last and skipped == step:  # too short a run for a rewind
+            raise Unhealthy(DIVERGED, f"all {step} updates were left out: nothing was learned")
 
     def _slowest(self, step: int) -> dict[str, Any]:
         """Who was the slowest at the last exchange of times; begins another at log steps."""
@@ -248,8 +254,6 @@ class Guard:
         return self._start.row + (step - self._start.step) * self._experiment.train.batch_size
 
     def _judge(self, step: int, loss: float, norm: float, left_out: bool) -> None:
-        if not self._config.window:
-            return
         if verdict := self._watch.judge(step, loss, norm, left_out):
             update = "left out" if left_out else "kept"
             self._journal.event(step, verdict, loss=loss, grad_norm=norm, update=update)
@@ -275,7 +279,7 @@ class Guard:
             )
         self._checkpoints.wait()
         self._mark_good()  # those too that were still being written when they had proved good
-        to = _first_ones(max(self._checkpoints.good_steps(), default=0))
+        to = first(lambda: max(self._checkpoints.good_steps(), default=0))
         self._go_back(step, to, self._row(step), self._past.spent + 1)
         raise Rewind
 
@@ -296,22 +300,22 @@ class Guard:
         """Gives up what was saved since the devices last agreed, and ends the run here."""
         self._journal.event(step, "corruption", what=str(odd))
         self._checkpoints.wait()
-        intact = (found for found in self._checkpoints.steps() if found <= self._agreed)
-        to = _first_ones(max(intact, default=0))
-        row = self._past.row if self._past.count else 0
-        if to:
-            meta = read_meta(self._checkpoints.folder, to)
-            row = self._past.row_after(meta, meta["data"]["next_row"])
+        to, row = first(self._intact)
         self._go_back(step, to, row, self._past.spent)
         raise Unhealthy(odd.status, f"step {step}: {odd}; the run goes on from step {to}")
 
+    def _intact(self) -> tuple[int, int]:
+        """Returns the newest step saved before the devices differed, and the row after it."""
+        to = max((step for step in self._checkpoints.steps() if step <= self._agreed), default=0)
+        if not to:
+            return 0, self._past.row if self._past.count else 0
+        meta = read_meta(self._checkpoints.folder, to)
+        return to, self._past.row_after(meta, meta["data"]["next_row"])
+
     def _go_back(self, step: int, to: int, row: int, spent: int) -> None:
         past = Rewinds(self._past.count + 1, spent, to, row)
-        if jax.process_index() == 0:
-            past.write(folder_path(self._workdir))
+        first(lambda: past.write(folder_path(self._workdir)))
         self._journal.event(step, "rewind", to=to, lost_steps=step - to, row=row)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"rewind {past.count}")
 
 
 @jax.jit
@@ -332,10 +336,3 @@ def _numbers(metrics: dict[str, jax.Array]) -> tuple[float, float, int]:
     names = ("loss", "grad_norm", "skipped")
     loss, norm, skipped = jax.device_get([metrics[name] for name in names])
     return float(loss), float(norm), int(skipped)
-
-
-def _first_ones(value: int) -> int:
-    """Returns the first process's number in all of them: files and clocks differ."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))

@@ -1,23 +1,32 @@
 """What a run says while it goes: one object for its records, its clock and its console."""
 
+import math
+import statistics
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from models import spec
 from models.decoder import param_specs
-from models.flops import train_flops_per_token
+from models.flops import train_flops
 from sharding.hardware import peak_flops
 from trainer.config import Experiment
 from trainer.console import Console
+from trainer.data.corpus import is_builtin
 from trainer.data.rows import Steps
 from trainer.evaluate import to_bits_per_byte
 from trainer.metrics import MetricsWriter, StepTimer, memory_gib
 from trainer.packages import library_versions
 
-CPU_RATE_SECONDS = 0.3  # spent at start on this machine's own matmul rate, where no table has it
+_SAMPLED = 16  # steps whose packing says what attention costs: each may pack a window
+LARGE = 100_000_000  # parameters from which the built-in text is too little to learn from
+_LITTLE_TEXT = (
+    "{parameters:,} parameters and the built-in text, 9 MB of Python's documentation and sources: "
+    "for a real run give --config.data.path=DATASET, made by `torus prepare`"
+)
 
 
 class Journal:
@@ -49,20 +58,22 @@ class Journal:
             process_index=jax.process_index(),
         )
         tokens = train.batch_size * experiment.data.seq_len
-        flops = tokens * sum(
-            share * train_flops_per_token(experiment.model, length)
-            for length, share in dataset.lengths().items()
-        )
-        seconds = CPU_RATE_SECONDS if jax.process_index() == 0 else 0.0  # the others write nothing
+        self._losses: list[jax.Array] = []  # since the last record
+        peak = peak_flops(jax.devices())
+        writes = jax.process_index() == 0
         self._timer = StepTimer(
             total_steps=train.steps,
             tokens_per_step=tokens,
-            flops_per_step=flops,
-            peak_flops=peak_flops(jax.devices(), seconds, experiment.model.dtype),
+            flops_per_step=_step_flops(experiment, dataset, start) if peak and writes else None,
+            peak_flops=peak,
             device_count=mesh.size,
         )
         if not start:
-            self.event(0, "start", **_facts(experiment, mesh, dataset, tokens))
+            facts = _facts(experiment, mesh, dataset, tokens)
+            self.event(0, "start", **facts)
+            data = experiment.data
+            if facts["parameters"] >= LARGE and is_builtin(data.path) and not data.mixture:
+                self.event(0, "warning", text=_LITTLE_TEXT.format(**facts))
 
     def __enter__(self) -> "Journal":
         return self
@@ -92,14 +103,17 @@ class Journal:
     ) -> None:
         """Waits until `step` is done, and records it, with `more`, if its turn has come."""
         jax.block_until_ready(metrics)
+        self._losses.append(metrics["loss"])
         if not (last or self.due(step)):
             return
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        losses = [loss for loss in map(float, jax.device_get(self._losses)) if math.isfinite(loss)]
+        self._losses = []
+        mean = math.fsum(losses) / len(losses) if losses else math.nan
         record = {
             "loss": values["loss"],
-            "bits_per_byte": to_bits_per_byte(
-                values["loss"], self._dataset, step * self._batch_size
-            ),
+            "mean_loss": mean,
+            "bits_per_byte": to_bits_per_byte(mean, self._dataset, step * self._batch_size),
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
             "skipped_steps": values["skipped"] - self._skipped,
@@ -117,6 +131,18 @@ class Journal:
 
     def event(self, step: int, name: str, **details: Any) -> None:
         self._writer.event(step, name, **details)
+
+
+def _step_flops(experiment: Experiment, dataset: Steps, start: int) -> float:
+    """Returns the mean model FLOPs of the steps to come, estimated from a sample of them.
+
+    Attention is counted within each packed document, padding not at all.
+    """
+    size, last = experiment.train.batch_size, max(experiment.train.steps - 1, start)
+    steps = np.unique(np.linspace(start, last, _SAMPLED).astype(np.int64)).tolist()
+    return statistics.fmean(
+        train_flops(experiment.model, dataset.segments(step * size, size)) for step in steps
+    )
 
 
 def _facts(experiment: Experiment, mesh: Mesh, dataset: Steps, tokens: int) -> dict[str, Any]:

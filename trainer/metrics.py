@@ -23,18 +23,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from checkpoint.files import LINE, open_file, read_lines
 from checkpoint.steps import folder_path, is_remote
 from sharding.errors import UsageError
 from sharding.fields import Fields
 
 TRAIN_FIELDS = (
-    "loss",  # nats per target token
-    "bits_per_byte",  # only where tokens are bytes or the tokenizer's bytes per token are known
+    "loss",  # nats per target token, of this step
+    "mean_loss",  # of the steps since the last record whose loss is finite
+    "bits_per_byte",  # of mean_loss; only where bytes per token are known and all text is predicted
     "grad_norm",  # global norm before clipping
     "learning_rate",
     "tokens_per_second",
     "tokens_per_second_per_device",
-    "mfu",  # share of the devices' peak, 0 to 1; null where the peak is not known
+    "mfu",  # share of the devices' peak, 0 to 1; null where the peak is not known, as on CPU
     "step_ms",
     "data_wait_ms",  # per step, the time the loop waited for the next batch
     "skipped_steps",  # updates not applied since the last record, because they were not finite
@@ -48,18 +50,13 @@ _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 @dataclass
 class LogConfig(Fields, at="config.log"):
-    """What is written while training runs, and which steps are profiled.
+    """What is written while training runs, and which steps are profiled."""
 
-    `every` steps there is one log line and one record; every `fingerprint_every` steps (0 = never)
-    one of the fingerprints of all arrays, which `torus replay` compares. With `profile_start` >= 0
-    the `profile_steps` steps from that one on are traced into <run>/profile.
-    """
-
-    every: int = 10
-    fingerprint_every: int = 0
-    tensorboard: bool = True
-    profile_start: int = -1
-    profile_steps: int = 3
+    every: int = 10  # steps between log lines, each a record of metrics.jsonl
+    fingerprint_every: int = 0  # steps between fingerprints for `torus replay`; 0 = never
+    tensorboard: bool = True  # also write the numbers to RUN/tensorboard
+    profile_start: int = -1  # first step that is traced into RUN/profile; -1 = none
+    profile_steps: int = 3  # how many steps are traced
 
     def validate(self) -> None:
         """Raises UsageError for values that cannot be used."""
@@ -128,7 +125,8 @@ class MetricsWriter:
             self._importing.start()
         self._tensorboard_options = {
             "logdir": str(folder / "tensorboard"),
-            "purge_step": None if resumed_from is None else resumed_from + 1,
+            # What an earlier attempt drew of later steps goes, also when it was begun anew.
+            "purge_step": (resumed_from or 0) + 1 if continued else None,
         }
         if resumed_from is not None and continued:
             self.event(resumed_from, "resumed")
@@ -206,7 +204,7 @@ def all_records(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = folder_path(run)
     if path.is_dir():
         path = path / "metrics.jsonl"
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = read_lines(path) if path.exists() else ()
     return [record for line in lines if (record := _parse(line)) is not None]
 
 
@@ -365,7 +363,7 @@ def _without_specials(value: Any) -> Any:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:  # also UnicodeDecodeError: a crash can tear a line anywhere
+    except (ValueError, RecursionError):  # also UnicodeDecodeError: a crash tears lines anywhere
         return None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         return None
@@ -381,10 +379,17 @@ def _drop_torn_line(path: Path) -> None:
     """Cuts a last line without its newline, so that what is appended starts on its own line."""
     if not path.exists():
         return
+    open_file(path).close()  # refuses what is not a regular file
     with path.open("r+b") as file:
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - LINE)
+            file.seek(start)
+            if (last := file.read(end - start).rfind(b"\n")) >= 0:
+                end = start + last + 1
+                break
+            end = start
+        file.truncate(end)
 
 
 class _RewrittenFile:

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sharding.errors import UsageError
+from sharding.errors import UsageError, install_hint
 
 DISTRIBUTION = "torus-train"
 # The five the stack is built from, and what they share: a wrong one of these breaks the others.
@@ -81,7 +81,7 @@ def data_library(module: str) -> Any:
         return import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise UsageError(f"{package} is not installed: pip install 'torus-train[data]'") from None
+        raise UsageError(f"{package} is not installed: {install_hint('data')}") from None
 
 
 def library_versions() -> dict[str, str]:

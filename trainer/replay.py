@@ -21,8 +21,9 @@ from checkpoint.manifest import read_meta, read_step
 from checkpoint.steps import complete_steps, folder_path
 from checkpoint.tree import flatten
 from sharding.errors import UsageError
-from sharding.mesh import make_mesh, start_runtime
+from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
+from sharding.runtime import start_runtime
 from trainer.data.dataset import open_training
 from trainer.data.loader import Loader
 from trainer.data.rows import resume_row
@@ -61,6 +62,14 @@ def first_difference(a: Evidence, b: Evidence) -> tuple[int, list[str]] | None:
         if names:
             return step, names
     return None
+
+
+def compared(a: Evidence, b: Evidence) -> tuple[list[int], list[int]]:
+    """Returns the steps of which both give a loss and a norm, and those with all of a's arrays."""
+    both = sorted(a.keys() & b.keys())
+    numbers = [step for step in both if "loss" in a[step] and "loss" in b[step]]
+    arrays = {step: a[step].keys() - {"loss", "grad_norm"} for step in both}
+    return numbers, [step for step in both if arrays[step] and arrays[step] <= b[step].keys()]
 
 
 def base_step(run: str, step: int) -> int:

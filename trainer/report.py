@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.files import read_json
 from checkpoint.steps import complete_steps, folder_path, write_whole
 from sharding.errors import UsageError
 from trainer.console import format_duration
@@ -92,9 +93,9 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     experiment = {}
     if (path / "experiment.json").exists():
         try:
-            experiment = json.loads((path / "experiment.json").read_text())
+            experiment = read_json(path / "experiment.json")
         except ValueError as error:
-            raise UsageError(f"{path / 'experiment.json'} is not JSON: {error}") from error
+            raise UsageError(str(error)) from error
     records = read_metrics(path)
     return Run(
         folder=path,
@@ -156,7 +157,7 @@ def facts(run: Run, now: float) -> list[tuple[str, str]]:
         ("Mesh", _pairs(run.fact("mesh"))),
         ("Device", _device(run)),
         ("Tokens seen", _number(seen)),
-        ("Train loss", _last(run.train, "loss")),
+        ("Train loss", _last(_losses(run.train))),
         ("Eval loss", _best_and_last(losses, "loss")),
         ("Eval bits per byte", _best_and_last(bits, "bits_per_byte")),
         ("gzip, xz bits per byte", _compressors(run)),
@@ -183,12 +184,14 @@ def draw(run: Run) -> bytes:
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04, hspace=0.04)
     grid = figure.add_gridspec(3, 3, height_ratios=(1.7, 1, 1))
     _draw_loss(figure.add_subplot(grid[0, :]), run)
+    mfu = ("MFU, %", "mfu", lambda v: 100 * v, "{x:g}")
+    memory = ("Highest memory in use, GiB", "memory_gib", lambda v: v, "{x:g}")  # CPU has no MFU
     panels: Sequence[tuple[str, str, Callable[[float], float], str]] = (
         ("Learning rate", "learning_rate", lambda v: v, "{x:.1e}"),
         ("Gradient norm", "grad_norm", lambda v: v, "{x:g}"),
         ("Step time, ms", "step_ms", lambda v: v, "{x:,g}"),
         ("Tokens per second", "tokens_per_second", lambda v: v, "{x:,g}"),
-        ("MFU, %", "mfu", lambda v: 100 * v, "{x:g}"),
+        mfu if _series(run.train, "mfu") else memory,
         ("Waiting for data, ms per step", "data_wait_ms", lambda v: v, "{x:,g}"),
     )
     for place, (title, field, scale, form) in enumerate(panels):
@@ -212,10 +215,11 @@ def draw(run: Run) -> bytes:
 
 
 def _draw_loss(axes: Any, run: Run) -> None:
-    name = run.experiment.get("name") or run.folder.resolve().name
-    _style(axes, f"{name}: loss, nats per token")
+    name = str(run.experiment.get("name") or run.folder.name)[:100]
+    title = name.replace("$", r"\$")  # a pair of them would be taken for a formula
+    _style(axes, f"{title}: loss, nats per token", pad=26)
     axes.set_xlabel("step", color="#444444")
-    train, evals = _series(run.train, "loss"), _series(run.evals, "loss")
+    train, evals = _losses(run.train), _series(run.evals, "loss")
     if train:
         steps, losses = zip(*_thin(train), strict=True)
         smooth = len(train) >= 60
@@ -249,7 +253,11 @@ def _draw_loss(axes: Any, run: Run) -> None:
     for label, look, chosen in marks:
         for index, event in enumerate(filter(chosen, run.events)):
             axes.axvline(event["step"], linewidth=1.1, label=label if index == 0 else None, **look)
-    axes.legend(frameon=False, loc="upper right")
+    # Between title and curves: inside, it would lie on one of them.
+    axes.legend(
+        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, borderpad=0.3,
+        ncols=8, fontsize=9, columnspacing=1.6, handlelength=1.8,
+    )  # fmt: skip
 
 
 def _scale_loss(axes: Any, losses: list[float]) -> None:
@@ -270,21 +278,19 @@ def _plain_log_ticks(axis: Any) -> None:
 def _draw_bits(axes: Any, run: Run) -> None:
     """A second scale in bits per byte, with gzip and xz as marks where they were measured."""
     pairs = [
-        (r["loss"], r["bits_per_byte"])
+        (r.get("mean_loss", r["loss"]), r["bits_per_byte"])
         for r in (*run.train, *run.evals)
         if _finite(r.get("loss")) and _finite(r.get("bits_per_byte")) and r["bits_per_byte"] > 0
     ]
     if not pairs:
         return
     nats_per_bit = pairs[-1][0] / pairs[-1][1]
-    for field, name in (("gzip_bits_per_byte", "gzip"), ("xz_bits_per_byte", "xz")):
-        bits = run.fact(field)
+    for name, dashes in (("gzip", "--"), ("xz", "-.")):
+        bits = run.fact(f"{name}_bits_per_byte")
         if _finite(bits):
-            axes.axhline(bits * nats_per_bit, color=_GREY, linewidth=1.1, linestyle="--")
-            axes.annotate(
-                f"{name} {bits:.2f} bits per byte", (0.995, bits * nats_per_bit),
-                xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
-                ha="right", color="#5b6068", fontsize=9,
+            axes.axhline(
+                bits * nats_per_bit, color=_GREY, linewidth=1.1, linestyle=dashes,
+                label=f"{name} -9, {bits:.2f} bits per byte",
             )  # fmt: skip
     right = axes.secondary_yaxis(
         "right", functions=(lambda nats: nats / nats_per_bit, lambda bits: bits * nats_per_bit)
@@ -296,8 +302,8 @@ def _draw_bits(axes: Any, run: Run) -> None:
     right.spines["right"].set_visible(False)
 
 
-def _style(axes: Any, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#222222")
+def _style(axes: Any, title: str, pad: float = 6) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#222222", pad=pad)
     axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors="#444444", length=3)
@@ -334,7 +340,7 @@ _PAGE = """<!doctype html>
 <style>{style}</style></head><body>
 <h1>{title}</h1><p>{status}</p>
 <img alt="Curves of the run: loss, learning rate, gradient norm, step time, tokens per second, MFU
-and data wait over steps" src="data:image/png;base64,{picture}">
+or memory, and data wait over steps" src="data:image/png;base64,{picture}">
 {timeline}<h2>Facts</h2><table>{facts}</table>
 {events}{experiment}
 </body></html>
@@ -357,7 +363,7 @@ def render_html(run: Run, picture: bytes, now: float) -> str:
     settings = html.escape(json.dumps(run.experiment, indent=1))
     return _PAGE.format(
         style=STYLE,
-        title=html.escape(str(run.experiment.get("name") or run.folder.resolve().name)),
+        title=html.escape(str(run.experiment.get("name") or run.folder.name)),
         status=html.escape(run.status(now)),
         picture=base64.b64encode(picture).decode(),
         facts=rows,
@@ -387,6 +393,12 @@ def _details(event: dict[str, Any]) -> str:
 
 def _series(records: list[dict[str, Any]], field: str) -> list[tuple[int, float]]:
     return [(r["step"], float(r[field])) for r in records if _finite(r.get(field))]
+
+
+def _losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Means over the steps between records; single steps where a run did not record means."""
+    means = [r | {"loss": r["mean_loss"]} if "mean_loss" in r else r for r in records]
+    return _series(means, "loss")
 
 
 def _smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -435,8 +447,7 @@ def _device(run: Run) -> str | None:
     return None if device is None else f"{count} x {device}" if count else str(device)
 
 
-def _last(records: list[dict[str, Any]], field: str) -> str | None:
-    points = _series(records, field)
+def _last(points: list[tuple[int, float]]) -> str | None:
     return f"{points[-1][1]:.4f} at step {points[-1][0]}" if points else None
 
 

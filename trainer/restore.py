@@ -1,5 +1,6 @@
 """Brings parameters, or what a run starts with, back for use on the devices that are here now."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from checkpoint.agreement import first, together
 from checkpoint.manager import CheckpointManager, load_step
 from checkpoint.manifest import read_manifest, read_meta, source_of
 from checkpoint.memory.snapshots import Snapshots
@@ -15,7 +17,8 @@ from checkpoint.tree import name_optimizer, unname_optimizer
 from models.spec import Tree, path_name
 from sharding.config import MeshConfig
 from sharding.errors import UsageError
-from sharding.mesh import make_mesh, start_runtime
+from sharding.mesh import make_mesh
+from sharding.runtime import start_runtime
 from trainer.config import Experiment
 from trainer.data.rows import Steps, resume_row
 from trainer.recovery.health import Rewinds
@@ -42,6 +45,7 @@ class Start:
       state: the state after `step` updates.
       damaged: why newer checkpoints were passed over.
       meta: what the checkpoint keeps beside the state.
+      past: the rewinds of the run so far.
     """
 
     step: int
@@ -49,6 +53,7 @@ class Start:
     state: TrainState
     damaged: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
+    past: Rewinds = field(default_factory=Rewinds)
 
 
 def begin(
@@ -61,35 +66,36 @@ def begin(
 ) -> Start:
     """Returns the newest intact state of the run, or what the experiment starts with.
 
-    A snapshot in memory is taken before a checkpoint of the same step or an older one.
+    A snapshot in memory is taken before a checkpoint of the same step or an older one. Nothing is
+    written: what the run has given up is passed over here and deleted once nothing can be refused.
 
-    Raises:
+    Raises (in all processes):
       UsageError: the data is not what the run was trained on, or `init_from` cannot be used.
       CheckpointError: no checkpoint there is intact.
     """
     progress.enter("restore")
-    past = Rewinds.read(checkpoints.folder.parent)
-    if past.count:
-        checkpoints.discard_where(past.gave_up)
+    past = Rewinds(**first(lambda: dataclasses.asdict(Rewinds.read(checkpoints.folder.parent))))
+    given_up = past.gave_up if past.count else None
     abstract = to_stored(abstract_state(experiment, layout))
-    snapshot = snapshots.restore_newest(abstract, checkpoints.latest(), past.gave_up)
+    newest = max(checkpoints.candidates(given_up), default=None)
+    snapshot = snapshots.restore_newest(abstract, newest, past.gave_up)
     restored, damaged = snapshot, ()
-    if not snapshot and (restored := checkpoints.restore_newest(abstract)):
+    if not snapshot and (restored := checkpoints.restore_newest(abstract, given_up)):
         damaged = restored.damaged
         if damaged:  # then memory may hold a newer step than the disk after all
             snapshot = snapshots.restore_newest(abstract, restored.step, past.gave_up)
             restored = snapshot or restored
     if restored:
-        allowed = experiment.data.allow_change
-        row = resume_row(restored.meta["data"], dataset, allow_change=allowed)
+        data, allowed = restored.meta["data"], experiment.data.allow_change
+        row = together(lambda: resume_row(data, dataset, allow_change=allowed))
         row = past.row_after(restored.meta, row)
         state = from_stored(restored.state, experiment, layout)
-        start = Start(restored.step, row, state, damaged, restored.meta)
+        start = Start(restored.step, row, state, damaged, restored.meta, past)
     else:
         state = init_state(experiment, layout)
         if experiment.train.init_from:
             state = first_state(state, experiment, layout)
-        start = Start(0, past.row_after({}, 0), state)
+        start = Start(0, past.row_after({}, 0), state, past=past)
     held = snapshot is not None and snapshot.same_layout
     snapshots.start(start.step, to_stored(start.state), held=held)
     progress.resumed(start.step, snapshot.source if snapshot else "disk" if restored else "new")
@@ -122,10 +128,10 @@ def first_state(state: TrainState, experiment: Experiment, layout: Layout) -> Tr
       UsageError: names or shapes differ. CheckpointError: the step is damaged.
     """
     folder = f"{experiment.train.init_from}/{CHECKPOINTS}"
-    step = pick_step(folder)
+    step, meta = first(lambda: _first_step(folder))
     abstract = abstract_state(experiment, layout)
     wanted = {"params": abstract.params}
-    if "optimizer" in source_of(read_meta(folder, step)):
+    if "optimizer" in source_of(meta):
         wanted["optimizer"] = name_optimizer(abstract.opt_state)
     stored = _load(folder, step, wanted)
     if "optimizer" in stored:
@@ -134,9 +140,14 @@ def first_state(state: TrainState, experiment: Experiment, layout: Layout) -> Tr
     return state.replace(params=stored["params"])
 
 
+def _first_step(folder: str) -> tuple[int, dict[str, Any]]:
+    step = pick_step(folder)
+    return step, read_meta(folder, step)
+
+
 def _load(folder: str, step: int, wanted: Tree) -> Tree:
     """Returns arrays in the wanted dtype; converted ones are stored as they came, and widen."""
-    facts = read_manifest(folder, step)["arrays"]
+    facts = first(lambda: read_manifest(folder, step)["arrays"])
 
     def as_stored(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         dtype = facts.get(path_name(path), {}).get("dtype")

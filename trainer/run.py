@@ -2,13 +2,14 @@
 
 experiment.json   the resolved experiment, enough to repeat the run
 checkpoints/      one folder per step
+lock              which process trains here now (trainer/lock.py)
 metrics.jsonl     records of steps, evaluations and events; tensorboard/ mirrors them
 """
 
-import json
 import os
 from dataclasses import replace
 
+from checkpoint.files import read_json
 from checkpoint.steps import complete_steps, folder_path, is_remote, pick_step, write_whole
 from sharding.errors import UsageError
 from trainer.config import Experiment, differences, from_dict, to_json
@@ -27,7 +28,7 @@ def read_experiment(workdir: str | os.PathLike) -> Experiment:
     if not path.exists():
         raise UsageError(f"{workdir} is not a run: it has no {EXPERIMENT}")
     try:
-        return from_dict(json.loads(path.read_text()))
+        return from_dict(read_json(path))
     except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
@@ -44,9 +45,13 @@ def check_workdir(workdir: str, experiment: Experiment) -> None:
     old = read_experiment(workdir) if (path / EXPERIMENT).exists() else experiment
     if differing := differences(old, experiment):
         shown = "; ".join(differing[:6]) + ("; …" if len(differing) > 6 else "")
+        longer = (
+            f"; to train longer, go on from its weights with a schedule of their own: a new "
+            f"--workdir and --config.train.init_from={workdir}"
+        )
         raise UsageError(
             f"{workdir} holds another experiment: {shown} — use a new --workdir, or the "
-            "old values to resume"
+            f"old values to resume{longer if old.train.steps < experiment.train.steps else ''}"
         )
     if is_remote(workdir):
         return

@@ -58,17 +58,26 @@ def _gradients(params: Tree, batch: Batch, experiment: Experiment, layout: Layou
     if count == 1:
         return one(batch)
 
-    def split(a_BT):  # row b goes to microbatch b % count, so that no row changes device
-        rows = a_BT.reshape(-1, count, a_BT.shape[1], out_sharding=P(BATCH, None, SEQ))
-        return jnp.swapaxes(rows, 0, 1)
-
     def body(total, micro):
         return jax.tree.map(jnp.add, total, one(micro)), None
 
     start = jax.tree.map(
         lambda p, s: jnp.zeros(p.shape, jnp.float32, out_sharding=s), params, layout.gradients
     )
-    return jax.lax.scan(body, (start, jnp.zeros(())), jax.tree.map(split, batch))[0]
+    return jax.lax.scan(body, (start, jnp.zeros(())), _microbatches(batch, count))[0]
+
+
+def _microbatches(batch: Batch, count: int) -> Batch:
+    """Returns the batch with a leading axis of `count` microbatches.
+
+    Row b goes to microbatch b % count, so that no row changes device.
+    """
+
+    def split(a_BT):
+        rows = a_BT.reshape(-1, count, a_BT.shape[1], out_sharding=P(BATCH, None, SEQ))
+        return jnp.swapaxes(rows, 0, 1)
+
+    return jax.tree.map(split, batch)
 
 
 def make_train_step(
@@ -129,10 +138,21 @@ def jit_train_step(experiment: Experiment, layout: Layout) -> tuple[Callable, Ch
 
 
 def make_eval_step(experiment: Experiment) -> Callable[[Tree, Batch], dict[str, jax.Array]]:
-    """Returns the function from (params, batch) to {"nll", "tokens"}, sums over real tokens."""
+    """Returns the function from (params, batch) to {"nll", "tokens"}, sums over real tokens.
+
+    It takes as many rows at a time as training does: what fits by microbatches there fits here.
+    """
+    count = experiment.train.accumulation
 
     def eval_step(params: Tree, batch: Batch):
-        _, nll = loss_sums(params, batch, experiment)
+        if count == 1:
+            _, nll = loss_sums(params, batch, experiment)
+        else:
+
+            def body(total, micro):
+                return total + loss_sums(params, micro, experiment)[1], None
+
+            nll, _ = jax.lax.scan(body, jnp.zeros(()), _microbatches(batch, count))
         return {"nll": nll, "tokens": real_tokens(batch)}
 
     return eval_step

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.convert.folders import find_tag, inside
+from checkpoint.convert.folders import find_tag, inside, resolved
 from checkpoint.convert.pieces import (
     Pieces,
     PieceTensors,
     WrittenTensors,
+    count_of,
     flat_pieces,
     sizes_of,
     sound,
@@ -26,7 +27,7 @@ from checkpoint.convert.pieces import (
 )
 from checkpoint.convert.sources import MOMENTS, PARAMS, Source, adam_settings
 from checkpoint.convert.torchfiles import Strided, read_torch, write_torch
-from sharding.errors import MismatchError, UnsafeInputError
+from sharding.errors import MismatchError, UnsafeInputError, shown
 
 _CLASSES = frozenset({
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -66,7 +67,8 @@ def read_zero(folder: Path) -> Source:
             if facts.get(field):
                 raise MismatchError(f"{tag}: {field} is not read, and the run has some")
         if facts.get("mp_world_size", 1) != 1:
-            raise MismatchError(f"{tag}: {facts['mp_world_size']} model parallel ranks, not 1")
+            found = shown(facts["mp_world_size"])
+            raise MismatchError(f"{tag}: {found} model parallel ranks, not 1")
         return _assemble(tag, shapes, [s["optimizer_state_dict"] for s in states])
 
 
@@ -81,7 +83,12 @@ def _assemble(tag: Path, shapes: list[dict], states: list[dict]) -> Source:
     else:
         inner, masters = "base_optimizer_state", "single_partition_of_fp32_groups"
     adam = [state[inner]["state"] for state in states]
-    steps = {int(group["step"].read()) for rank in adam for group in rank.values()}
+    steps = {
+        # Early versions of FusedAdam count in the parameter group alone.
+        count_of(entry.get("step", state[inner]["param_groups"][0].get("step")))
+        for rank, state in zip(adam, states, strict=True)
+        for entry in rank.values()
+    }
     if len(steps) != 1:
         raise MismatchError(f"{tag}: its ranks are at steps {sorted(steps)[:4]}")
     cut = _cut_parameters if stage == 3 else _cut_groups
@@ -156,7 +163,7 @@ def read_ucp(folder: Path) -> Source:
     facts = read_torch(inside(tag, model), _CLASSES)
     places = sorted(place for place in zero.iterdir() if place.is_dir())
     for place in (zero, *places):
-        if not place.resolve().is_relative_to(tag.resolve()):
+        if not resolved(place).is_relative_to(resolved(tag)):
             raise UnsafeInputError(f"{place} is a link out of its folder")
     state = read_torch(inside(zero, "optimizer_state.pt"), _CLASSES)
     parts: dict[str, dict[str, Pieces]] = {part: {} for part in _KEYS.values()}
@@ -170,9 +177,9 @@ def read_ucp(folder: Path) -> Source:
                 parts[part][place.name] = whole(tensor, shapes.get(place.name, tensor.shape))
             if (place / "step.pt").exists():
                 step = read_torch(inside(place, "step.pt"))
-                steps.add(int(step.read()) if isinstance(step, Strided) else int(step))
+                steps.add(count_of(step))
         inner = state.get("optimizer_state_dict", {}).get("state", {})
-        steps |= {int(group["step"].read()) for group in inner.values()}
+        steps |= {count_of(group["step"]) for group in inner.values() if "step" in group}
         settings = adam_settings((state.get("param_groups") or [{}])[0])
     if len(steps) != 1:
         raise MismatchError(f"{tag}: its parameters are at steps {sorted(steps)[:4]}")

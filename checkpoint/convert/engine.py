@@ -11,10 +11,11 @@ import math
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Plan:
     buffers: tuple[str, ...]  # read by nobody
     source: Facts
     target: Facts
+    overflows: Counter = field(default_factory=Counter)  # name → values made infinite; by `run`
 
     @property
     def nbytes(self) -> int:
@@ -228,9 +230,13 @@ def run(
     made: list[tuple[Element, int, int, int, bytes]] = []
     renamed = Renamed(source, plan.names)
 
+    def overflowed(name: str, count: int) -> None:
+        with adding:
+            plan.overflows[name] += count
+
     def make(part: Element) -> Job:
         dtype, shape = plan.target[part.name]
-        array = build(part, renamed, dtype)
+        array = build(part, renamed, dtype, partial(overflowed, part.name))
         for start, stop, nbytes in _blocks((dtype, array.shape)):
             digest = xxh3_64_digest(array[start:stop].view(np.uint8))
             made.append((part, part.start + start, part.start + stop, nbytes, digest))

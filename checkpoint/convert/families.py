@@ -15,6 +15,7 @@ from typing import Any
 from checkpoint.convert.fields import (
     REQUIRED,
     Constant,
+    Divisible,
     Field,
     Fixed,
     QueryScale,
@@ -35,7 +36,8 @@ class Family:
 
     `rows` is a table (see mapping.py); rows whose arrays a model does not have are left out.
     `prefix` begins their names and may be missing in files; `buffers` match names that hold no
-    parameters; `letters` are sizes that ModelConfig does not know.
+    parameters; `letters` are sizes that ModelConfig does not know; `pad_token` is the
+    `pad_token_id` that `transformers` assumes, which has to be a row of the embedding.
     """
 
     model_type: str
@@ -46,6 +48,7 @@ class Family:
     neutral: frozenset[str] = frozenset()
     buffers: str = r"rotary_emb\.inv_freq$"
     letters: dict[str, int] = field(default_factory=dict)
+    pad_token: int = 0
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -95,6 +98,10 @@ class Family:
         """Returns the config.json of a model; raises MismatchError if it is not of this family."""
         head = {"architectures": [self.architecture], "model_type": self.model_type}
         return head | write_config(model, self.fields)
+
+    def defaults(self, model: ModelConfig) -> dict[str, Any]:
+        """Returns the neutral fields that have to be written where no source names them."""
+        return {"pad_token_id": None} if self.pad_token >= model.vocab else {}
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -257,7 +264,7 @@ NORMS = "norm_placement"
 
 _ALL = (
     Family("llama", "LlamaForCausalLM", "model.", LLAMA,
-           (*PLAIN, HEAD_DIM, *NO_BIAS, Constant("rope_interleaved", False), Rope())),
+           (*PLAIN, Divisible(), HEAD_DIM, *NO_BIAS, Constant("rope_interleaved", False), Rope())),
     Family("mistral", "MistralForCausalLM", "model.", LLAMA,
            (*GIVEN, HEAD_DIM, Windows("all", REQUIRED), Rope())),
     Family("qwen2", "Qwen2ForCausalLM", "model.", LLAMA,
@@ -270,13 +277,15 @@ _ALL = (
            (*GEMMA, Constant("hidden_act", "gelu_pytorch_tanh", ("gelu",)), GEMMA_ACT, Rope())),
     Family("gemma2", "Gemma2ForCausalLM", "model.",
            EMBEDDING + ATTENTION + SANDWICH_NORMS + GATED,
-           (*GEMMA, GEMMA_ACT, Fixed({NORMS: "sandwich"}), QueryScale(), Windows("alternate"),
+           (*GEMMA, Divisible(), GEMMA_ACT, Fixed({NORMS: "sandwich"}), QueryScale(),
+            Windows("alternate"),
             Field("final_logit_softcapping", "final_softcap", float, null=0.0),
             Field("attn_logit_softcapping", "attention_softcap", float, null=0.0), Rope()),
            neutral=frozenset({"hidden_act"})),
     Family("gemma3_text", "Gemma3ForCausalLM", "model.",
            EMBEDDING + ATTENTION + HEAD_NORMS + SANDWICH_NORMS + GATED,
-           (*GEMMA, GEMMA_ACT, Fixed({NORMS: "sandwich", "qk_norm": "head"}), QueryScale(),
+           (*GEMMA, Divisible(), GEMMA_ACT, Fixed({NORMS: "sandwich", "qk_norm": "head"}),
+            QueryScale(),
             Windows("every sixth"), *NO_CAP, Rope(theta=1e6, local_theta=1e4))),
     Family("olmo2", "Olmo2ForCausalLM", "model.",
            EMBEDDING + ATTENTION + POST_NORMS + GATED + """
@@ -284,15 +293,16 @@ layers/attention/q_norm/scale: L N H = model.layers.{L}.self_attn.q_norm.weight:
 layers/attention/k_norm/scale: L K H = model.layers.{L}.self_attn.k_norm.weight: (K H)
 """,
            (*PLAIN, Fixed({"head_dim": EQUAL_HEADS.values["head_dim"], NORMS: "post",
-                           "qk_norm": "full"}), NO_BIAS[0], Rope())),
+                           "qk_norm": "full"}), NO_BIAS[0], Rope()), pad_token=1),
     Family("phi3", "Phi3ForCausalLM", "model.", PHI3,
            (*PLAIN, Fixed({"head_dim": EQUAL_HEADS.values["head_dim"]}), NO_BIAS[0],
-            Windows("all"), Rope(kinds=("default",))),
-           neutral=frozenset({"original_max_position_embeddings"})),
+            Windows("all"), Rope(kinds=("default",), partial=True)),
+           neutral=frozenset({"original_max_position_embeddings"}), pad_token=32_000),
     Family("gpt2", "GPT2LMHeadModel", "transformer.", GPT2,
            (Field("vocab_size", "vocab"), Field("n_layer", "layers"), Field("n_embd", "width"),
             Field("n_head", "heads"), Field("n_positions", "max_length"),
             Field("n_inner", "mlp", default=lambda ours: 4 * ours["width"]), EQUAL_HEADS,
+            Divisible(),
             Field("layer_norm_epsilon", "norm_eps", float, 1e-5),
             Field("activation_function", "activation", str, "gelu_new", names=GELUS),
             Field("tie_word_embeddings", "tie_embeddings", bool, True),
@@ -305,12 +315,13 @@ layers/attention/k_norm/scale: L K H = model.layers.{L}.self_attn.k_norm.weight:
                               "summary_proj_to_labels", "summary_type", "summary_use_proj"}),
            buffers=r"attn\.(masked_)?bias$"),
     Family("gpt_neox", "GPTNeoXForCausalLM", "gpt_neox.", NEOX,
-           (*SIZES, EQUAL_HEADS, Field("layer_norm_eps", "norm_eps", float, 1e-5),
+           (*SIZES, Divisible(), EQUAL_HEADS, Field("layer_norm_eps", "norm_eps", float, 1e-5),
             Field("hidden_act", "activation", str, "gelu", names=GELUS),
             UNTIED, Field("use_parallel_residual", "parallel_residual", bool, True),
             Constant("attention_bias", True),
             Fixed({"norm": "layernorm", "qkv_bias": True, "out_bias": True}),
-            Rope(theta_name="rotary_emb_base", fraction=0.25, fraction_name="rotary_pct")),
+            Rope(theta_name="rotary_emb_base", fraction=0.25, fraction_name="rotary_pct",
+                 partial=True)),
            neutral=frozenset({"bos_token_id"}),
            buffers=r"(attention\.(masked_)?bias|rotary_emb\.inv_freq)$"),
     # The table alone: there is no mixture of experts in models/ yet.

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.config import COMPUTATION, ModelConfig, RopeConfig
-from sharding.errors import MismatchError, UsageError, nearest
+from sharding.errors import MismatchError, UsageError, nearest, shown
 
 # Known not to change the forward pass of any family.
 NEUTRAL = frozenset({
-    "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "auto_map",
-    "begin_suppress_tokens", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
-    "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "hidden_dropout", "id2label",
-    "initializer_range", "is_llama_config", "label2id", "model_type", "output_attentions",
-    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
-    "return_dict", "task_specific_params", "tokenizer_class", "torch_dtype",
-    "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
-    "use_cache",
+    "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures",
+    "attention_dropout", "attn_pdrop", "auto_map", "begin_suppress_tokens", "bos_token_id",
+    "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "dtype", "embd_pdrop",
+    "eos_token_id", "hidden_dropout", "id2label", "initializer_range", "is_llama_config",
+    "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
+    "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "task_specific_params",
+    "tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config",
+    "transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
 })  # fmt: skip
 # Must be absent or as here: every other value is another computation.
 INERT = {"is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
@@ -32,6 +32,8 @@ INERT = {"is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder
          "pruned_heads": {}}  # fmt: skip
 
 LARGEST = 2**31  # of any size in a config
+FLOAT32_MAX = 3.4028234663852886e38
+RANGES = {int: lambda v: 0 < v < LARGEST, float: lambda v: 0 < v <= FLOAT32_MAX}
 REQUIRED = object()
 Ours = dict[str, Any]  # "rope.theta" → value
 
@@ -48,12 +50,15 @@ class Theirs:
     ) -> Any:
         """Returns a field of the given type, `default` if it is absent, `null` (or that) if null.
 
+        Every number that this module reads has to be positive: with a theta, an epsilon or a factor
+        of zero or less, `transformers` computes NaN or does not run.
+
         Raises:
           MismatchError: it is missing without a default, or has another type or an absurd value.
         """
         self.used.add(name)
         value = self.config.get(name)
-        if value is None:
+        if value is None and not (kind is bool and name in self.config):  # no null flags there
             if name in self.config and null is not REQUIRED:
                 default = null
             if default is REQUIRED:
@@ -62,10 +67,14 @@ class Theirs:
         if kind is float and type(value) is int:
             value = float(value)
         if kind is not None and type(value) is not kind:
-            raise MismatchError(f"{self.where}{name} = {value!r} is not of type {kind.__name__}")
-        sound = {int: lambda v: 0 < v < LARGEST, float: math.isfinite}.get(kind, lambda v: True)
-        if not sound(value):
-            raise MismatchError(f"{self.where}{name} = {value!r} is out of range")
+            raise MismatchError(
+                f"{self.where}{name} = {shown(value)} is not of type {kind.__name__}"
+            )
+        if not RANGES.get(kind, lambda v: True)(value):
+            raise MismatchError(
+                f"{self.where}{name} = {shown(value)} is out of range: it has to be positive and "
+                f"at most {LARGEST - 1 if kind is int else FLOAT32_MAX:.8g}"
+            )
         return value
 
     def finish(self) -> None:
@@ -73,12 +82,12 @@ class Theirs:
         for name, value in INERT.items():
             found = self.config.get(name)
             if name not in self.used and found not in (None, value):
-                raise MismatchError(f"{self.where}{name} = {found!r} is not supported")
+                raise MismatchError(f"{self.where}{name} = {shown(found)} is not supported")
         if unknown := sorted(set(self.config) - self.used - set(INERT)):
             raise MismatchError(
-                f"{self.where}{unknown[0]} = {str(self.config[unknown[0]])[:60]!r} is not a field "
-                f"known to this family{nearest(unknown[0], self.used)}; it may change the "
-                "computation"
+                f"{self.where}{shown(unknown[0])[1:-1]} = {shown(self.config[unknown[0]])} is not "
+                f"a field known to this family{nearest(unknown[0][:60], self.used)}; it may change "
+                "the computation"
             )
 
 
@@ -104,8 +113,8 @@ class Field:
         if self.names is not None:
             if value not in self.names:
                 raise MismatchError(
-                    f"config.json: {self.theirs} = {value!r} is not supported; "
-                    f"known: {', '.join(self.names)}{nearest(value, self.names)}"
+                    f"config.json: {self.theirs} = {shown(value)} is not supported; "
+                    f"known: {', '.join(self.names)}{nearest(value[:60], self.names)}"
                 )
             value = self.names[value]
         ours[self.ours] = value
@@ -114,6 +123,8 @@ class Field:
         value = ours[self.ours]
         if self.names is not None:
             value = next((theirs for theirs, o in self.names.items() if o == value), None)
+        if not callable(self.null) and value == self.null:
+            value = None  # a soft-cap of 0.0 is none here, and a division by zero there
         return {self.theirs: value}
 
 
@@ -143,7 +154,23 @@ class Constant:
         found = theirs.take(self.theirs, None, self.value)
         if found not in (self.value, *self.also):
             raise MismatchError(
-                f"{theirs.where}{self.theirs} = {found!r} is not supported, only {self.value!r}"
+                f"{theirs.where}{self.theirs} = {shown(found)} is not supported, only "
+                f"{self.value!r}"
+            )
+
+    def write(self, ours: Ours) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Divisible:
+    """A width that is a multiple of the query heads, without which `transformers` opens nothing."""
+
+    def read(self, theirs: Theirs, ours: Ours) -> None:
+        if ours["width"] % ours["heads"]:
+            raise MismatchError(
+                f"config.json: a width of {ours['width']} is not a multiple of {ours['heads']} "
+                "heads, which transformers asks of this family"
             )
 
     def write(self, ours: Ours) -> dict[str, Any]:
@@ -165,16 +192,25 @@ class Unsupported:
 
 @dataclass(frozen=True)
 class QueryScale:
-    """Gemma's `query_pre_attn_scalar`: scores are divided by its square root."""
+    """Gemma's `query_pre_attn_scalar`: scores are divided by its square root.
+
+    An integer, the only type that `transformers` accepts; 224.0 is read, as some files have it.
+    """
 
     def read(self, theirs: Theirs, ours: Ours) -> None:
         scalar = theirs.take("query_pre_attn_scalar", float, 256.0)
+        if not scalar.is_integer():
+            raise MismatchError(
+                f"config.json: query_pre_attn_scalar = {scalar} is not an integer, and no other "
+                "number is accepted by transformers"
+            )
         ours["attention_scale"] = 0.0 if scalar == ours["head_dim"] else scalar**-0.5
 
     def write(self, ours: Ours) -> dict[str, Any]:
+        # The integer nearest to scale ** -2. Whether it gives this very scale again is checked by
+        # `write_config`, as for every other field.
         scale = ours["attention_scale"]
-        scalar = scale**-2 if scale else ours["head_dim"]
-        return {"query_pre_attn_scalar": round(scalar) if abs(scalar % 1) < 1e-9 else scalar}
+        return {"query_pre_attn_scalar": round(scale**-2) if scale else ours["head_dim"]}
 
 
 ROPE_KEYS = {
@@ -197,49 +233,37 @@ ROPE_KEYS = {
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding, its scaling, and where a family has one, the theta of local layers."""
+    """Rotary embedding, its scaling, and where a family has one, the theta of local layers.
+
+    `partial`: whether the family's code in `transformers` rotates a part of the head. The others
+    ignore or fail on a `partial_rotary_factor`, so that only 1.0 is read.
+    """
 
     theta: float = 10_000.0
     theta_name: str = "rope_theta"
     fraction: float = 1.0  # rotated part of the head when the config is silent
     fraction_name: str = "partial_rotary_factor"
+    partial: bool = False
     local_theta: float = 0.0  # Gemma 3
     kinds: tuple[str, ...] = tuple(ROPE_KEYS)
 
     def read(self, theirs: Theirs, ours: Ours) -> None:
-        scaling = theirs.take("rope_scaling", dict, {})
-        given = dict(theirs.take("rope_parameters", dict, {}))
-        local = 0.0
-        if self.local_theta:
-            local = theirs.take("rope_local_base_freq", float, self.local_theta)
-            if set(given) <= {"full_attention", "sliding_attention"} and given:
-                inner = Theirs(
-                    dict(given.get("sliding_attention") or {}), "rope_parameters.sliding_attention"
-                )
-                local = inner.take("rope_theta", float, local)
-                Constant("rope_type", "default").read(inner, {})
-                inner.finish()
-                given = dict(given.get("full_attention") or {})
-        for name, value in {
-            **scaling,
-            "rope_theta": theirs.take(self.theta_name, float, None),
-            "partial_rotary_factor": theirs.take(self.fraction_name, float, None),
-        }.items():
-            if value is not None and given.setdefault(name, value) != value:
-                raise MismatchError(
-                    f"config.json: {name} = {value!r}, but rope_parameters says {given[name]!r}"
-                )
-        given["rope_type"] = given.pop("type", None) or given.get("rope_type") or "default"
-        rope = Theirs(given, "rope_scaling" if scaling else "rope_parameters")
+        given, where = self._given(theirs, ours)
+        rope = Theirs(given, where)
         kind = rope.take("rope_type", str)
         if kind not in self.kinds:
             raise MismatchError(
-                f"{rope.where}rope_type = {kind!r} is not supported; known: "
-                f"{', '.join(self.kinds)}{nearest(kind, self.kinds)}"
+                f"{rope.where}rope_type = {shown(kind)} is not supported; known: "
+                f"{', '.join(self.kinds)}{nearest(kind[:60], self.kinds)}"
             )
         ours["rope.theta"] = rope.take("rope_theta", float, self.theta)
-        ours["rope.fraction"] = rope.take("partial_rotary_factor", float, self.fraction)
-        ours["rope.local_theta"] = local
+        fraction = rope.take("partial_rotary_factor", float, self.fraction)
+        if fraction != 1.0 and not self.partial:
+            raise MismatchError(
+                f"config.json: {self.fraction_name} = {fraction} is not supported: transformers "
+                "rotates the whole head in this family, whatever the config says"
+            )
+        ours["rope.fraction"] = fraction
         ours["rope.scaling"] = "none" if kind == "default" else kind
         for name, (own, default) in ROPE_KEYS[kind].items():
             if name == "original_max_position_embeddings":
@@ -249,11 +273,62 @@ class Rope:
                 ours[f"rope.{own}"] = rope.take(name, float, default)
         if kind == "yarn":
             factor = ours["rope.factor"]
-            Constant("attention_factor", 0.1 * math.log(factor) + 1.0).read(rope, {})
+            usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+            Constant("attention_factor", usual).read(rope, {})
             Constant("truncate", True).read(rope, {})
+            if ours["rope.theta"] == 1.0:
+                raise MismatchError(f"{rope.where}rope_theta = 1.0 has no logarithm to divide by")
+        if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
+            raise MismatchError(
+                f"{rope.where}high_freq_factor = {given['high_freq_factor']} has to be more than "
+                f"low_freq_factor = {given['low_freq_factor']}"
+            )
         if kind != "default" and "original_max_position_embeddings" in given:
             rope.used.add("original_max_position_embeddings")
         rope.finish()
+
+    def _given(self, theirs: Theirs, ours: Ours) -> tuple[dict[str, Any], str]:
+        """Returns the rotary fields of a config in their newest spelling, and where they stand."""
+        scaling = theirs.take("rope_scaling", dict, {})
+        given = dict(theirs.take("rope_parameters", dict, {}))
+        if scaling and given:
+            raise MismatchError(
+                "config.json: rope_scaling stands beside rope_parameters, and versions of "
+                "transformers differ in which of them counts; remove one"
+            )
+        where, local = "rope_scaling" if scaling else "rope_parameters", 0.0
+        if self.local_theta:
+            local = theirs.take("rope_local_base_freq", float, self.local_theta)
+            if "type" in scaling and "rope_type" not in scaling:
+                raise MismatchError(
+                    "config.json: rope_scaling.type is ignored by transformers in this family; "
+                    "rope_type is its name"
+                )
+            both = Theirs(given, where)
+            inner = Theirs(both.take("sliding_attention", dict, {}), f"{where}.sliding_attention")
+            given = dict(both.take("full_attention", dict, {}))
+            both.finish()  # what lies beside the two is ignored by transformers
+            local = inner.take("rope_theta", float, local)
+            Constant("rope_type", "default").read(inner, {})
+            inner.finish()
+        ours["rope.local_theta"] = local
+        for name, value in {
+            **scaling,
+            "rope_theta": theirs.take(self.theta_name, float, None),
+            "partial_rotary_factor": theirs.take(self.fraction_name, float, None),
+        }.items():
+            if value is not None and given.setdefault(name, value) != value:
+                raise MismatchError(
+                    f"config.json: {name} = {shown(value)}, but rope_parameters says "
+                    f"{shown(given[name])}"
+                )
+        kind = given.pop("type", given.get("rope_type", "default"))
+        if given.setdefault("rope_type", kind) != kind:
+            raise MismatchError(
+                f"config.json: {where} has rope_type = {shown(given['rope_type'])} beside type = "
+                f"{shown(kind)}, and versions of transformers differ in which of them counts"
+            )
+        return given, where
 
     def write(self, ours: Ours) -> dict[str, Any]:
         kind = {"none": "default"}.get(ours["rope.scaling"], ours["rope.scaling"])
@@ -288,23 +363,28 @@ class Windows:
             if not theirs.take("use_sliding_window", bool, False):
                 window = None
             if type(first) is not int or first < 0:
-                raise MismatchError(f"config.json: max_window_layers = {first!r} is no layer")
+                raise MismatchError(f"config.json: max_window_layers = {shown(first)} is no layer")
         period = 2
         if self.default == "every sixth":
-            period = theirs.take("_sliding_window_pattern", int, 6)
-            period = theirs.take("sliding_window_pattern", int, period)
+            theirs.used.add("_sliding_window_pattern")  # written, but never read, by transformers
+            period = theirs.take("sliding_window_pattern", int, 6)
         local = {
             "all": lambda i: window is not None,
             "upper": lambda i: window is not None and i >= first,
         }.get(self.default, lambda i: (i + 1) % period != 0)
-        silent = (local(i) for i in range(min(count, 2**16)))
-        kinds = theirs.take("layer_types", list, None)
-        if kinds is None:
-            kinds = ["sliding_attention" if here else "full_attention" for here in silent]
+        usual = [
+            "sliding_attention" if local(i) else "full_attention" for i in range(min(count, 2**16))
+        ]
+        kinds = theirs.take("layer_types", list, usual)
+        if self.default == "all" and kinds != usual:
+            raise MismatchError(
+                f"config.json: layer_types = {shown(kinds)} is not supported: in this family "
+                f"transformers gives every layer {usual[0]}, whatever layer_types says"
+            )
         names = {"sliding_attention": "local", "full_attention": "global"}
         if len(kinds) != count or not all(isinstance(k, str) and k in names for k in kinds):
             raise MismatchError(
-                f"config.json: layer_types = {str(kinds)[:60]} does not name {count} layers as "
+                f"config.json: layer_types = {shown(kinds)} does not name {count} layers as "
                 f"{' or '.join(names)}"
             )
         pattern = tuple(names[k] for k in kinds)
@@ -370,6 +450,8 @@ def flat(model: ModelConfig) -> Ours:
     """Returns the fields of a ModelConfig as one level: "rope.theta" and so on."""
     ours = dataclasses.asdict(model)
     ours |= {f"rope.{name}": value for name, value in ours.pop("rope").items()}
+    if ours["attention_scale"] == ours["head_dim"] ** -0.5:
+        ours["attention_scale"] = 0.0  # two spellings of one scale
     ours["pattern"] = _period(model.kinds)
     return ours
 

@@ -93,7 +93,7 @@ def _of_torch(path: Path) -> str:
     of_megatron = ("latest_checkpointed_iteration.txt", "common.pt", "mp_rank_*/model_optim_rng.pt")
     if any(any(path.glob(name)) for name in of_megatron):
         return "megatron"
-    if (path / ".metadata").exists():
+    if any(any(path.glob(name)) for name in (".metadata", "*/.metadata")):
         return "dcp"
     if (path / "latest").is_file() or any(path.glob("*zero_pp_rank_*_optim_states.pt")):
         return "zero"

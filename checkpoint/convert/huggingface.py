@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from checkpoint.convert.folders import inside
-from checkpoint.convert.safetensors import Stored, Tensors, create, read_header, read_json
+from checkpoint.convert.safetensors import Stored, Tensors, create, read_header
+from checkpoint.files import read_bytes, read_json
 from sharding.errors import MismatchError, UnsafeInputError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EXTRA = 2**28  # bytes of such a file
 EXTRAS = (  # copied as they are, where there are any
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -59,7 +61,7 @@ def copy_extras(source: Path, target: Path) -> list[str]:
     if files:
         target.mkdir(exist_ok=True)
     for name, path in files.items():
-        (target / name).write_bytes(path.read_bytes())
+        (target / name).write_bytes(read_bytes(path, EXTRA))
     return names
 
 

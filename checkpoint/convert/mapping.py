@@ -18,7 +18,7 @@ write. `check` proves a table on arrays of indices, without any weights.
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -337,8 +337,10 @@ def _indices(letters: Letters, sizes: Mapping[str, int]) -> Iterator[dict[str, i
         yield dict(zip(letters, values, strict=True))
 
 
-def build(element: Element, sources: Tensors, dtype: np.dtype) -> np.ndarray:
-    """Returns the element's array, made block by block from its sources.
+def build(
+    element: Element, sources: Tensors, dtype: np.dtype, overflow: Callable = lambda count: None
+) -> np.ndarray:
+    """Returns the element's array; `overflow` is told how many values a cast made infinite.
 
     Raises:
       UsageError: an offset that could not be undone bit for bit.
@@ -376,6 +378,8 @@ def build(element: Element, sources: Tensors, dtype: np.dtype) -> np.ndarray:
                 return np.ascontiguousarray(values).view(dtype).reshape(element.shape)
             with np.errstate(over="ignore", invalid="ignore"):  # of a cast that was asked for
                 place[...] = values
+            if place.dtype != values.dtype and (became := np.isinf(place).sum()):
+                overflow(int(became - np.isinf(values).sum()))
     return out
 
 

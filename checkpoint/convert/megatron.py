@@ -13,14 +13,14 @@ from typing import Any
 
 from checkpoint.convert.families import Family
 from checkpoint.convert.fields import Constant, Theirs
-from checkpoint.convert.folders import find_tag, inside
-from checkpoint.convert.pieces import Pieces, PieceTensors, check_grid, sound, whole
+from checkpoint.convert.folders import find_tag, inside, resolved
+from checkpoint.convert.pieces import Pieces, PieceTensors, check_grid, count_of, sound, whole
 from checkpoint.convert.sources import MOMENTS, PARAMS, Source, adam_settings
 from checkpoint.convert.torch_dcp import read_index
 from checkpoint.convert.torchfiles import Strided, read_torch
 from checkpoint.convert.trees import LAYERS
 from models.config import ModelConfig, RopeConfig
-from sharding.errors import MismatchError, UnsafeInputError, UsageError, nearest
+from sharding.errors import MismatchError, UnsafeInputError, UsageError, nearest, shown
 
 NAME = "megatron"
 POINTER = "latest_checkpointed_iteration.txt"
@@ -87,11 +87,10 @@ def _progress(optimizer: Any) -> tuple[int | None, dict[str, Any]]:
     groups, state = inner.get("param_groups") or [{}], inner.get("state") or {}
     steps = [s.get("step") for s in state.values() if isinstance(s, dict)]
     steps += [state.get("common_step"), *(group.get("step") for group in groups)]
-    steps = [s.read() if isinstance(s, Strided) else s for s in steps if s is not None]
-    found = set(map(float, steps))
-    if len(found) > 1 or not all(step.is_integer() and step >= 0 for step in found):
+    found = {count_of(step) for step in steps if step is not None}
+    if len(found) > 1:
         raise MismatchError(f"the optimizer is at steps {sorted(found)[:4]}")
-    return int(found.pop()) if found else None, adam_settings(groups[0])
+    return found.pop() if found else None, adam_settings(groups[0])
 
 
 def _plain_name(name: str) -> str:
@@ -140,7 +139,7 @@ def _read_legacy(tag: Path) -> tuple[dict[str, Tensors], dict, list[str]]:
     if len(places) != tensor * pipeline:
         raise MismatchError(f"{tag} has {len(places)} files of {tensor} × {pipeline} ranks")
     for place in places.values():
-        if not place.resolve().is_relative_to(tag.resolve()):
+        if not resolved(place).is_relative_to(resolved(tag)):
             raise UnsafeInputError(f"{place} is a link out of its folder")
     states = {r: read_torch(inside(place, _FILE), CLASSES) for r, place in places.items()}
     common = states[0, 0]
@@ -347,6 +346,6 @@ def read_args(args: dict[str, Any]) -> ModelConfig:
 def _choice(theirs: Theirs, name: str, known: dict[str, str]) -> str:
     found = theirs.take(name, str)
     if found not in known:
-        raise MismatchError(f"{theirs.where}{name} = {found!r} is not supported; known: "
+        raise MismatchError(f"{theirs.where}{name} = {shown(found)} is not supported; known: "
                             f"{', '.join(known)}{nearest(found, known)}")  # fmt: skip
     return known[found]

@@ -14,6 +14,7 @@ from checkpoint.convert.native import PARAMS as OUR_PARAMS
 from checkpoint.convert.native import NativeTensors
 from checkpoint.convert.sources import MU, NU, PARAMS, Source
 from checkpoint.convert.trees import apart
+from checkpoint.fingerprint import rows_sums
 from models.config import ModelConfig
 from sharding.errors import MismatchError
 
@@ -72,7 +73,9 @@ def native_source(folder: Any, step: int, *, optimizer: bool) -> Source:
     counts = NativeTensors(folder, step, "")
     if not all(t.facts for t in tensors.values()) or COUNT not in counts.facts:
         raise MismatchError(f"step {step} in {folder} holds no moments and count of Adam")
-    return Source(tensors, int(counts.read(COUNT, (), 0, 1)))
+    count = counts.read(COUNT, (), 0, 1)
+    counts.compare({COUNT: rows_sums(count, (), 0, ())})
+    return Source(tensors, int(count))
 
 
 def to_theirs(found: Source, family: Family, model: ModelConfig, dtype: str | None) -> list[Move]:

@@ -23,7 +23,7 @@ from sharding.errors import MismatchError, UnsafeInputError
 ARRAY, SCALAR = 1, 3  # of flax.serialization
 CHUNKED = "__msgpack_chunked_array__"
 DEPTH = 64
-VALUES = 2**22  # of a file, tensors not counted by element
+VALUES = 2**20  # of a file, tensors not counted by element
 TEXT = 2**12  # bytes of a string
 DTYPES = {np.dtype(kind).name: np.dtype(kind) for kind in (
     "float64", "float32", "float16", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn,

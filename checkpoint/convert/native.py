@@ -21,6 +21,7 @@ from checkpoint.manager import save_frame
 from checkpoint.manifest import check_fingerprints, read_manifest, write_record
 from checkpoint.objects import folder_spec
 from checkpoint.steps import CheckpointError
+from checkpoint.tree import unflatten
 
 PARAMS = "params/"
 CHUNK = 4 * 2**20  # bytes, within one layer
@@ -123,7 +124,14 @@ class NativeTensors:
                 opening = ts.open(spec, create=new, delete_existing=new, context=self._context)
                 self._open[name] = opening
             opening = self._open[name]
-        return opening.result()  # several are opened at once
+        store = opening.result()  # several are opened at once
+        dtype, shape = self.facts[name]
+        if (store.dtype.numpy_dtype, store.shape) != (dtype, shape):
+            raise ValueError(
+                f"it is stored as {store.dtype.name}{list(store.shape)}, "
+                f"the manifest says {dtype}{list(shape)}"
+            )
+        return store
 
     def verify(self, advance: Callable[[int], None] = lambda nbytes: None) -> None:
         """Reads every array and compares it with its fingerprint; `advance` is told bytes.
@@ -164,10 +172,14 @@ class NativeTensors:
 
     def _spec(self, name: str) -> dict[str, Any]:
         path = (self._prefix + name).replace("/", ".") + "/"
-        return {"driver": "zarr3", "kvstore": {
-            "driver": "ocdbt", "base": self._base, "path": path,
-            "target_data_file_size": DATA_FILE,
-        }}  # fmt: skip
+        store = {"driver": "ocdbt", "base": self._base, "path": path,
+                 "target_data_file_size": DATA_FILE}  # fmt: skip
+        # As Orbax writes and reads: every chunk is there, zeros too, and one that is missing is
+        # a damage and not zeros.
+        return {
+            "driver": "zarr3", "kvstore": store,
+            "store_data_equal_to_fill_value": True, "fill_missing_data_reads": False,
+        }  # fmt: skip
 
 
 class CheckedReads:
@@ -216,14 +228,10 @@ def create_step(
     """
     import jax
 
-    tree: dict[str, Any] = {}
-    for name, (dtype, shape) in facts.items():
-        node = tree
-        *parents, leaf = (prefix + name).split("/")
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[leaf] = jax.ShapeDtypeStruct(shape, dtype)
-    save_frame(folder, step, tree, meta)
+    arrays = {
+        prefix + name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in facts.items()
+    }
+    save_frame(folder, step, unflatten(arrays), meta)
     return NativeTensors(folder, step, prefix, checked=False)
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +19,13 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from checkpoint.convert.folders import inside
+from checkpoint.convert.folders import inside, resolved
 from checkpoint.convert.mapping import aligned
 from checkpoint.convert.pieces import LARGEST, sound
-from checkpoint.convert.safetensors import RANK_LIMIT, read_json
+from checkpoint.convert.safetensors import RANK_LIMIT
 from checkpoint.convert.sources import Source
 from checkpoint.convert.trees import Keys, source_of
+from checkpoint.files import LIMIT, read_json
 from checkpoint.objects import folder_spec
 from checkpoint.steps import COMMITTED, is_remote
 from sharding.errors import MismatchError, UnsafeInputError, UsageError
@@ -35,6 +37,9 @@ EXPANSION = 1024  # times the bytes on disk that all arrays may have; weights ha
 TOGETHER = 64  # arrays that are opened at once
 _STEP = re.compile(r"(?:.*_)?(\d+)")
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")
+
+
+HOLES = 64  # bytes of a file per byte on the disk, with which a file system may compress it
 
 
 @dataclass(frozen=True)
@@ -139,15 +144,27 @@ def _read_item(item: Path) -> tuple[dict[Keys, Stored], list[Keys]]:
 
 
 def _size(item: Path) -> int:
-    """Returns the bytes of all files of an item; raises UnsafeInputError for a link out of it."""
+    """Returns the bytes of all files of an item.
+
+    Raises:
+      UnsafeInputError: one is a link out of it, no regular file, or has far more bytes than it
+        takes on the disk: tensorstore makes room for all of a chunk before it reads it, and ends
+        the process where there is none.
+    """
     if is_remote(item):
         return LARGEST  # stores do not say, and have no links
-    total, root = 0, item.resolve()
+    total, root = 0, resolved(item)
     for place, folders, files in os.walk(item):
         for path in (Path(place) / name for name in (*folders, *files)):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
+            if path.is_symlink() and not resolved(path).is_relative_to(root):
                 raise UnsafeInputError(f"{path} is a link out of its folder")
-        total += sum((Path(place) / name).stat().st_size for name in files)
+        for path in (Path(place) / name for name in files):
+            facts = path.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                raise UnsafeInputError(f"{path} is not a regular file")
+            if facts.st_size > max(LIMIT, HOLES * facts.st_blocks * 512):
+                raise UnsafeInputError(f"{path} is {facts.st_size:,} bytes of nothing")
+            total += facts.st_size
     return total
 
 
@@ -155,7 +172,7 @@ def _open(
     item: Path, facts: dict[str, Any], names: list[str], cache: int
 ) -> dict[str, ts.TensorStore]:
     packed = (item / STORE).exists()
-    base = folder_spec(item if is_remote(item) else item.resolve())
+    base = folder_spec(item if is_remote(item) else resolved(item))
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
     complete = facts.get("store_array_data_equal_to_fill_value") is True
 

@@ -3,18 +3,22 @@
 Python's unpickler looks up what a file names and calls it. This machine has no names to look up: it
 builds numbers, strings, tuples, lists and dicts, and for a class or function a record of what the
 file says would be called with what. Names that are not on the caller's list end the reading. Only
-the opcodes that writers of checkpoints emit are known; sizes are checked before anything is made.
+the opcodes that writers of checkpoints emit are known; sizes are checked before anything is made,
+and what a pickle makes of itself is bounded: a few bytes can name one large value many times over.
 """
 
 import pickletools
 import struct
+import sys
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
 from sharding.errors import UnsafeInputError
 
-LIMIT = 64 * 2**20  # bytes of a pickle; objects take up to some 60 times that in memory
+LIMIT = 64 * 2**20  # bytes of a pickle
+MEMORY = 640 * 2**20  # bytes that the values of a pickle may take, by the estimates below
+_OPCODE, _MEMO = 80, 48  # bytes: of what an opcode makes, and more where it is put into the memo
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Global:
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Inert:
     """What a pickle would have made by calling `name` with `args`, and the state given to it.
 
@@ -35,6 +39,9 @@ class Inert:
     args: tuple = ()
     state: Any = None
     new: bool = False
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"  # arguments may hold themselves many times over
 
     def get(self, field: str, default: Any = None) -> Any:
         """Returns an attribute of the state."""
@@ -47,6 +54,15 @@ class Persistent:
     """A reference to something outside of the pickle, for the writer."""
 
     pid: tuple
+
+
+def is_key(value: Any) -> bool:
+    """Whether a dict may have this key: its hash is computed at once, and differs from others'.
+
+    Hashing a tuple that holds itself many times over takes forever, and so do integers that are
+    made to have one hash.
+    """
+    return isinstance(value, str) or (isinstance(value, int) and abs(value) < 2**60)
 
 
 class _Refused(Exception):
@@ -77,7 +93,9 @@ def loads(
     machine = _Machine(allowed, rebuild, persistent)
     try:
         for opcode, argument, _ in pickletools.genops(data):
+            machine.spend(_OPCODE)
             if opcode.name in _LITERALS:
+                machine.spend(sys.getsizeof(argument))
                 machine.stack.append(argument)
             elif step := _STEPS.get(opcode.name):
                 step(machine, argument)
@@ -101,6 +119,12 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self._allowed, self._rebuild, self._persistent = allowed, rebuild, persistent
+        self._left = MEMORY
+
+    def spend(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise _Refused(f"its values take more than {MEMORY >> 20} MiB")
 
     def result(self) -> Any:
         if len(self.stack) != 1 or self.marks:
@@ -137,6 +161,8 @@ class _Machine:
         args, called = self.pop(), self.pop()
         if not isinstance(called, Global) or not isinstance(args, tuple):
             raise _Refused("it calls what is not a name")
+        # What is called may copy its arguments, the entries of a list of pairs among them.
+        self.spend(sum(128 * len(a) for a in args if isinstance(a, tuple | list | dict)))
         self.stack.append(self._rebuild(called.name, args))
 
     def build(self, _: Any) -> None:
@@ -151,13 +177,13 @@ class _Machine:
         self.stack.append(self._persistent(self.pop()))
 
     def put(self, index: Any) -> None:
+        self.spend(_MEMO)
         self.memo[len(self.memo) if index is None else index] = self.stack[-1]
 
     def set_items(self, values: list[Any]) -> None:
         into = self.top(dict)
         for key, value in zip(values[::2], values[1::2], strict=True):
-            # Not tuples: hashing one that holds itself many times over takes forever.
-            if not isinstance(key, str | int | float | None | Global | Inert):
+            if not (is_key(key) or isinstance(key, float | None | Global | Inert)):
                 raise TypeError(f"a {type(key).__name__} is a key")
             into[key] = value
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from checkpoint.convert.safetensors import RANK_LIMIT
+from checkpoint.convert.safetensors import NAME, RANK_LIMIT
 from checkpoint.convert.torchfiles import Strided
-from sharding.errors import MismatchError, UnsafeInputError, UsageError
+from sharding.errors import MismatchError, UnsafeInputError, UsageError, shown
 
 LARGEST = 2**62  # of any size that a file gives
 
@@ -87,10 +87,22 @@ def sound(what: str) -> Iterator[None]:
 def sizes_of(numbers: Any) -> tuple[int, ...]:
     """Returns a shape, or offsets, that a file gives; raises ValueError if it is none."""
     if not isinstance(numbers, tuple) or len(numbers) > RANK_LIMIT:
-        raise ValueError(f"{str(numbers)[:40]} are not sizes")
+        raise ValueError(f"{shown(numbers)} are not sizes")
     if not all(type(n) is int and 0 <= n < LARGEST for n in numbers):
-        raise ValueError(f"{str(numbers)[:40]} are not sizes")
+        raise ValueError(f"{shown(numbers)} are not sizes")
     return numbers
+
+
+def count_of(value: Any) -> int:
+    """Returns a count of updates, a number or a tensor of one; raises ValueError if it is none.
+
+    torch's own optimizers keep a tensor, those of DeepSpeed and Apex an integer.
+    """
+    if isinstance(value, Strided) and math.prod(value.shape) == 1:
+        value = value.read().reshape(()).item()
+    if type(value) not in (int, float) or not 0 <= value < LARGEST or int(value) != value:
+        raise ValueError(f"{shown(value)} is not a number of steps")
+    return int(value)
 
 
 def whole(tensor: Strided, shape: tuple[int, ...] | None = None) -> Pieces:
@@ -148,6 +160,10 @@ class PieceTensors:
     """Named tensors in pieces, some rows at a time."""
 
     def __init__(self, tensors: dict[str, Pieces]) -> None:
+        """Raises UnsafeInputError for a name that is no string, or absurdly long."""
+        for name in tensors:
+            if not isinstance(name, str) or len(name) > NAME:
+                raise UnsafeInputError(f"{shown(name)} is not the name of a tensor")
         self.tensors = tensors
 
     @property

@@ -19,20 +19,25 @@ import ml_dtypes
 import numpy as np
 
 from checkpoint.convert.mapping import aligned
+from checkpoint.files import LIMIT, open_file, parse_json
 from checkpoint.objects import ObjectPath, reaches, read_part
-from sharding.errors import UnsafeInputError
+from sharding.errors import MismatchError, UnsafeInputError, shown
 
-HEADER_LIMIT = 100 * 2**20  # what the reference library accepts
-JSON_LIMIT = 64 * 2**20
 RANK_LIMIT = 32
+NAME = 1000  # letters of a tensor's name
 
 DTYPES = {
     "F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"),
     "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype("int64"), "I32": np.dtype("int32"),
     "I16": np.dtype("int16"), "I8": np.dtype("int8"), "U8": np.dtype("uint8"),
     "BOOL": np.dtype("bool"), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "U16": np.dtype("uint16"),
+    "U32": np.dtype("uint32"), "U64": np.dtype("uint64"), "C64": np.dtype("complex64"),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
 }  # fmt: skip
+SMALLER = ("F4", "F6_E2M3", "F6_E3M2")  # legal, of less than a byte, and not read
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -50,45 +55,21 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """Returns a JSON object; raises UnsafeInputError for anything else, or a repeated name."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name is there twice")
-        return found
-
-    try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UnsafeInputError(f"{where} is not JSON: {reason}") from error
-    if not isinstance(found, dict):
-        raise UnsafeInputError(f"{where} is not a JSON object")
-    return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object of a small file; raises UnsafeInputError as `parse_json` does."""
-    if reaches(path, JSON_LIMIT + 1):
-        raise UnsafeInputError(f"{path} is larger than {JSON_LIMIT >> 20} MiB")
-    return parse_json(path.read_bytes(), str(path))
-
-
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     """Returns the tensors of a file by name, and its metadata.
 
     Raises:
       UnsafeInputError: the file is truncated, or its header is malformed or contradicts the file.
     """
+    if not isinstance(path, ObjectPath):
+        open_file(path).close()  # what is not a regular file is refused before anything waits
     head = read_part(path, 0, 8)
     length = struct.unpack("<Q", head)[0] if head else 0
-    text = read_part(path, 8, 8 + length) if 2 <= length <= HEADER_LIMIT else b""
+    text = read_part(path, 8, 8 + length) if 2 <= length <= LIMIT else b""
     if not text:
         raise UnsafeInputError(
-            f"{path} is not a safetensors file, or truncated: it declares a header of {length} "
-            "bytes"
+            f"{path} is not a safetensors file, or truncated: it declares a header of {length:,} "
+            f"bytes; the limit is {LIMIT:,}"
         )
     header = parse_json(text, f"{path}: the header")
     metadata = header.pop("__metadata__", {})
@@ -100,7 +81,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
         spans.append((stored.offset, stored.offset + stored.nbytes, name))
     for first, last, name in sorted(spans):
         if first != start + end:
-            raise UnsafeInputError(f"{path}: `{name}` overlaps another tensor or leaves a gap")
+            raise UnsafeInputError(f"{path}: {shown(name)} overlaps another tensor or leaves a gap")
         end = last - start
     if not reaches(path, start + end) or reaches(path, start + end + 1):
         raise UnsafeInputError(
@@ -110,7 +91,9 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
-    problem = f"{path}: the header's entry of `{name[:80]}`"
+    problem = f"{path}: the header's entry of {shown(name)}"
+    if len(name) > NAME:
+        raise UnsafeInputError(f"{problem} has a name of {len(name):,} letters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise UnsafeInputError(f"{problem} is not {{dtype, shape, data_offsets}}")
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
@@ -120,9 +103,11 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
             or len(numbers) > RANK_LIMIT
             or not all(type(n) is int and 0 <= n < 2**63 for n in numbers)
         ):
-            raise UnsafeInputError(f"{problem} holds {str(numbers)[:60]}, not sizes")
+            raise UnsafeInputError(f"{problem} holds {shown(numbers)}, not sizes")
+    if dtype in SMALLER:
+        raise MismatchError(f"{problem} has dtype {dtype}; only {', '.join(DTYPES)} are read")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UnsafeInputError(f"{problem} has dtype {str(dtype)[:20]!r}, not {', '.join(DTYPES)}")
+        raise UnsafeInputError(f"{problem} has dtype {shown(dtype)}, not {', '.join(DTYPES)}")
     stored = Stored(path, start + (offsets or [0])[0], DTYPES[dtype], tuple(shape))
     if len(offsets) != 2 or offsets[1] - offsets[0] != stored.nbytes:
         raise UnsafeInputError(

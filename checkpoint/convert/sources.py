@@ -9,15 +9,17 @@ from typing import Any
 
 from checkpoint.convert import huggingface
 from checkpoint.convert.folders import inside
-from checkpoint.convert.pieces import PieceTensors, whole
-from checkpoint.convert.safetensors import Tensors, read_header, read_json
+from checkpoint.convert.pieces import NAME, PieceTensors, whole
+from checkpoint.convert.safetensors import Tensors, read_header
 from checkpoint.convert.torchfiles import Strided, read_torch
-from sharding.errors import MismatchError, UnsafeInputError, UsageError
+from checkpoint.files import read_json
+from sharding.errors import MismatchError, UnsafeInputError, UsageError, shown
 
 PARAMS, MU, NU = "params", "mu", "nu"
 MOMENTS = {"exp_avg": MU, "exp_avg_sq": NU}  # torch's names → ours
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
+VALUES = 2**20  # of one file, tensors and others
 
 
 @dataclass
@@ -149,10 +151,16 @@ def read_state_dict(path: Path) -> Source:
 
 
 def _flatten(name: str, value: Any) -> list[tuple[str, Any]]:
-    """Returns (name, value) of everything inside of nested dicts, told once, without recursion."""
+    """Returns (name, value) of everything inside of nested dicts, told once, without recursion.
+
+    Raises:
+      UnsafeInputError: a name longer than NAME, or more than VALUES of them.
+    """
     found, open_ones, seen = [], [(name, value)], set()
     while open_ones:
         name, value = open_ones.pop()
+        if len(name) > NAME or len(found) + len(open_ones) > VALUES:
+            raise UnsafeInputError(f"values deeper or more than a state has, at {shown(name)}")
         if not isinstance(value, dict | list | tuple):
             found.append((name, value))
             continue

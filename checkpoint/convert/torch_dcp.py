@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.convert.folders import inside
+from checkpoint.convert.folders import inside, resolved
 from checkpoint.convert.pickles import LIMIT, Global, Inert, dumps, loads
 from checkpoint.convert.pieces import (
     Pieces,
@@ -32,6 +32,7 @@ from checkpoint.convert.torchfiles import (
     read_torch,
     write_torch,
 )
+from checkpoint.files import read_bytes
 from sharding.errors import MismatchError, UnsafeInputError
 
 INDEX = ".metadata"
@@ -101,6 +102,7 @@ def read_dcp(folder: Path) -> Source:
     Raises:
       UnsafeInputError: damaged or hostile files. MismatchError: steps that differ.
     """
+    folder = _newest(folder)
     tensors, values = read_index(folder)
     parts: dict[str, dict[str, Pieces]] = {PARAMS: {}}
     steps, left = set(), [name for name in values if not _SETTING.fullmatch(name)]
@@ -125,12 +127,26 @@ def read_dcp(folder: Path) -> Source:
     )  # fmt: skip
 
 
+def _newest(folder: Path) -> Path:
+    """Returns a folder with an index: this one, or of those in it, as `step_5`, the newest."""
+    if (folder / INDEX).exists():
+        return folder
+    below = [child for child in folder.iterdir() if (child / INDEX).exists()]
+    steps = {int(number[1][:18]): child for child in below
+             if (number := re.search(r"(\d+)$", child.name))}  # fmt: skip
+    if not below or len(steps) != len(below) > 1:
+        names = ", ".join(sorted(child.name for child in below)[:4])
+        raise MismatchError(f"{folder} has no {INDEX}" + (f"; name one of {names}" * bool(below)))
+    found = steps[max(steps)] if steps else below[0]
+    if not resolved(found).is_relative_to(resolved(folder)):
+        raise UnsafeInputError(f"{found} is a link out of its folder")
+    return found
+
+
 def read_index(folder: Path) -> tuple[dict[str, Pieces], dict[str, _Chunk]]:
     """Returns the tensors of a folder and its other values, by name; raises UnsafeInputError."""
     path = inside(folder, INDEX)
-    if path.stat().st_size > LIMIT:
-        raise UnsafeInputError(f"{path} has {path.stat().st_size:,} bytes; the limit is {LIMIT:,}")
-    index = loads(path.read_bytes(), str(path), KNOWN | _CLASSES, plain)
+    index = loads(read_bytes(path, LIMIT), str(path), KNOWN | _CLASSES, plain)
     with sound(f"{path} is not an index of tensors"):
         places = _places(folder, index.get("storage_data"))
         tensors, values = {}, {}

@@ -17,10 +17,12 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from checkpoint.convert.pickles import LIMIT, Global, Inert, Persistent, dumps, loads
+from checkpoint.convert.pickles import LIMIT, Global, Inert, Persistent, dumps, is_key, loads
 from checkpoint.convert.safetensors import RANK_LIMIT
-from sharding.errors import UnsafeInputError
+from checkpoint.files import open_file
+from sharding.errors import UnsafeInputError, shown
 
+DIRECTORY = 32 * 2**20  # bytes of an archive's directory
 _DTYPES = {
     "float64": ("Double", np.float64), "float32": ("Float", np.float32),
     "float16": ("Half", np.float16), "bfloat16": ("BFloat16", ml_dtypes.bfloat16),
@@ -98,23 +100,34 @@ def read_torch(
 def plain(name: str, args: tuple) -> Any:
     """Returns the dict, tuple or list that a call would make, a record of any other."""
     if name == _DICT and args:
-        if not all(isinstance(key, str | int) for key, _ in args[0]):
-            raise TypeError("a key is neither a string nor a number")
+        if not isinstance(args[0], list | tuple):
+            raise TypeError("a dict of what is no list")
+        if not all(is_key(key) for key, _ in args[0]):
+            raise TypeError("a key is neither a string nor a small number")
         return dict(args[0])
     if name in _DICTS:
         return {}
     if name == "torch.Size":
-        return tuple(args[0])
+        (sizes,) = args
+        if not isinstance(sizes, tuple | list) or len(sizes) > RANK_LIMIT:
+            raise TypeError("a torch.Size of what is no tuple, or of too many axes")
+        return tuple(sizes)
     if name in _SETS:
+        if args and not isinstance(args[0], list):
+            raise TypeError("a set of what is no list")
         return list(args[0]) if args else []
     return Inert(name, args)
 
 
 class _Window:
-    """Some bytes of a file as a file, for zipfile; it never reads more than LIMIT at once."""
+    """Some bytes of a file as a file, for zipfile; it reads `limit` bytes at once at most.
+
+    At first that is the size of a directory, of whose entries each takes some 700 bytes of memory.
+    """
 
     def __init__(self, file: BinaryIO, start: int, size: int = 0) -> None:
         self._file, self._start, self.size, self._at = file, start, size, 0
+        self.limit = DIRECTORY
 
     def seekable(self) -> bool:
         return True
@@ -132,7 +145,7 @@ class _Window:
     def read(self, count: int = -1) -> bytes:
         left = max(0, self.size - self._at)
         count = left if count is None or count < 0 else min(count, left)
-        if count > LIMIT:
+        if count > self.limit:
             raise OSError(f"a directory of {count:,} bytes")
         self._file.seek(self._start + self._at)
         data = self._file.read(count)
@@ -154,7 +167,7 @@ class _Reader:
 
     def __init__(self, path: Path, offset: int, length: int | None) -> None:
         self._path, self._offset, self._where = path, offset, str(path)
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = size - offset if length is None else length
             if not 0 <= offset <= offset + length <= size:
@@ -164,6 +177,7 @@ class _Reader:
             window = _Window(file, offset, length)
             try:
                 with zipfile.ZipFile(window) as archive:
+                    window.limit = LIMIT
                     self._entries = self._find(window, archive.infolist())
                     self._pickle = archive.read(self._entry("data.pkl"))
                     if "byteorder" in self._entries:
@@ -216,9 +230,11 @@ class _Reader:
     def _storage(self, pid: Any) -> Strided:
         kind, dtype, key, _, count = pid
         dtype = STORAGES[dtype.name]
+        if not isinstance(key, str):
+            raise TypeError("a storage without a name")
         start, size, _ = self._entries[f"data/{key}"]
         if kind != "storage" or type(count) is not int or count * dtype.itemsize != size:
-            raise ValueError(f"a storage of {count} {dtype} has {size} bytes")
+            raise ValueError(f"a storage of {shown(count)} {dtype} has {size} bytes")
         return Strided(self._path, start, dtype, (count,), (1,))
 
     def _rebuild(self, name: str, args: tuple) -> Any:
@@ -229,11 +245,11 @@ class _Reader:
         return args[0] if name == _PARAMETER else plain(name, args)
 
     def _tensor(self, storage: Strided, first: int, shape: tuple, stride: tuple, *_) -> Strided:
-        numbers = (first, *shape, *stride)
         if len(shape) != len(stride) or len(shape) > RANK_LIMIT:
             raise ValueError(f"a tensor of {len(shape)} axes has {len(stride)} strides")
+        numbers = (first, *shape, *stride)
         if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-            raise ValueError(f"a tensor of {str(numbers)[:60]}")
+            raise ValueError(f"a tensor of {shown(numbers)}")
         (count,) = storage.shape
         size = math.prod(shape)
         if size > count or (size and first + _extent(shape, stride) > count):

@@ -2,7 +2,9 @@
 
 One `lax.scan` walks the tiles (query block, key block) that the mask leaves; the forward keeps a
 running maximum and sum per row, the backward recomputes each tile's probabilities from the saved
-log-sum-exp (FlashAttention-2, Dao 2023, arXiv 2307.08691). Arithmetic is float32 throughout.
+log-sum-exp (FlashAttention-2, Dao 2023, arXiv 2307.08691). Products of bfloat16 or float16 inputs
+have operands of that dtype, which is what matrix units are fast at, and float32 sums; everything
+else, and every product of float32 inputs, is float32.
 
 Shapes: B batch, T queries, S keys, N query heads, K kv heads, G = N // K, H head dim of
 queries and keys, V head dim of values.
@@ -88,7 +90,7 @@ def blockwise_attention(
 def _forward(q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, problem: Problem):
     (B, T, N), (S, K) = q_BTNH.shape[:3], k_BSKH.shape[1:3]
     tokens = _tied(tokens, q_BTNH)
-    q_BKGTH = _grouped(q_BTNH, K) * problem.scale
+    q_BKGTH, scale = _scaled(_grouped(q_BTNH, K), problem)
     k_BKSH, v_BKSV = _heads_first(k_BSKH), _heads_first(v_BSKV)
     # What is not finite in a value moves into its key's score, which the mask can remove.
     k_BKSH, v_BKSV = k_BKSH + (0.0 * v_BKSV).sum(-1, keepdims=True), finite(v_BKSV)
@@ -97,15 +99,15 @@ def _forward(q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, problem: Problem):
     def visit(carry, tile):
         acc_BKGTV, max_BKGT, sum_BKGT = carry
         q0, k0 = tile[0], tile[1]
-        s_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", _cut(q_BKGTH, q0, bq, 3), _cut(k_BKSH, k0, bk, 2))
-        s_BKGTS = soft_cap(s_BKGTS, problem.softcap) + tokens.added_BKGTS(K, q0, k0, bq, bk)
+        s_BKGTS = _dot("BKGTH,BKSH->BKGTS", _cut(q_BKGTH, q0, bq, 3), _cut(k_BKSH, k0, bk, 2))
+        s_BKGTS = soft_cap(scale * s_BKGTS, problem.softcap) + tokens.added_BKGTS(K, q0, k0, bq, bk)
         seen_BTS = tokens.seen_BTS(problem.mask, q0, k0, bq, bk)
         s_BKGTS = jnp.where(seen_BTS[:, None, None], s_BKGTS, -jnp.inf)
         old_max_BKGT = _cut(max_BKGT, q0, bq, 3)
         new_max_BKGT = jnp.maximum(old_max_BKGT, s_BKGTS.max(-1))
         p_BKGTS = jnp.exp(s_BKGTS - new_max_BKGT[..., None])
         decay_BKGT = jnp.exp(old_max_BKGT - new_max_BKGT)
-        pv_BKGTV = jnp.einsum("BKGTS,BKSV->BKGTV", p_BKGTS, _cut(v_BKSV, k0, bk, 2))
+        pv_BKGTV = _dot("BKGTS,BKSV->BKGTV", p_BKGTS, _cut(v_BKSV, k0, bk, 2))
         new_acc_BKGTV = _cut(acc_BKGTV, q0, bq, 3) * decay_BKGT[..., None] + pv_BKGTV
         new_sum_BKGT = _cut(sum_BKGT, q0, bq, 3) * decay_BKGT + p_BKGTS.sum(-1)
         return (
@@ -114,11 +116,11 @@ def _forward(q_BTNH, k_BSKH, v_BSKV, tokens: _Tokens, problem: Problem):
             _put(sum_BKGT, new_sum_BKGT, q0, 3),
         ), None
 
-    row_BKGT = q_BKGTH[..., 0]
+    rows = q_BKGTH.shape[:-1]
     start = (
-        jnp.zeros((*q_BKGTH.shape[:-1], v_BSKV.shape[3]), F32),
-        jnp.full_like(row_BKGT, EMPTY_LSE),
-        jnp.zeros_like(row_BKGT),
+        jnp.zeros((*rows, v_BSKV.shape[3]), F32),
+        jnp.full(rows, EMPTY_LSE, F32),
+        jnp.zeros(rows, F32),
     )
     (acc_BKGTV, max_BKGT, sum_BKGT), _ = lax.scan(visit, start, _tiles(problem, T, S))
     empty_BKGT = sum_BKGT == 0
@@ -136,7 +138,8 @@ def _backward(
     q_BTNH, k_BSKH, v_BSKV, dout_BTNV = map(finite, (q_BTNH, k_BSKH, v_BSKV, dout_BTNV))
     delta_BKGT = _grouped(delta_BTN[..., None], K)[..., 0]
     lse_BKGT = _grouped(lse_BTN[..., None], K)[..., 0]
-    q_BKGTH, dout_BKGTV = _grouped(q_BTNH, K) * problem.scale, _grouped(dout_BTNV, K)
+    q_BKGTH, scale = _scaled(_grouped(q_BTNH, K), problem)
+    dout_BKGTV = _grouped(dout_BTNV, K)
     k_BKSH, v_BKSV = _heads_first(k_BSKH), _heads_first(v_BSKV)
     k_BKHS = k_BKSH.swapaxes(2, 3)
     bq, bk, bias = _block(T), _block(S), tokens.extras.bias_BNTS
@@ -147,14 +150,14 @@ def _backward(
         dq_BKHGT, dk_BKSH, dv_BKSV, dbias = carry
         q0, k0 = tile[0], tile[1]
         qi_BKGTH, douti_BKGTV = _cut(q_BKGTH, q0, bq, 3), _cut(dout_BKGTV, q0, bq, 3)
-        s_BKSGT = jnp.einsum("BKSH,BKGTH->BKSGT", _cut(k_BKSH, k0, bk, 2), qi_BKGTH)
-        s_BKSGT = soft_cap(s_BKSGT, problem.softcap)
+        s_BKSGT = _dot("BKSH,BKGTH->BKSGT", _cut(k_BKSH, k0, bk, 2), qi_BKGTH)
+        s_BKSGT = soft_cap(scale * s_BKSGT, problem.softcap)
         seen_BST = tokens.seen_BTS(problem.mask, q0, k0, bq, bk).swapaxes(1, 2)
         added = tokens.added_BKGTS(K, q0, k0, bq, bk)
         added = added if isinstance(added, int) else jnp.moveaxis(added, 4, 2)
         p_BKSGT = jnp.exp(s_BKSGT + added - _cut(lse_BKGT, q0, bq, 3)[:, :, None])
         p_BKSGT = jnp.where(seen_BST[:, None, :, None], p_BKSGT, 0.0)
-        dp_BKSGT = jnp.einsum("BKSV,BKGTV->BKSGT", _cut(v_BKSV, k0, bk, 2), douti_BKGTV)
+        dp_BKSGT = _dot("BKSV,BKGTV->BKSGT", _cut(v_BKSV, k0, bk, 2), douti_BKGTV)
         ds_BKSGT = p_BKSGT * (dp_BKSGT - _cut(delta_BKGT, q0, bq, 3)[:, :, None])
         if dbias is not None:
             tile = _bias_gradient(ds_BKSGT, dbias.shape)
@@ -162,9 +165,9 @@ def _backward(
             dbias = lax.dynamic_update_slice(dbias, old + tile, (0, 0, q0, k0))
         if problem.softcap is not None:
             ds_BKSGT *= 1 - (s_BKSGT / problem.softcap) ** 2
-        dqi_BKHGT = jnp.einsum("BKHS,BKSGT->BKHGT", _cut(k_BKHS, k0, bk, 3), ds_BKSGT)
-        dkj_BKSH = jnp.einsum("BKSGT,BKGTH->BKSH", ds_BKSGT, qi_BKGTH)
-        dvj_BKSV = jnp.einsum("BKSGT,BKGTV->BKSV", p_BKSGT, douti_BKGTV)
+        dqi_BKHGT = _dot("BKHS,BKSGT->BKHGT", _cut(k_BKHS, k0, bk, 3), ds_BKSGT)
+        dkj_BKSH = _dot("BKSGT,BKGTH->BKSH", ds_BKSGT, qi_BKGTH)
+        dvj_BKSV = _dot("BKSGT,BKGTV->BKSV", p_BKSGT, douti_BKGTV)
         return (
             _put(dq_BKHGT, _cut(dq_BKHGT, q0, bq, 4) + dqi_BKHGT, q0, 4),
             _put(dk_BKSH, _cut(dk_BKSH, k0, bk, 2) + dkj_BKSH, k0, 2),
@@ -173,22 +176,37 @@ def _backward(
         ), None
 
     start = (
-        jnp.zeros_like(q_BKGTH.transpose(0, 1, 4, 2, 3)),
-        jnp.zeros_like(k_BKSH),
-        jnp.zeros_like(v_BKSV),
+        jnp.zeros_like(q_BKGTH.transpose(0, 1, 4, 2, 3), F32),
+        jnp.zeros_like(k_BKSH, F32),
+        jnp.zeros_like(v_BKSV, F32),
         None if bias is None else jnp.zeros(bias.shape, F32),
     )
     (dq_BKHGT, dk_BKSH, dv_BKSV, dbias), _ = lax.scan(visit, start, _tiles(problem, T, S))
     dq_BTNH = _ungrouped(dq_BKHGT.transpose(0, 1, 3, 4, 2)) * problem.scale
     return (
         dq_BTNH.astype(q_BTNH.dtype),
-        dk_BKSH.transpose(0, 2, 1, 3).astype(k_BSKH.dtype),
+        (scale * dk_BKSH).transpose(0, 2, 1, 3).astype(k_BSKH.dtype),
         dv_BKSV.transpose(0, 2, 1, 3).astype(v_BSKV.dtype),
         _Tokens(None, Extras(None if bias is None else dbias.astype(bias.dtype))),
     )
 
 
 _attend = with_gradient(_forward, _backward)
+
+
+def _dot(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the float32 product; the narrower dtype is that of the inputs, as probabilities and
+    their gradients are rounded to it (FlashAttention does so too)."""
+    dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return jnp.einsum(letters, a.astype(dtype), b.astype(dtype), preferred_element_type=F32)
+
+
+def _scaled(q_BKGTH: jax.Array, problem: Problem) -> tuple[jax.Array, float]:
+    """Returns the queries and what their scores are still to be multiplied by.
+
+    A scale that is no power of two would round 16-bit queries once more.
+    """
+    return (q_BKGTH * problem.scale, 1.0) if q_BKGTH.dtype == F32 else (q_BKGTH, problem.scale)
 
 
 def _tied(tokens: _Tokens, q_BTNH: jax.Array) -> _Tokens:
@@ -224,9 +242,9 @@ def _put(array: jax.Array, update: jax.Array, start: jax.Array, axis: int) -> ja
 
 
 def _grouped(x_BTNH: jax.Array, K: int) -> jax.Array:
-    """Query heads split by the kv head they read, heads before rows, float32: x_BKGTH."""
+    """Query heads split by the kv head they read, heads before rows: x_BKGTH."""
     B, T, N, H = x_BTNH.shape
-    return x_BTNH.astype(F32).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
 
 def _ungrouped(x_BKGTH: jax.Array) -> jax.Array:
@@ -249,4 +267,4 @@ def _bias_gradient(ds_BKSGT: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _heads_first(x_BSKH: jax.Array) -> jax.Array:
-    return x_BSKH.astype(F32).transpose(0, 2, 1, 3)
+    return x_BSKH.transpose(0, 2, 1, 3)

@@ -110,8 +110,9 @@ def attention(
         rules out are then skipped. Leave False for a KV cache or for queries that are a part of a
         longer sequence.
     one_document: a promise that every row holds one segment, from its first token on, and nothing
-        but padding after it. Backends without segment ids can then serve.
-    needs_lse: False lets a backend return None in the place of lse.
+        but padding after it. Backends without segment ids then need no mask.
+    needs_lse: False lets a backend return None in the place of lse. Ask for lse only to use it:
+        cuDNN, the fast one on NVIDIA GPUs, has no gradient through it.
     given: (out, lse) of these queries over all the keys that they see, of which these are a part.
         The call is then for its gradients only, and they are what these keys add to the whole: no
         forward pass is repeated, and dq of the whole is the sum over its parts. Without sinks:

@@ -122,7 +122,7 @@ def sequence_attention(
         gathered = partial(lax.all_gather, axis_name=SEQ, axis=1, axis_index_groups=stations)
         rows = Rows(*(gathered(x, tiled=True) for x in rows))
     if plan.ring == 1:
-        out_BTNH, _ = local(q_BTNH, k_BTKH, v_BTKH, rows, rows, rows_aligned=True)
+        out_BTNH, _ = local(q_BTNH, k_BTKH, v_BTKH, rows, rows, rows_aligned=True, needs_lse=False)
     else:
         kv_BTJH = jnp.concatenate([k_BTKH, v_BTKH], axis=2)
         out_BTNH, _ = _ring(plan, mask, local)(q_BTNH, kv_BTJH, rows)

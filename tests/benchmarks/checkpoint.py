@@ -31,7 +31,7 @@ from jax.sharding import SingleDeviceSharding
 from checkpoint.config import CheckpointConfig
 from checkpoint.fingerprint import as_text, fingerprints
 from checkpoint.manager import CheckpointManager, load_step
-from sharding.mesh import start_runtime
+from sharding.runtime import start_runtime
 from tests.processes import run_processes
 
 
@@ -81,7 +81,8 @@ import sys, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from checkpoint.manager import load_step
 from sharding.config import MeshConfig
-from sharding.mesh import make_mesh, start_runtime
+from sharding.mesh import make_mesh
+from sharding.runtime import start_runtime
 
 def read_bytes():
     return int(open("/proc/self/io").read().split()[1])  # rchar

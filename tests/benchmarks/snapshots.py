@@ -27,8 +27,9 @@ from checkpoint.manager import CheckpointManager
 from checkpoint.memory import parity
 from checkpoint.memory.snapshots import Snapshots
 from checkpoint.memory.wire import VARIABLE, Directory
-from sharding.mesh import make_mesh, start_runtime
+from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
+from sharding.runtime import start_runtime
 from tests.tiny import get_config
 from trainer.recovery.keeper import KeeperProcess
 from trainer.state import abstract_state, init_state, make_layout, to_stored

@@ -115,7 +115,8 @@ def matmul_rate(size: dict, dtype: str) -> float:
 
 def torus_job(job: dict) -> dict:
     """Times Torus' own jitted step, as `torus train` builds it, on random tokens."""
-    from sharding.mesh import make_mesh, start_runtime
+    from sharding.mesh import make_mesh
+    from sharding.runtime import start_runtime
 
     start_runtime()
     import jax

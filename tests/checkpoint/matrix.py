@@ -17,8 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from checkpoint.config import CheckpointConfig
 from checkpoint.manager import CheckpointManager, load_step
 from sharding.config import MeshConfig
-from sharding.mesh import make_mesh, start_runtime
+from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
+from sharding.runtime import start_runtime
 from tests.trainer.test_step import batches, experiment
 from trainer.state import abstract_state, from_stored, init_state, make_layout, to_stored
 from trainer.step import make_train_step

@@ -405,7 +405,7 @@ def test_leftovers_are_cleared_and_never_a_step(tmp_path):
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot write checkpoints to"):
-        CheckpointManager(tmp_path / "file" / "run", CheckpointConfig())
+        CheckpointManager(tmp_path / "file" / "run", CheckpointConfig()).__enter__()
     with pytest.raises(UsageError, match=r"checkpoint\.keep_last is 0"):
         CheckpointManager(tmp_path, CheckpointConfig(keep_last=0))
 

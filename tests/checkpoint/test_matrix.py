@@ -27,7 +27,7 @@ JOBS = {
     "four processes of 2": (4, 2, {"4p-fsdp4-tensor2": {"fsdp": 4, "tensor": 2}}),
     "four processes of 1": (4, 1, {"4p-data2-fsdp2": {"data": 2, "fsdp": 2}}),
 }  # fmt: skip
-FEW = ("one", "data2-fsdp4")
+FEW = ("tensor4", "data2-fsdp4")  # the first has more devices over tensor than KV heads
 
 
 def check(whole: dict, moved: dict) -> None:

@@ -55,6 +55,26 @@ def test_one_process_to_two_and_back(tmp_path):
 
 
 @pytest.mark.multiprocess
+def test_two_processes_agree_on_the_step_when_one_sees_an_old_listing(tmp_path):
+    """Otherwise shards of two steps are mixed without a word, or one waits for the other."""
+    array = jnp.full((8,), 1.0)
+    with CheckpointManager(tmp_path / "other", CheckpointConfig()) as manager:
+        manager.save(20, {"w": array}, {"step": 20}, force=True)
+    results = run_processes(HERE / "stale_listing.py", 2, 1, [tmp_path], timeout=300)
+    first, second = (
+        dict(line.split(" | ") for line in result.stdout.splitlines() if " | " in line)
+        for result in results
+    )
+    expected = {"late": "step 20 sum 160", "load": "sum 160", "none": "{'step': 20}"}
+    for told in (first, second):
+        assert {name: told[name] for name in expected} == expected
+        assert told["never"].startswith("NotVisibleError: process 1 does not see step 20")
+        assert "UsageError" in told["absent"] and "no step 15" in told["absent"]
+        assert told["deleted"] == "True"
+        assert "read different contents of step 20" in told["other"]
+
+
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.soak)])  # of 2 kills
 def test_killed_at_any_moment(tmp_path, rounds):
     shapes = {"w": (1024, 1024), "v": (1024,)}
@@ -80,7 +100,8 @@ def test_killed_at_any_moment(tmp_path, rounds):
                 assert meta == {"step": step}
                 assert all((np.asarray(leaf) == step).all() for leaf in jax.tree.leaves(state))
     for folder in newest:
-        CheckpointManager(folder, CheckpointConfig()).close()
+        with CheckpointManager(folder, CheckpointConfig()):
+            pass
         assert steps.interrupted_saves(folder) == []
 
 

@@ -19,7 +19,8 @@ from checkpoint.config import CheckpointConfig
 from checkpoint.manager import CheckpointManager, load_step
 from sharding.config import MeshConfig
 from sharding.errors import UsageError
-from sharding.mesh import make_mesh, start_runtime
+from sharding.mesh import make_mesh
+from sharding.runtime import start_runtime
 
 SHAPES = {"w": ((64, 32), P("fsdp", "tensor")), "v": ((32,), P("tensor")), "count": ((), P())}
 

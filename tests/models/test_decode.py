@@ -66,7 +66,11 @@ def full_logits(params: spec.Tree, tokens_BT: jax.Array) -> jax.Array:
     return logits(params, forward(params, *rows, CONFIG)[0], CONFIG)
 
 
-@pytest.mark.parametrize("axes", [ONE, MANY], ids=["one", "many"])
+@pytest.mark.parametrize(
+    "axes",
+    [ONE, MANY, MeshConfig(fsdp=2, tensor=4)],
+    ids=["one", "many", "more devices than KV heads"],
+)
 def test_cached_logits_equal_the_full_forward(axes):
     tokens_BT = np.random.default_rng(1).integers(0, 61, (4, T), dtype=np.int32)
     mesh = mesh_of(axes)
@@ -227,5 +231,10 @@ def test_bad_calls_are_refused():
     with (
         jax.set_mesh(mesh_of(MeshConfig(fsdp=1, seq=2))),
         pytest.raises(UsageError, match="decoding needs a mesh with seq = 1, this one has 2"),
+    ):
+        init_cache(CONFIG, 4, 8)
+    with (
+        jax.set_mesh(mesh_of(MeshConfig(fsdp=1, tensor=3))),
+        pytest.raises(UsageError, match=r"KV cache: dimension 3 \(kv_heads, size 2\) .* size 3"),
     ):
         init_cache(CONFIG, 4, 8)

@@ -31,7 +31,7 @@ from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ
 from tests.checkpoint.convert.theirs import FAMILIES, T, V, build, expected
 
-REASON = "no parity with Hugging Face was checked: pip install 'torus-train[parity]'"
+REASON = "no parity with Hugging Face was checked: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=REASON)
 pytest.importorskip("transformers", reason=REASON)
 

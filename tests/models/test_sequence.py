@@ -147,6 +147,26 @@ def test_gradients_are_those_of_one_device(strategy, case):
     check(case, {"seq_strategy": strategy})
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bfloat16_gradients_follow_float32(strategy):
+    """By the norm of the difference: blocks of keys are summed in float32, whatever travels.
+
+    One device in bfloat16 is up to 1.8% off float32, for a layer rounds about twenty values in a
+    row by 0.17% in the mean; a strategy rounds a few others, which is 1.2 times as much.
+    """
+    axes = tuple((axis, getattr(EIGHT, axis)) for axis in AXES)
+    changes = (("dtype", "bfloat16"), ("seq_strategy", strategy))
+    wanted = program(MIXED, (), (("fsdp", 1),))(True)[1]
+
+    def errors(found):
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+        return np.array([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs])
+
+    one = errors(program(MIXED, changes[:1], (("fsdp", 1),))(True)[1])
+    spread = errors(program(MIXED, changes, axes)(True)[1])
+    assert one.max() < 0.025 and (spread < 1.4 * one).all(), (one, spread)
+
+
 @pytest.mark.parametrize("name", ORDERS)
 def test_every_order_of_columns_gives_the_same_gradients(name):
     strategy, order = name.split()

@@ -6,6 +6,7 @@ calls            every command line
 refuse           text that a request is refused with
 preempt          that many looks from now the TPU is taken away
 create_hangs, delete_fails    what their names say, while they are there
+describe_fails   text that every look is answered with, from the first request to delete on
 worker<N>/       home of a worker; what gcloud runs there runs in a real shell
 """
 
@@ -22,7 +23,17 @@ WORKERS = [CLOUD / "worker0", CLOUD / "worker1"]
 
 
 def fail(text: str) -> None:
-    sys.exit(f"ERROR: (gcloud.compute.tpus) {text}")
+    sys.exit(f"ERROR: (gcloud.compute.tpus.{'.'.join(sys.argv[3:5])}) {text}")
+
+
+def not_found(kind: str) -> None:
+    """As gcloud says it: with the resource's name, the account, and details after it."""
+    name = f"projects/p1/locations/zone-a/{'nodes' if kind == 'tpu-vm' else 'queuedResources'}/t1"
+    fail(
+        f"NOT_FOUND: Resource '{name}' was not found. This command is authenticated as "
+        "me@example.com which is the active account specified by the [core/account] property\n"
+        f"- '@type': type.googleapis.com/google.rpc.ResourceInfo\n  resourceName: {name}"
+    )
 
 
 def lose() -> None:
@@ -42,8 +53,12 @@ def describe(kind: str) -> None:
             preempt.unlink()
             RESOURCE.write_text("SUSPENDED" if kind == "queued-resources" else "PREEMPTED")
             lose()
+    failure, deleted = CLOUD / "describe_fails", CLOUD / "asked_to_delete"
+    if failure.exists() and deleted.exists():
+        sys.exit(failure.read_text())
     if not RESOURCE.exists():
-        fail("NOT_FOUND: Resource not found")
+        not_found(kind)
+    print("WARNING: Python 3.9 will not be supported by the next gcloud.", file=sys.stderr)
     print(RESOURCE.read_text())
     if RESOURCE.read_text() in ("WAITING_FOR_RESOURCES", "CREATING"):
         RESOURCE.write_text("ACTIVE" if kind == "queued-resources" else "READY")
@@ -61,11 +76,12 @@ def create(kind: str) -> None:
         time.sleep(60)
 
 
-def delete() -> None:
+def delete(kind: str) -> None:
+    (CLOUD / "asked_to_delete").touch()
     if (CLOUD / "delete_fails").exists():
         fail("INTERNAL: try again later")
     if not RESOURCE.exists():
-        fail("NOT_FOUND: Resource not found")
+        not_found(kind)
     RESOURCE.unlink()
     lose()
 
@@ -107,7 +123,7 @@ def main(arguments: list[str]) -> None:
     elif verb == "create":
         create(kind)
     else:
-        delete()
+        delete(kind)
 
 
 main(sys.argv[1:])

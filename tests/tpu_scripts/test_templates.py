@@ -38,88 +38,165 @@ def test_the_help_tells_every_status():
 
 # ---------------------------------------------------------------- SLURM
 
-# Two nodes; each runs what it is told, with what srun says in its environment.
-SRUN = f"""\
-#!/bin/bash
-while [[ $1 == --* ]]; do shift; done
-for n in 0 1; do
-  SLURM_STEP_NODELIST='node[007-008]' SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$n \\
-    {sys.executable} "$STUB" "$@" &
-  tasks="$tasks $!"
-done
-trap 'kill -TERM $tasks; again=1' TERM
-worst=0
-for task in $tasks; do
-  again=; wait "$task"; status=$?
-  if [ -n "$again" ]; then wait "$task"; status=$?; fi
-  worst=$((status > worst ? status : worst))
-done
-exit "$worst"
+# Two nodes; each runs what it is told, with what srun says in its environment. As seen on SLURM
+# 22.05: a signal reaches every process of the step, in whatever session, and more than once; the
+# status is the highest of the tasks', 137 that of a killed one.
+SRUN = """\
+import os, signal, subprocess, sys
+from pathlib import Path
+
+def family(pid):
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(p for child in children for p in family(int(child)))]
+
+def pass_on(number, frame):
+    for _ in range(2):
+        for pid in [pid for task in tasks for pid in family(task.pid)]:
+            os.kill(pid, signal.SIGTERM)
+
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    del command[0]
+place = {"SLURM_STEP_NODELIST": "node[007-008]", "SLURM_STEP_NUM_TASKS": "2"}
+tasks = []
+signal.signal(signal.SIGTERM, pass_on)
+for n in (0, 1):
+    environment = {**os.environ, **place, "SLURM_PROCID": str(n), "SLURMD_NODENAME": f"n{n}"}
+    tasks.append(subprocess.Popen(command, start_new_session=True, env=environment))
+statuses = [task.wait() for task in tasks]
+sys.exit(max(status if status >= 0 else 128 - status for status in statuses))
 """
-# Stands for `torus launch`: tells where it is, and ends as $END says.
+SCONTROL = """\
+#!/bin/bash
+case $1-$2 in
+  show-config) echo 'KillWait                = 30 sec' ;;
+  show-job) cat job ;;
+  *) echo "$*" >>calls ;;
+esac
+"""
+# Stands for `torus launch`: tells where it is, and ends as $END says of its host. "kill" kills it
+# at its first start, "killtask" also the shell that started it, "wait" is for SIGTERM.
 LAUNCH = """\
 import os, signal, sys, time
 from trainer.recovery.cluster import find_cluster
-signal.signal(signal.SIGTERM, lambda *_: os._exit(76))
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(time.monotonic()))
 cluster = find_cluster(os.environ)
+first = not os.path.exists(f"host{cluster.host}")
 with open(f"host{cluster.host}", "w") as file:
     file.write(f"{cluster.hosts} {cluster.address} {' '.join(sys.argv[1:])}")
-time.sleep(30 if os.environ["END"] == "wait" else 0)
-sys.exit(int(os.environ["END"]) if cluster.host else 0)
+end = os.environ["END"].split()[cluster.host]
+while end == "wait" and not (asked and time.monotonic() - asked[0] > 0.3):
+    time.sleep(0.02)
+if end == "killtask":
+    os.kill(os.getppid(), signal.SIGKILL)
+if end == "killtask" or (end == "kill" and first):
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit({"wait": 76, "kill": 76}.get(end) or int(end))
 """
 
 
 @pytest.fixture
 def slurm(tmp_path):
     """Starts the template on two nodes; returns the job and the folder it runs in."""
-    scripts = {"srun": SRUN, "scontrol": '#!/bin/bash\necho "$*" >>calls\n'}
-    for name, text in scripts.items():
+    srun = f'#!/bin/sh\nexec {sys.executable} {tmp_path}/srun.py "$@"\n'
+    for name, text in {"srun": srun, "scontrol": SCONTROL}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "srun.py").write_text(SRUN)
     (tmp_path / "stub.py").write_text(LAUNCH)
+    (tmp_path / "job").write_text("JobState=RUNNING Reason=None")
     (tmp_path / "run/launch").mkdir(parents=True)
     (tmp_path / "run/launch/suspects").write_text("node008\nnode009\n")
 
-    def start(end: str) -> tuple[subprocess.Popen, Path]:
+    def start(end: str, **variables: str) -> tuple[subprocess.Popen, Path]:
         environment = {
             **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
-            "STUB": str(tmp_path / "stub.py"), "END": end, "SLURM_JOB_ID": "42",
-            "TORUS_BACKOFF": "0",
+            "TORUS_COMMAND": f"{sys.executable} {tmp_path}/stub.py", "END": end,
+            "SLURM_JOB_ID": "42", "TORUS_BACKOFF": "0", **variables,
         }  # fmt: skip
         command = ["bash", str(ROOT / "tpu_scripts/slurm.sbatch"), "--config=x", "--workdir=run"]
-        return subprocess.Popen(
-            command, env=environment, cwd=tmp_path, start_new_session=True
-        ), tmp_path
+        with open(tmp_path / "log", "w") as log:
+            return subprocess.Popen(
+                command, env=environment, cwd=tmp_path, stderr=log, start_new_session=True
+            ), tmp_path
 
     return start
+
+
+def calls(folder: Path) -> list[str]:
+    """What scontrol was asked to do."""
+    return (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
 
 
 @pytest.mark.parametrize(
     "status",
     [
         pytest.param(status, marks=() if status in (0, 70, 77) else pytest.mark.soak)
-        for status in sorted(STATUSES)
+        for status in sorted(STATUSES | {2, 130})
     ],
 )
 def test_slurm_queues_again_what_should_be_tried_again(slurm, status):
-    job, folder = slurm(str(status))
+    job, folder = slurm(f"{status} {status}")
     assert job.wait(60) == status
-    calls = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
     advice = told()[status]
-    assert ("requeue 42" in calls) == (advice.startswith("try again") and "size" not in advice)
-    assert ("update JobId=42 ExcNodeList=node008,node009" in calls) == ("without it" in advice)
+    again = advice.startswith("try again") and "size" not in advice
+    assert ("requeue 42" in calls(folder)) == again
+    without = "update JobId=42 ExcNodeList=node008,node009" in calls(folder)
+    assert without == ("without it" in advice)
     for host in (0, 1):
         words = (folder / f"host{host}").read_text()
-        assert words == "2 node007 .venv/bin/torus launch --grace 100 --config=x --workdir=run"
+        assert words == ("2 node007 launch --grace 100 --patience 300 --config=x --workdir=run")
 
 
-def test_slurm_passes_a_signal_on_and_queues_again(slurm):
-    job, folder = slurm("wait")
+@pytest.mark.parametrize(
+    ("ends", "status", "again"),
+    [
+        ("killtask 76", 137, True),  # srun would tell 137 for all of these
+        ("killtask 70", 70, False),
+        ("0 killtask", 0, False),  # with --mesh the others go on, and end
+        pytest.param("killtask 130", 130, False, marks=pytest.mark.soak),
+        pytest.param("75 64", 64, False, marks=pytest.mark.soak),
+        pytest.param("77 0", 0, False, marks=pytest.mark.soak),
+    ],
+)
+def test_a_killed_task_does_not_hide_how_the_others_ended(slurm, ends, status, again):
+    job, folder = slurm(ends)
+    assert job.wait(60) == status
+    assert calls(folder) == ["requeue 42"] * again
+
+
+def test_a_killed_launcher_is_started_again_where_it_was(slurm):
+    job, folder = slurm("kill 76")
+    assert job.wait(60) == 76 and calls(folder) == ["requeue 42"]
+    assert "plain scancel there are 30 s to save" in (folder / "log").read_text()
+    assert "torus launch on n0 was killed (137), started again" in (folder / "log").read_text()
+
+
+def test_a_job_that_is_killed_at_once_time_and_again_ends(slurm):
+    job, folder = slurm("killtask 76", SLURM_RESTART_COUNT="20")
+    assert job.wait(60) == 137 and not calls(folder)
+
+
+@pytest.mark.parametrize(
+    ("state", "again"),
+    [
+        ("JobState=RUNNING Reason=None", True),  # scancel --signal=TERM, --signal, preemption
+        ("JobState=COMPLETING Reason=None", False),  # scancel
+        pytest.param("JobState=COMPLETING Reason=TimeLimit", True, marks=pytest.mark.soak),
+    ],
+)
+def test_slurm_passes_a_signal_on_and_queues_again_what_was_not_cancelled(slurm, state, again):
+    job, folder = slurm("wait wait")
     while not all((folder / f"host{host}").exists() for host in (0, 1)):
         assert job.poll() is None
-    os.killpg(job.pid, signal.SIGTERM)  # the batch script and its step
+    (folder / "job").write_text(state)
+    os.killpg(job.pid, signal.SIGTERM)  # the batch script and srun; the tasks twice, by srun
     assert job.wait(60) == 76
-    assert (folder / "calls").read_text() == "requeue 42\n"
+    assert calls(folder) == ["requeue 42"] * again
 
 
 # ---------------------------------------------------------------- JobSet

@@ -1,6 +1,7 @@
 """tpu.sh and worker.sh in real shells, against a Cloud TPU that is a folder."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,10 +76,12 @@ class Cloud:
     def knob(self, name: str, text: str = "") -> None:
         (self.folder / name).write_text(text)
 
-    def start(self, *arguments: str, run: tuple[str, ...] = ("--config=x",)) -> subprocess.Popen:
+    def start(
+        self, *arguments: str, run: tuple[str, ...] = ("--config=x",), path: str = ""
+    ) -> subprocess.Popen:
         environment = {
             **os.environ, "CLOUD": str(self.folder),
-            "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+            "PATH": f"{self.folder}/bin:{path or os.environ['PATH']}",
         }  # fmt: skip
         command = ["bash", str(SCRIPT), *arguments, str(self.folder / "settings")]
         return subprocess.Popen(
@@ -203,6 +206,57 @@ def test_what_cannot_be_deleted_is_named_with_its_command(cloud):
     }  # fmt: skip
     subprocess.run(["bash", "-c", line.removeprefix("tpu.sh:")], env=environment, check=True)
     assert not cloud.there
+
+
+_TOKENS = "There was a problem refreshing your current auth tokens: ('invalid_grant: "
+NO_ANSWERS = {
+    "account": f"{_TOKENS}Account has been deleted or not found', {{}})\nPlease run:\n\n"
+    "  $ gcloud auth login",
+    "permission": "PERMISSION_DENIED: Permission 'tpu.nodes.get' denied on resource "
+    "'//tpu.googleapis.com/projects/p1/locations/zone-a/nodes/t1' (or it may not exist).",
+    "quota": "RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Read requests' and limit 'Read "
+    "requests per minute' of service 'tpu.googleapis.com' for consumer 'project_number:1'.",
+    "network": "gcloud crashed (TransportError): HTTPSConnectionPool(host='tpu.googleapis.com', "
+    "port=443): Max retries exceeded (Caused by NameResolutionError: Name or service not known)",
+    "project": "NOT_FOUND: Resource 'projects/p2' was not found. This command is authenticated",
+    "another": "NOT_FOUND: Resource 'projects/p1/locations/zone-a/nodes/t12' was not found.",
+    "elsewhere": "NOT_FOUND: Resource 'projects/p1/locations/zone-b/nodes/t1' was not found.",
+    "program": "bash: gcloud-crc32c: command not found",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_ANSWERS.values(), ids=NO_ANSWERS)
+def test_only_that_the_resource_does_not_exist_means_that_it_is_gone(cloud, text):
+    for knob in ("resource", "delete_fails"):
+        cloud.knob(knob, "READY")
+    cloud.knob("describe_fails", f"ERROR: (gcloud.compute.tpus.describe) {text}")
+    status, _, error = cloud.run("delete", run=())
+    assert status == 1 and cloud.there
+    assert "t1 may still be there and cost money" in error
+    assert " ".join(text.split()) in error
+
+
+@pytest.mark.parametrize("queued", ["yes", "no"])
+def test_a_resource_that_does_not_exist_is_gone(cloud, queued):
+    cloud.settings(QUEUED=queued)
+    status, _, error = cloud.run("delete", run=())
+    assert (status, error.count("may still be there")) == (0, 0), error
+
+
+def test_gcloud_that_gives_no_answer_ends_the_request(cloud):
+    cloud.knob("asked_to_delete")
+    cloud.knob("describe_fails", f"ERROR: (gcloud.compute.tpus.describe) {NO_ANSWERS['account']}")
+    status, _, error = cloud.run("create")
+    assert status == 69 and error.splitlines()[-1] == "tpu.sh: gcloud gives no answer"
+    assert not cloud.count("create")
+
+
+def test_without_gcloud_nothing_is_tried(cloud, tmp_path):
+    (cloud.folder / "bin/gcloud").unlink()
+    for name in ("bash", "dirname"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    status, _, error = cloud.run("train", path=f"{tmp_path}/bin")
+    assert status == 2 and "gcloud is not installed" in error
 
 
 @pytest.mark.soak

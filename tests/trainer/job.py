@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 from checkpoint.manager import load_step
 from checkpoint.steps import complete_steps
 from sharding.config import MeshConfig
-from sharding.mesh import make_mesh, start_runtime
+from sharding.mesh import make_mesh
+from sharding.runtime import start_runtime
 from tests.tiny import get_config
 from trainer.loop import train
 from trainer.metrics import read_metrics

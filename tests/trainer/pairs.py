@@ -49,7 +49,7 @@ FEATURES: dict[str, Callable[[Experiment], None]] = {
     # Data.
     "concat": _set("data", packing="concat"),
     "balance": _set("data", balance=4),
-    "buckets": _set("data", buckets=(8, 16)),
+    "buckets": _set("data", buckets=(16,)),
     "mixture": _mixture,
     "fim": _set("data", collate=CollateConfig("fim", sentinels=(10, 11, 12, 13))),
     "prefix": _set("data", collate=CollateConfig("prefix")),
@@ -64,6 +64,7 @@ FEATURES: dict[str, Callable[[Experiment], None]] = {
     # Mesh.
     "zero 1": _mesh(fsdp=-1, zero=1),
     "tensor": _mesh(fsdp=-1, tensor=2),
+    "ulysses": lambda exp: (_mesh(fsdp=-1, seq=2)(exp), _set("model", seq_strategy="ulysses")(exp)),
     "ring": lambda exp: (_mesh(fsdp=-1, seq=2)(exp), _set("model", seq_strategy="ring")(exp)),
     # What watches a run.
     "skip spikes": _set("health", skip_spikes=True, factor=1.0, window=4),
@@ -78,8 +79,9 @@ TOGETHER = {
     "mixture, fim, balance": ("mixture", "fim", "balance", "z-loss"),
     "buckets, bfloat16": ("buckets", "bfloat16", "repeats"),
     "prefix, zero 1": ("prefix", "zero 1", "remat", "skip spikes"),
-    "instruction, ring": ("instruction", "ring", "local layers", "cadence"),
+    "instruction, ulysses": ("instruction", "ulysses", "local layers", "cadence"),
     "concat, tensor": ("concat", "tensor"),
+    "ring": ("ring",),  # takes long to compile: soak only
 }
 
 

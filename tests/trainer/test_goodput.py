@@ -66,7 +66,7 @@ def test_a_crash_costs_detection_restart_compilation_and_steps_done_twice(tmp_pa
     assert found.detect == pytest.approx(0.25) and found.recover == pytest.approx(4.25)
     # Every second of the wall time is good or has a cause, for a run that does nothing else.
     assert found.good + sum(found.bad.values()) == pytest.approx(found.wall)
-    assert failures(tmp_path) == (1, pytest.approx(24.5 / 3600))
+    assert failures(tmp_path) == (1, pytest.approx((11.5 + 10.0) / 3600))
     page = render_html(load_run(tmp_path), b"", now=25.0)
     assert "Timeline" in page and page.count("<i title=") == len(found.spans)
     rows = dict(facts(load_run(tmp_path), now=25.0))
@@ -85,6 +85,7 @@ def test_time_that_a_run_was_stopped_is_nobodys(tmp_path):
     write(tmp_path, records)
     found = measure(tmp_path)
     assert found.wall == pytest.approx(11.5) and found.faults == 0
+    assert failures(tmp_path) == (0, pytest.approx((6.0 + 5.5) / 3600))  # and no time without any
     assert [span.kind for span in found.spans if span.end - span.begin > 100] == ["stopped"]
 
 

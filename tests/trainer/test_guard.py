@@ -1,8 +1,10 @@
 """Runs with faults in them, in this process: what is recorded, what is left out, where they end."""
 
 import json
+import signal
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -14,10 +16,13 @@ from tests.trainer.test_resume import stored_state
 from trainer import guard
 from trainer.data import loader
 from trainer.data.dataset import open_training
+from trainer.data.shards import DatasetWriter
+from trainer.data.tokenizer import ByteTokenizer
 from trainer.loop import train
 from trainer.metrics import read_metrics
 from trainer.recovery.chaos import Chaos
 from trainer.recovery.health import Unhealthy
+from trainer.recovery.progress import ProgressPage
 
 SOAK = pytest.mark.soak
 
@@ -126,6 +131,69 @@ def test_when_all_rewinds_are_spent_the_run_ends_with_71(tmp_path, budget):
             train(exp, str(tmp_path))
         assert caught.value.status == 71
     assert len(events(tmp_path, "rewind")) == budget
+
+
+def test_nothing_but_nan_is_no_success_without_a_window_either(tmp_path):
+    exp = experiment(chaos="nan@1x1000", window=0, rewinds=0)
+    with pytest.raises(Unhealthy, match="step 4: 4 of the last 8 steps were unhealthy") as caught:
+        train(exp, str(tmp_path / "long"))
+    assert caught.value.status == 71
+    exp.train.stop_at = 3  # too short to be sure that it is sustained
+    with pytest.raises(Unhealthy, match="all 3 updates were left out: nothing was learned"):
+        train(exp, str(tmp_path / "short"))
+    assert not events(tmp_path / "short", "finished", "stopped")
+
+
+def test_a_signal_during_a_rewind_stops_the_run(tmp_path, monkeypatch):
+    go_back = guard.Guard._go_back
+
+    def signalled(self, *arguments):
+        go_back(self, *arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(guard.Guard, "_go_back", signalled)
+    result = train(sustained(), str(tmp_path))
+    assert (result.step, result.stopped_by) == (8, "SIGTERM")
+    assert events(tmp_path, "stopped")[-1]["step"] == 8 and not events(tmp_path, "finished")
+
+
+def test_whatever_compiles_is_in_phase_compile(tmp_path, monkeypatch):
+    """The limit of a step is learned from steps: a compilation in one would be taken for a hang."""
+    with DatasetWriter(tmp_path / "data", ByteTokenizer()) as writer:
+        for split in ("train", "val"):
+            for length in (*[12] * 9, 30) * 60:
+                document = np.arange(length) % 200
+                document[:1] = ByteTokenizer.BOS
+                writer.add(split, document, length - 1)
+    exp = experiment(compare_every=5)
+    exp.data.path, exp.data.buckets, exp.eval.batches = str(tmp_path / "data"), (16,), 1
+    exp.train.steps, exp.eval.every, exp.log.fingerprint_every = 16, 6, 7
+    entered, steps, compiled = [], {}, []
+    enter, step = ProgressPage.enter, guard.Guard.step
+
+    def spy(page, phase, number=None):
+        enter(page, phase, number)
+        entered.append(phase)
+
+    def spied(self, train_step, state, batch):
+        before = train_step._cache_size()
+        result = step(self, train_step, state, batch)
+        steps[self._step] = entered[-1]
+        compiled.extend([self._step] if train_step._cache_size() > before else [])
+        return result
+
+    monkeypatch.setattr(ProgressPage, "enter", spy)
+    monkeypatch.setattr(guard.Guard, "step", spied)
+    train(exp, str(tmp_path / "run"))
+    assert len(compiled) == 2 and compiled[1] > 2  # both row lengths, the second one later
+    expected = {1, 2, *compiled, 5, 7}  # and the first comparison and the first fingerprints
+    first = {n for n, phase in steps.items() if phase == "compile"}
+    assert expected <= first and len(first) <= len(expected) + 4, steps  # other combinations
+    assert "step" in steps.values()
+    for phase, times in (("eval", 3), ("save", 2)):
+        places = [n for n, name in enumerate(entered) if name == phase]
+        assert len(places) == times
+        assert [entered[n - 1] for n in places].count("compile") == 1 and places, entered
 
 
 def test_a_flipped_bit_in_one_replica_is_found_and_named(tmp_path):

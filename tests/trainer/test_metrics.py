@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -13,6 +14,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboardX.proto import event_pb2
 
 from sharding.errors import UsageError
 from trainer import metrics
@@ -171,6 +175,23 @@ def test_tensorboard_gets_finite_numbers(tmp_path):
     assert b"train/loss" in content and b"train/grad_norm" not in content
 
 
+def test_a_run_that_begins_anew_takes_its_old_curves_out_of_tensorboard(tmp_path):
+    """TensorBoard drops what was drawn before of the step of a START, and of later ones."""
+    starts = []
+    for _ in range(2):  # the first attempt saved nothing
+        with MetricsWriter(tmp_path) as writer:
+            writer.train(1, {"loss": 1.5})
+        (file,) = (tmp_path / "tensorboard").iterdir()
+        content = file.read_bytes()
+        file.unlink()
+        while content:  # length, its checksum, an event, its checksum
+            (size,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + size])
+            starts += [event.step] if event.HasField("session_log") else []
+            content = content[16 + size :]
+    assert starts == [1]
+
+
 def test_tensorboard_folder_only_when_asked(tmp_path):
     _write(tmp_path, [1])
     assert not (tmp_path / "tensorboard").exists()
@@ -275,13 +296,48 @@ RECORD = {
 
 def test_log_line():
     assert format_record(RECORD, 2000) == (
-        "step 120/2000  loss 1.234  bpb 1.78  grad 0.52  lr 3.0e-04  tok/s 12,345  mfu 41%  "
-        "212 ms  data 0.3 ms  eta 3m12s"
+        "step 120/2000  loss 1.234  bpb 1.78  grad 0.52  tok/s 12.3k  mfu 41%  eta 3m12s"
     )
+    on_cpu = RECORD | {"mfu": None, "bits_per_byte": None, "data_wait_ms": 30.0}
+    assert format_record(on_cpu, 2000) == (
+        "step 120/2000  loss 1.234  grad 0.52  tok/s 12.3k  data 30.0 ms  eta 3m12s"
+    )
+    quiet = RECORD | {"mfu": None, "bits_per_byte": None}
+    assert "lr 3.0e-04" in format_record(quiet, 2000)  # where there is room
+    mean = format_record(RECORD | {"mean_loss": 1.5}, 2000)
+    assert "loss 1.500" in mean and "1.234" not in mean
     first = {"kind": "train", "step": 1, "time": 0.0, "loss": math.nan, "skipped_steps": 1}
     assert format_record(first, 2000) == "step 1/2000  loss nan  SKIPPED 1"
     event = {"kind": "event", "step": 5, "time": 0.0, "event": "hang", "host": 3, "mesh": {"a": 1}}
     assert format_record(event, 9) == "hang at step 5/9  host 3"
+
+
+@given(
+    step=st.integers(1, 10**7), total=st.integers(1, 10**7), loss=st.floats(0, 20),
+    grad=st.floats(0, 1e6), rate=st.floats(1, 1e10), ms=st.floats(0.1, 1e5),
+    wait=st.floats(0, 1e5), skipped=st.integers(0, 99), eta=st.floats(0, 1e7),
+    mfu=st.none() | st.floats(0, 1),
+)  # fmt: skip
+def test_step_lines_fit_in_80_columns(
+    step, total, loss, grad, rate, ms, wait, skipped, eta, mfu
+):  # fmt: skip
+    record = RECORD | {
+        "step": step, "loss": loss, "grad_norm": grad, "tokens_per_second": rate, "mfu": mfu,
+        "step_ms": ms, "data_wait_ms": wait, "skipped_steps": skipped, "eta_seconds": eta,
+    }  # fmt: skip
+    line = format_record(record, total)
+    assert len(line) <= 80 and line.startswith(f"step {step}/{total}  loss {loss:.3f}  ")
+    assert "tok/s" in line and ("SKIPPED" in line) == (skipped > 0)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(950.4, "950"), (999.4, "999"), (999.6, "1k"), (12345.4, "12.3k"), (999_499, "999k"),
+     (999_600, "1M"), (4_012_345, "4.01M"), (2.5e9, "2.5G"), (3e12, "3.0e+12")],
+)  # fmt: skip
+def test_rates_are_short(rate, text):
+    line = format_record({"kind": "train", "step": 1, "tokens_per_second": rate}, 2)
+    assert line == f"step 1/2  tok/s {text}"
 
 
 @pytest.mark.parametrize(

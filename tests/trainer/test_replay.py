@@ -37,7 +37,13 @@ def run(tmp_path_factory):
 def test_a_sound_run_replays_bit_for_bit(run, capsys):
     assert replay.main([str(run), "--steps", "5:14"]) == 0
     out = capsys.readouterr().out
-    assert "steps 5 to 14 done again: 9 were recorded, 5 of them with the fingerprints" in out
+    assert "steps 5 to 14 done again, from checkpoint 4; compared after step 5:\n" in out
+    assert "  loss and gradient norm are equal at 9 steps: 6-14\n" in out
+    assert "  all arrays are equal in every bit at 5 steps: 6, 8-9, 12, 14\n" in out
+    assert replay.main([str(run), "--steps", "6:7"]) == 0
+    out = capsys.readouterr().out
+    assert "  loss and gradient norm are equal at 1 step: 7\n" in out
+    assert "arrays were not compared: no fingerprints of these steps were recorded" in out
 
 
 def test_a_step_that_went_wrong_is_named(run, tmp_path, capsys):
@@ -67,7 +73,9 @@ def test_two_experiments_part_where_they_do(run, tmp_path, capsys):
 def test_a_run_against_itself(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "copy")
     assert replay.main([str(run), "--against", str(tmp_path / "copy")]) == 0
-    assert "14 recorded steps up to 14 are equal in every bit" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the records of both runs up to step 14:\n" in out
+    assert "equal at 14 steps: 1-14\n" in out and "bit at 7 steps: 3-4, 6, 8-9, 12, 14" in out
 
 
 @pytest.mark.parametrize(

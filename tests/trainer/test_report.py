@@ -4,11 +4,18 @@ import json
 import math
 import re
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from sharding.errors import UsageError
+from tests.buckets import google
+from trainer import report
 from trainer.commands import report as command
+from trainer.compare import losses
 from trainer.metrics import MetricsWriter, bits_per_byte
 from trainer.report import facts, load_run, render_html, write_report
 
@@ -64,7 +71,12 @@ def test_facts(tmp_path):
         (run / "checkpoints" / name).mkdir(parents=True)
     with MetricsWriter(run, tensorboard=False) as writer:
         writer.event(100, "baseline", gzip_bits_per_byte=3.0, xz_bits_per_byte=2.5)
-    known = _facts(run)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        record["time"] = records[0]["time"] + 3660 * (record is not records[0])
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    known = _facts(run, records[-1]["time"])
     assert known["Name"] == "pico"
     assert known["Status"] == "running, step 100 of 200"
     assert known["Mesh"] == "data 1, fsdp 8"
@@ -74,7 +86,64 @@ def test_facts(tmp_path):
     assert known["gzip, xz bits per byte"] == "3.000, 2.500"
     assert known["MFU"] == "median 40.0%"
     assert known["Checkpoints"] == "50, 100"
+    assert known["Wall time"] == "1h01m"
     assert "Updates skipped" not in known
+
+
+def _loss_axes(run):
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.add_subplot()
+    report._draw_loss(axes, load_run(run))
+    FigureCanvasAgg(figure).draw()
+    return axes
+
+
+def test_compressors_and_bits_are_drawn_to_scale(tmp_path):
+    """With 4 bytes a token, a loss of L nats is L / ln 2 / 4 bits per byte."""
+    run = _make_run(tmp_path / "run", steps=1)
+    with MetricsWriter(run, tensorboard=False) as writer:
+        for step in (2, 3):
+            loss = 6.0 / step
+            values = {"loss": 9.0, "mean_loss": loss, "bits_per_byte": bits_per_byte(loss, 4.0)}
+            writer.train(step, values)
+        writer.event(3, "baseline", gzip_bits_per_byte=3.0, xz_bits_per_byte=2.5)
+    axes = _loss_axes(run)
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    for label, bits in (("gzip -9, 3.00", 3.0), ("xz -9, 2.50", 2.5)):
+        line = lines[f"{label} bits per byte"]
+        assert list(line.get_ydata()) == pytest.approx([bits * 4 * math.log(2)] * 2)
+    (right,) = axes.child_axes
+    nats, bits = np.asarray(axes.get_ylim()), np.asarray(right.get_ylim())
+    np.testing.assert_allclose(bits, nats / math.log(2) / 4, rtol=1e-6)
+
+
+def test_curves_are_means_and_no_label_lies_on_them(tmp_path):
+    run = _make_run(tmp_path / "run", steps=50, name="a name with a $formula\\nonsense$ " * 9)
+    with MetricsWriter(run, tensorboard=False) as writer:
+        writer.event(50, "baseline", gzip_bits_per_byte=3.0, xz_bits_per_byte=2.5)
+        writer.event(50, "hang")
+        writer.train(51, {"loss": math.nan, "mean_loss": math.nan})
+        writer.train(52, {"loss": 4.5, "mean_loss": 1.25})
+    axes = _loss_axes(run)
+    (curve,) = [line for line in axes.get_lines() if line.get_label() == "train"]
+    assert curve.get_xydata()[-1].tolist() == [52, 1.25]
+    legend, title = axes.get_legend().get_window_extent(), axes._left_title.get_window_extent()
+    assert legend.y0 >= axes.bbox.y1 - 1 and title.y0 >= legend.y1 - 1
+    assert not axes.texts
+    assert dict(facts(load_run(run), time.time()))["Train loss"] == "1.2500 at step 52"
+
+
+def test_memory_takes_the_place_of_an_mfu_that_is_not_known(tmp_path, monkeypatch):
+    titles = []
+    style = report._style
+    monkeypatch.setattr(report, "_style", lambda *a, **k: (titles.append(a[1]), style(*a, **k)))
+    run = _make_run(tmp_path / "run", steps=3)
+    report.draw(load_run(run))
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('"mfu": 0.4', '"mfu": null'))
+    report.draw(load_run(run))
+    assert titles[5] == "MFU, %" and titles[12] == "Highest memory in use, GiB"
+    assert "MFU" not in _facts(run)
 
 
 def test_status_of_a_stopped_and_of_a_finished_run(tmp_path):
@@ -127,6 +196,19 @@ def test_run_that_crashed_before_its_first_record(tmp_path):
     assert _facts(tmp_path)["Status"] == "nothing recorded yet"
 
 
+def test_a_run_in_a_bucket(tmp_path, monkeypatch):
+    """Read there, and by default written there; a run without a name has its folder's."""
+    (tmp_path / "bucket").mkdir()
+    _make_run(tmp_path / "bucket" / "pico", steps=3, name="")
+    with google() as store:
+        store.fill("bucket", tmp_path / "bucket")
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", store.url)
+        page, _ = write_report("gs://bucket/pico", tmp_path / "out")
+        assert "<title>pico</title>" in page.read_text()
+        write_report("gs://bucket/pico")
+        assert store.buckets["bucket"]["pico/report.png"].startswith(PNG)
+
+
 def test_long_runs_stay_light(tmp_path):
     line = '{{"kind": "train", "step": {0}, "time": {0}.0, "loss": 2.0, "mfu": 0.5}}\n'
     (tmp_path / "metrics.jsonl").write_text("".join(map(line.format, range(1, 30_001))))
@@ -167,7 +249,6 @@ def test_command_writes_where_told(tmp_path, capsys):
     [
         ([], "torus report: the following arguments are required: RUN"),
         (["runs/a", "--ouut=x"], "does not take `--ouut=x`; did you mean `--out`?"),
-        (["runs/a", "runs/b"], "does not take `runs/b`"),
     ],
 )
 def test_command_refuses(argv, message):
@@ -181,3 +262,34 @@ def test_incidents_of_a_supervisor_are_shown(tmp_path):
     (tmp_path / "incidents.jsonl").write_text(json.dumps(crash) + '\n{"time": 6.0, "ki')
     (shown,) = [e for e in load_run(tmp_path).events if e["event"] == "crash"]
     assert (shown["step"], shown["cause"], shown["rank"]) == (7, "gone", 1)
+
+
+def test_several_runs_in_one_picture_and_table(tmp_path, capsys):
+    a = _make_run(tmp_path / "a", train={"steps": 200, "seed": 0})
+    b = _make_run(tmp_path / "b", steps=60, name="<i>b", train={"steps": 200, "seed": 1})
+    assert command.main([str(a), str(b), f"--out={tmp_path / 'out'}"]) == 0
+    page, picture = (Path(line) for line in capsys.readouterr().out.splitlines())
+    assert picture.read_bytes().startswith(PNG)
+    text = page.read_text()
+    assert not re.search(r"(src|href)=[\"'](?!data:)", text) and "<i>" not in text
+    assert "<tr><th>config.train.seed</th><td>0</td><td>1</td></tr>" in text
+    assert "config.train.steps" not in text, "what is alike is left out"
+    assert re.search(r"<th>Train loss</th><td>1\.14.*?</td><td>1\.54", text)
+    assert not list(a.glob("compare.*"))
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [(["a", "a"], "named twice"), (["a", "nothing"], "no run at"), (["a"] * 9, "at most 8")],
+)
+def test_what_cannot_be_compared(runs, message, tmp_path):
+    _make_run(tmp_path / "a", steps=2)
+    with pytest.raises(UsageError, match=message):
+        command.main([*(str(tmp_path / run) for run in runs), f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_losses_that_a_picture_can_show():
+    records = [{"step": step, "loss": math.nan if step % 2 else 1.0} for step in range(10_000)]
+    assert len(losses(records)) <= 2000 and not any(step % 2 for step, _ in losses(records))
+    assert losses([]) == losses([{"step": 1}]) == []

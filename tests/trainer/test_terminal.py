@@ -11,6 +11,7 @@ import pytest
 from checkpoint.convert.safetensors import Tensors, create
 from tests.checkpoint.convert.folders import random_folder
 from trainer.commands.main import main
+from trainer.commands.progress import progress
 from trainer.console import Console
 from trainer.terminal import bare, escaped_streams, one_line, printable
 
@@ -77,3 +78,16 @@ def test_what_is_wrong_with_a_config_is_told_escaped(tmp_path, capsys):
         (folder / "config.json").write_text(json.dumps(config | change))
         assert main(["convert", str(folder), str(tmp_path / "out")]) == 3
         assert harmless(err := capsys.readouterr().err) and "owned" in err
+
+
+@pytest.mark.parametrize("in_bytes", [False, True])
+def test_the_words_beside_a_bar_are_no_format_and_no_markup(in_bytes, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    with progress("runs/{task.id}[bold]\x07", 10, in_bytes=in_bytes) as advance:
+        advance(10)
+    assert "runs/{task.id}[bold]\\u0007" in stream.getvalue()

@@ -8,6 +8,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("Train", "train a model from a config, or resume its run"),
     "launch": ("Train", "train under a supervisor that survives crashes, hangs and preemption"),
     "plan": ("Train", "say whether a config fits a TPU slice and how fast it goes, without a TPU"),
+    "config": ("Train", "print every field of a config: its value, who set it, what it means"),
     "convert": ("Use", "bring weights in from other stacks, and take them back"),
     "eval": ("Use", "measure the loss of a trained model"),
     "sample": ("Use", "continue a text with a trained model"),

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         return _estimate(args.on, cases, args)
 
     from models.attention.dispatch import BACKENDS, target
-    from sharding.mesh import start_runtime
+    from sharding.runtime import start_runtime
 
     start_runtime()
     here = [backend.name for backend in BACKENDS if backend.platform in (None, target()[0])]

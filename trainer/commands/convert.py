@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
     args.sent = is_remote(target)
     if args.sent and target_kind not in REMOTE:
         raise UsageError(f"{target}: {target_kind} is not written to buckets; torus and hf are")
-    from sharding.mesh import keep_freed_memory
+    from sharding.runtime import keep_freed_memory
 
     keep_freed_memory()
     todo = partial(_to_ours, args, kind, source)
@@ -202,6 +202,7 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
     from checkpoint.convert.families import FAMILIES
     from checkpoint.convert.fields import NEUTRAL
     from checkpoint.fingerprint import rows_sums
+    from checkpoint.manager import try_restore
     from trainer.config import Experiment, to_json
 
     todo, left = moves.to_ours(found, family, model, args.dtype, optimizer=args.with_optimizer)
@@ -243,6 +244,7 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
             sums[moves.COUNT] = rows_sums(count, (), 0, ())
         found.close()
         arrays.finish(sums)
+        try_restore(folder / "checkpoints", 0)
     return _report(todo, args, left, carried, in_flight=peak)
 
 
@@ -271,7 +273,8 @@ def _to_theirs(args: argparse.Namespace, source: Path, kind: str, target: Path) 
         extras = as_path(args.like)
         neutral = huggingface.read_config(extras)
     known = (NEUTRAL | family.neutral) - {"dtype"}
-    config = {k: v for k, v in neutral.items() if k in known} | config
+    carried_over = {k: v for k, v in neutral.items() if k in known}
+    config = family.defaults(model) | carried_over | config
     optimizer = args.with_optimizer or kind == "ucp"
     found = moves.native_source(steps, step, optimizer=optimizer)
     dtype = args.dtype or ("float32" if kind == "ucp" else None)
@@ -358,11 +361,15 @@ def _report(
     written = not args.dry_run
     plan, plans = moves[0].plan, [move.plan for move in moves]
     casts = plan.casts | {f"{m.part}/{n}": c for m in moves[1:] for n, c in m.plan.casts.items()}
+    overflows = {
+        (f"{m.part}/" if m is not moves[0] else "") + n: c
+        for m in moves for n, c in m.plan.overflows.items() if c
+    }  # fmt: skip
     facts = {
         "family": plan.family.model_type, "source": args.source, "target": args.target,
         "written": written, "verified": written, "tensors": sum(len(p.target) for p in plans),
         "bytes": sum(p.nbytes for p in plans), "in_flight": in_flight,
-        "casts": casts, "ignored": list(plan.buffers),
+        "casts": casts, "overflows": overflows, "ignored": list(plan.buffers),
         "repeated": [copy for copy, _ in plan.copies], "optimizer": carried, "left": left,
         "rows": [row.text for row in plan.rows],
     }  # fmt: skip
@@ -373,6 +380,9 @@ def _report(
         print("\n".join(facts["rows"]))
     for name, cast in casts.items():
         print(one_line(f"cast: {name} {cast}"))
+    for name, count in overflows.items():
+        where = casts[name]
+        print(one_line(f"OVERFLOW: {name}: {count:,} finite values are too large for {where}"))
     for what in ("ignored", "repeated"):
         for name in facts[what]:
             print(one_line(f"{what}: {name}"))

@@ -14,6 +14,7 @@ from trainer.terminal import bare, printable
 
 USAGE = """\
 usage: torus data show   DIR [--split S] [--row N] [--seq-len T]
+                         [--collate KIND] [--begin IDS] [--end IDS]
        torus data stats  DIR [--split S] [--seq-len T] [--json]
        torus data verify DIR [--json]
        torus data import [SPLIT=]FILE ... --from FORMAT --tokenizer T --out DIR
@@ -33,10 +34,13 @@ import makes a dataset of token files of FORMAT, patterns allowed, in the split 
 
   --split S        train, val, ... (train)
   --seq-len T      length of a row (512)
+  --collate KIND   none, instruction or prefix: with one of these, show counts the tokens that
+                   carry loss if config.data.collate has this kind (none) ...
+  --begin, --end   ... and these token ids, such as 27,91
   --tokenizer T    what wrote the tokens: `bytes`, a tokenizer.json, .model or .tiktoken file
   --dtype D        of nanogpt and arrayrecord tokens: uint16, uint32 (what the vocabulary needs)
 
-  torus data show data/mine --row 17
+  torus data show data/notes --row 17
   torus data import train=train.bin val=val.bin --from nanogpt --tokenizer gpt2/ --out data/owt
   torus data export data/owt --to arrayrecord --out records
   torus data import 'records/train-*' --from arrayrecord --tokenizer gpt2/ --out data/again
@@ -65,10 +69,18 @@ def _show(args: argparse.Namespace) -> int:
     dataset = _open(args)
     row = dataset.row(args.row)
     tokenizer, segments = dataset.tokenizer, row["segment_ids"]
+    if fault := dataset.unmatched():
+        print(fault, file=sys.stderr)
+
+    def loss(places: Any) -> str:
+        count = int((row["targets"][places] >= 0).sum())
+        return "" if args.collate == "none" else f", {count} with loss"
+
     console = Console(file=bare(sys.stdout), highlight=False, soft_wrap=True)
     console.print(
         f"row {args.row:,} of {dataset.rows_per_epoch:,} an epoch, split {args.split}, "
         f"{len(segments)} positions, {int((segments == 0).sum())} of them padding"
+        f"{loss(segments > 0)}"
     )
     for segment in sorted({*segments.tolist()} - {0}):
         places = (segments == segment).nonzero()[0]
@@ -76,10 +88,10 @@ def _show(args: argparse.Namespace) -> int:
         style = _COLOURS[(segment - 1) % len(_COLOURS)]
         console.print(
             f"--- segment {segment}: columns {places[0]} to {places[-1]}, positions {first} to "
-            f"{last}", style=f"bold {style}",
+            f"{last}{loss(places)}", style=f"bold {style}",
         )  # fmt: skip
         # The last target belongs to the document too; as a token it would be in no column.
-        ids = [*row["tokens"][places].tolist(), int(row["targets"][places[-1]])]
+        ids = [*row["tokens"][places].tolist(), *row["targets"][places[-1:]].clip(0).tolist()]
         console.print(Text(printable(tokenizer.decode(ids)), style=style))
     return 0
 
@@ -108,17 +120,21 @@ def _stats(args: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _local_folder(dataset: str, action: str) -> Path:
+    """Returns the folder of a dataset on the disk, the built-in one too."""
     from checkpoint.steps import is_remote
     from trainer.data.corpus import dataset_folder
+
+    if is_remote(dataset):
+        raise UsageError(f"{dataset}: {action} reads a local copy, not object storage")
+    return dataset_folder(dataset)
+
+
+def _verify(args: argparse.Namespace) -> int:
     from trainer.data.manifest import read_manifest
     from trainer.data.shards import faults
 
-    if is_remote(args.dataset):
-        raise UsageError(
-            f"{args.dataset}: verify a local copy; what is read there is checked anyway"
-        )
-    folder = dataset_folder(args.dataset)
+    folder = _local_folder(args.dataset, "verify")
     manifest = read_manifest(folder)
     total = sum(shard.bytes for shard in manifest.shards)
     with progress("verifying", total) as advance:
@@ -168,7 +184,7 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.format != "arrayrecord":
         raise UsageError(f"--to {args.format}: choose arrayrecord")
-    folder = Path(args.dataset)
+    folder = _local_folder(args.dataset, "export")
     with progress("exporting", sum(s.docs for s in read_manifest(folder).shards)) as advance:
         export_arrayrecord(folder, Path(args.out), advance)
     print(f"{args.out}: {len(list(Path(args.out).glob('*.array_record')))} files")
@@ -176,10 +192,22 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> Any:
-    from trainer.data.config import DataConfig
+    from trainer.data.config import CollateConfig, DataConfig
     from trainer.data.dataset import open_dataset
 
-    return open_dataset(DataConfig(path=args.dataset, seq_len=args.seq_len), args.split)
+    collate = CollateConfig()
+    if getattr(args, "collate", "none") != "none":
+        collate = CollateConfig(args.collate, begin=args.begin, end=args.end)
+    config = DataConfig(path=args.dataset, seq_len=args.seq_len, collate=collate)
+    return open_dataset(config, args.split)
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        reason = f"{text!r} is not token ids like 27,91"
+        raise argparse.ArgumentTypeError(reason) from None
 
 
 def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -191,7 +219,17 @@ _OUT = _option("--out", required=True)
 _JSON = _option("--json", action="store_true")
 _ROWS = (_option("--split", default="train"), _option("--seq-len", type=int, default=512))
 _ACTIONS = {
-    "show": ((_DATASET, *_ROWS, _option("--row", type=int, default=0)), _show),
+    "show": (
+        (
+            _DATASET,
+            *_ROWS,
+            _option("--row", type=int, default=0),
+            _option("--collate", choices=("none", "instruction", "prefix"), default="none"),
+            _option("--begin", type=_ids, default=()),
+            _option("--end", type=_ids, default=()),
+        ),
+        _show,
+    ),
     "stats": ((_DATASET, *_ROWS, _JSON), _stats),
     "verify": ((_DATASET, _JSON), _verify),
     "import": (

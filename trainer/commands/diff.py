@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 
 USAGE = """\
 usage: torus diff A B [--json]
+       torus diff RUN --steps A:B [--json]
 
 Compares two checkpoints: runs (their newest steps) or single steps of ours; or Hugging Face folders
-and what torch or DeepSpeed wrote, under the names that are in the files. Says which arrays only one
+and what torch or DeepSpeed wrote, under the names that are in the files. With --steps it compares
+two steps of one run. Says which arrays only one
 of them has or have another shape or dtype; for every array that differs the largest absolute and
 relative difference, the largest distance in units in the last place (0: only the sign of a zero
 differs) and the first index that differs. Arrays are read piece by piece; either side may be in a
@@ -30,7 +33,8 @@ bucket (gs://…, s3://…) if it is a run, or what Hugging Face or Orbax wrote.
 Exit status: 0 all bits are equal, 1 something differs.
 
   torus diff runs/a runs/b
-  torus diff runs/a/checkpoints/500 runs/a/checkpoints/1000
+  torus diff runs/a --steps 350:700
+  torus diff runs/a/checkpoints/350 runs/b/checkpoints/700
   torus diff ./Llama-3.2-1B ./out
 """
 
@@ -43,15 +47,22 @@ def main(argv: list[str]) -> int:
 
     parser = CommandParser("diff")
     parser.add_argument("a")
-    parser.add_argument("b")
+    parser.add_argument("b", nargs="?")
+    parser.add_argument("--steps", metavar="A:B")
     parser.add_argument("--json", action="store_true")
     args = parser.parse(argv)
+    if (args.b is None) == (args.steps is None):
+        raise UsageError("torus diff: give two checkpoints, or one run and --steps A:B")
+    steps = _two_steps(args.steps) if args.steps else (None, None)
+    args.b = args.b or args.a
     places = [open_place(place) for place in (args.a, args.b)]
+    if args.steps and places[0][0] != "torus":
+        raise UsageError(f"--steps is of a run of ours; {args.a} is {places[0][0]}")
     if "torus" in (kinds := {kind for kind, _ in places}) and len(kinds) > 1:
         raise UsageError(
             f"{args.a} is {places[0][0]}, {args.b} is {places[1][0]}: convert one of them first"
         )
-    (a, facts_a), (b, facts_b) = (_open(*place) for place in places)
+    (a, facts_a), (b, facts_b) = (_open(*p, step) for p, step in zip(places, steps, strict=True))
     found = {
         "only in A": sorted(set(facts_a) - set(facts_b)),
         "only in B": sorted(set(facts_b) - set(facts_a)),
@@ -81,12 +92,18 @@ def main(argv: list[str]) -> int:
     return int(any(value for key, value in found.items() if key != "equal"))
 
 
-def _open(kind: str, path: Path) -> tuple[Any, dict]:
+def _two_steps(text: str) -> tuple[int, int]:
+    if not (match := re.fullmatch(r"(\d{1,18}):(\d{1,18})", text)):
+        raise UsageError(f"--steps {text}: two step numbers, as 350:700")
+    return int(match[1]), int(match[2])
+
+
+def _open(kind: str, path: Path, step: int | None) -> tuple[Any, dict]:
     if kind == "torus":
         from checkpoint.convert.formats import find_step
         from checkpoint.convert.native import NativeTensors
 
-        tensors = NativeTensors(*find_step(path), prefix="")
+        tensors = NativeTensors(*find_step(path, step), prefix="")
         return tensors, tensors.facts
     from checkpoint.convert.sources import open_source
 

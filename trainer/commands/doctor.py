@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sharding.errors import install_hint
 from sharding.hardware import chip_for
 from trainer.commands.parser import CommandParser
 from trainer.packages import check_packages, check_platform_packages, library_versions
@@ -33,7 +34,7 @@ finding: ok, warn or FAIL, and what to do about it.
 
 The exit status is 1 if anything FAILs, so that a job script can stop there:
 
-  torus doctor /mnt/runs && torus train ...
+  torus doctor runs && torus train --config=quickstart --workdir=runs/a
 """
 
 _IMPORTS = ("jax", "flax", "optax", "orbax.checkpoint", "tensorstore", "grain", "ml_collections")
@@ -115,7 +116,7 @@ def check_devices() -> Iterator[Finding]:
     try:
         import jax
 
-        from sharding.mesh import start_runtime
+        from sharding.runtime import start_runtime
 
         start_runtime()
         devices = jax.local_devices()
@@ -308,7 +309,7 @@ def _idle_accelerator() -> str:
         extra = "tpu"
     if not extra or os.environ.get("JAX_PLATFORMS") == "cpu":
         return ""
-    return f"an accelerator is there and not used: pip install 'torus-train[{extra}]'"
+    return f"an accelerator is there and not used: {install_hint(extra)}"
 
 
 def _conflict(status: str, problem: str) -> Finding:

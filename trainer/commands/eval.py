@@ -1,8 +1,16 @@
 """`torus eval`: the held-out loss of a run's checkpoint, on whatever mesh is here."""
 
 import argparse
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from sharding.errors import UsageError
 from trainer.commands.parser import CommandParser
+
+if TYPE_CHECKING:
+    from trainer.data.config import DataConfig
+    from trainer.data.rows import Rows
 
 USAGE = """\
 usage: torus eval RUN [--step N] [--data FOLDER] [--batches N] [--batch-size N]
@@ -12,7 +20,7 @@ dataset, or of another one, and prints nats per token and bits per byte beside w
 xz -9 make of the same text.
 
   torus eval runs/a
-  torus eval runs/a --step 500 --data data/other
+  torus eval runs/a --step 350 --data data/notes
 """
 
 
@@ -34,6 +42,7 @@ def main(argv: list[str]) -> int:
     args = _arguments(argv)
     experiment = read_experiment(args.run)
     step = pick_step(f"{args.run}/{CHECKPOINTS}", args.step)
+    trained_on = replace(experiment.data)
     if args.data:
         experiment.data.path, experiment.data.mixture = args.data, ()
 
@@ -49,9 +58,12 @@ def main(argv: list[str]) -> int:
 
     dataset = open_dataset(experiment.data, HELD_OUT)
     dataset.check_vocab(experiment.model.vocab)
+    _check_tokenizer(args.run, trained_on, dataset)
     params, mesh = restore_params(args.run, experiment, step)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.train.accumulation
     batch_size = args.batch_size or -(-experiment.train.batch_size // shards) * shards
+    if args.batch_size:  # what was asked for, in one piece
+        experiment.train.accumulation = 1
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, PartitionSpec(BATCH, SEQ))
         eval_step = jax.jit(make_eval_step(experiment))
@@ -63,3 +75,23 @@ def main(argv: list[str]) -> int:
     for name, bits in (baselines(dataset) or {}).items():
         print(f"  {name.removesuffix('_bits_per_byte') + ' -9':13}  {bits:.4f}")
     return 0
+
+
+def _check_tokenizer(run: str, trained_on: "DataConfig", dataset: "Rows") -> None:
+    """Raises UsageError if the dataset is in the ids of another tokenizer than the run's."""
+    from trainer.data.dataset import run_tokenizer
+    from trainer.data.tokenizer import same_ids
+
+    (source, _), *_ = dataset.sources()
+    try:
+        known = run_tokenizer(run, trained_on)
+    except (UsageError, ConnectionError) as error:
+        note = f"{run}: its tokenizer cannot be compared with that of the dataset: {error}"
+        print(note, file=sys.stderr)
+        return
+    if not same_ids(known, source.tokenizer):
+        raise UsageError(
+            f"dataset {source.shards.name} was written with another tokenizer "
+            f"({source.tokenizer.spec.kind}, {source.vocab_size:,} ids) than {run} was trained "
+            f"with ({known.spec.kind}, {known.spec.vocab_size:,} ids); choose another with --data"
+        )

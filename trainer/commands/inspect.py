@@ -17,7 +17,7 @@ file, or what torch, DeepSpeed, Megatron, Orbax or Flax wrote (see `torus conver
 of Adam are called mu/… and nu/…. Only headers and manifests are read, also of gs://… and s3://….
 
   torus inspect runs/a
-  torus inspect runs/a --step 500 --json
+  torus inspect runs/a --step 350 --json
   torus inspect ./Llama-3.2-1B
 """
 

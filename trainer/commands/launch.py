@@ -30,8 +30,8 @@ steps; --config.checkpoint.snapshot_every), and ends on the same bits as one tha
   torus launch --processes 2 --limit step=60 --config=quickstart --workdir=runs/b
 
   --processes N          trainers on this host, a JAX job of N processes (1)
-  --grace S              seconds to save and end after SIGTERM or Ctrl-C (60); a second one ends
-                         all at once
+  --grace S              seconds to save and end after SIGTERM or Ctrl-C (60); a second Ctrl-C
+                         ends all at once
   --limit PHASE=SECONDS  of start, data, restore, compile, step, eval, save or end, instead of one
                          that is learned: 20 times the slowest of 100, at least 10 s
   --tries N              give up after N starts in a row without a new checkpoint (3)
@@ -50,9 +50,10 @@ that all of them see. tpu_scripts/ has what starts them: tpu.sh, slurm.sbatch, j
                          hosts are needed.
   --lease S              seconds of silence after which a host is lost (15; 75 on object storage)
 
-  torus launch --mesh 4 --mesh 2 --mesh 1:fsdp=4 --config=… --workdir=/shared/run
+  torus launch --mesh 4 --mesh 2 --mesh 1:fsdp=2 --config=quickstart --workdir=/shared/run
 
 What happened is in RUN/incidents.jsonl. SIGTERM and Ctrl-C save and end; so does SIGUSR2, with 78.
+What could not be saved within --grace is told there, and on the console, as lost_steps.
 
 Exit status, and what a scheduler should do
    0  finished                                               nothing
@@ -74,6 +75,7 @@ Exit status, and what a scheduler should do
 def main(argv: list[str]) -> int:
     """Returns the exit status of the supervised run."""
     from trainer.config import parse_flags, validate
+    from trainer.lock import check_unlocked
     from trainer.recovery.progress import PHASES
     from trainer.recovery.supervisor import Options, Supervisor
     from trainer.run import check_workdir
@@ -98,6 +100,8 @@ def main(argv: list[str]) -> int:
     experiment, flags = parse_flags(rest, workdir="folder of the run, local or gs://")
     validate(experiment)
     check_workdir(flags["workdir"], experiment)
+    if cluster.hosts == 1:  # of several hosts, one may come back to the job that holds the lock
+        check_unlocked(flags["workdir"])
     limits = dict(_limit(text, PHASES) for text in own.limit)
     lease = own.lease if own.lease is not None else 75.0 if is_remote(flags["workdir"]) else 15.0
     options = Options(

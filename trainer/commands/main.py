@@ -22,18 +22,19 @@ from trainer.terminal import escaped_streams
 
 _ON_HOST = ("convert", "diff", "inspect", "verify")  # the accelerators may belong to a run
 USAGE = """\
-Torus trains language models on TPU, GPU and CPU with JAX: one config file, one command.
+Torus trains language models with JAX: one config file, one command.
 
 usage: torus COMMAND [arguments]        torus COMMAND --help
 
 {commands}
 
 Start here:
-  torus doctor                                         is this machine ready?
-  torus train --config=quickstart --workdir=runs/a     train a small model
+  torus doctor                                         # is this machine ready?
+  torus train --config=quickstart --workdir=runs/a     # train a small model
+  torus config --config=quickstart                     # every field, its value and its meaning
   torus train --config=quickstart --config.optimizer.peak_lr=1e-3 --workdir=runs/b
-  torus sample runs/a --prompt="The "                  use it
-  torus report runs/a                                  see how training went
+  torus sample runs/a --prompt="The "                  # use it
+  torus report runs/a                                  # see how training went
 
 Every field of a config can be set from the command line as --config.PATH=VALUE. Running the same
 train command again resumes the run where it stopped.
@@ -105,7 +106,7 @@ def _dispatch(arguments: list[str]) -> int:
             print(usage(), end="")
             return 0
         name, rest = rest[0], ["--help"]
-    if name in ("version", "--version"):
+    if name in ("version", "--version") or rest == ["--version"]:
         from trainer.packages import torus_version
 
         print(f"torus {torus_version()}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from sharding.errors import UsageError
 from sharding.topology import Slice, parse_slice, require_libtpu
-from trainer.config import Experiment, check_sizes, parse_flags
+from trainer.config import Experiment, check_sizes, joined, parse_flags
 from trainer.plan.calibration import add_run, factor, measured_step
 from trainer.plan.process import Compilation
 from trainer.plan.screen import format_plan, format_search
@@ -32,7 +32,7 @@ Compiles the train step of CONFIG ahead of time for a TPU slice that need not be
 machine's CPU. Prints the memory that the compiler gives each chip and what holds it, an estimate of
 the step's time with its range and where it goes, days to the configured tokens, and what the
 program does that nobody asked for. A config that fits takes one to three minutes, one that does not
-is refused in seconds, with how much it lacks. Needs libtpu: pip install 'torus-train[aot]'.
+is refused in seconds, with how much it lacks. Needs libtpu: pip install -e '.[aot]'.
 
   torus plan --config=llama3_8b --on=v5e-256 --price=1.2
   torus plan --config=llama3_8b --on=v5p-128 --config.mesh.tensor=4
@@ -79,7 +79,8 @@ _FAILURES = {
 def main(argv: list[str]) -> int:
     """Returns 0 when the config fits, 1 when it does not, 3 when the compiler failed."""
     switches = {a for a in argv if a in ("--json", "--search", "--pareto", "--check")}
-    argv, as_json = [a for a in argv if a not in switches], "--json" in switches
+    argv = joined([a for a in argv if a not in switches])
+    as_json = "--json" in switches
     if "--check" in switches and not argv:
         return _check_all()
     run = next((a.partition("=")[2] for a in argv if a.startswith("--calibrate=")), "")
@@ -151,6 +152,8 @@ def _check_file(name: str, path: str) -> None:
         raise UsageError(f"--{name}={path}: there is no folder {folder}")
     if path and os.path.isdir(path):
         raise UsageError(f"--{name}={path} is a folder; name a file")
+    if path and not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UsageError(f"--{name}={path} cannot be written")
 
 
 def _number(name: str, text: str, meaning: str) -> float | None:
@@ -170,7 +173,7 @@ def _target(experiment: Experiment, flags: dict[str, str], switches: set[str]) -
     if target.gpu and stray:
         raise UsageError(f"{stray[0]} needs a compiler: {target.name} is planned by formula alone")
     if target.gpu and "," in experiment.perf:
-        raise UsageError(f"config.perf = {experiment.perf!r}: on GPUs choose auto or off")
+        raise UsageError(f"config.perf = {experiment.perf!r}: on GPUs choose auto, fast or off")
     if network and not target.gpu:
         raise UsageError(f"--network={network} is of GPUs, not of {target.name}")
     rate = _number("network", network, "the Gb/s of one GPU to other hosts, as 400")

@@ -33,6 +33,8 @@ is one document; so is a line of JSONL, a row of Parquet or of a folder saved by
   --shard-tokens N   longest shard (268M)
   --unit-bytes N     size of a unit of work; a longer text file becomes several documents (4M)
 
+N may end in k, M or G: thousands, millions, billions, so 8k is 8,000.
+
 What was rejected is counted in manifest.json, with samples in rejected.jsonl.
 
   torus prepare --input notes/ --out data/notes
@@ -48,9 +50,13 @@ _NUMBERS = {  # default, least, most
 
 
 def _whole(text: str) -> int:
-    """Reads "4096", "32k", "100M", "2G"."""
+    """Reads "4096", "32k" (32,000), "100M", "1.5G"."""
     factor = {"k": 10**3, "m": 10**6, "g": 10**9}.get(text[-1:].lower(), 1)
-    return int(float(text[:-1]) * factor) if factor > 1 else int(text)
+    try:
+        return int(float(text[:-1]) * factor) if factor > 1 else int(text)
+    except (ValueError, OverflowError):
+        reason = f"{text!r} is not a whole number like 4096, 32k (32,000), 100M or 2G"
+        raise argparse.ArgumentTypeError(reason) from None
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -77,6 +83,7 @@ def main(argv: list[str]) -> int:
     from rich import progress as bars
     from rich.console import Console
 
+    from trainer.data.corpus import FEW_HELD_OUT, HELD_OUT
     from trainer.data.prepare import REJECTED, Progress, Settings, prepare
 
     with bars.Progress(
@@ -101,6 +108,11 @@ def main(argv: list[str]) -> int:
             print(f"  {title}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()))
     if facts["rejected"]:
         print(f"  samples of what was rejected: {args.out / REJECTED}")
-    vocab = manifest.tokenizer.vocab_size
-    print(f"train on it with --config.data.path={args.out} --config.model.vocab={vocab}")
+    held_out = sum(shard.docs for shard in manifest.split(HELD_OUT))
+    flags = f"--config.data.path={args.out} --config.model.vocab={manifest.tokenizer.vocab_size}"
+    if held_out < FEW_HELD_OUT:
+        print(f"  {held_out} documents are few to evaluate on: a larger --held-out gives more")
+    if not held_out:
+        flags += " --config.eval.every=0"
+    print(f"train on it with {flags}")
     return 0

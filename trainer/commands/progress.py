@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from trainer.terminal import bare
+from trainer.terminal import bare, one_line
 
 
 @contextmanager
@@ -16,10 +16,12 @@ def progress(text: str, total: int, *, in_bytes: bool = False) -> Iterator[Calla
     from rich import progress as bars
     from rich.console import Console
 
-    columns = bars.Progress.get_default_columns()
+    # As a value: paths hold braces and brackets too.
+    words = bars.TextColumn("{task.description}", markup=False)
+    columns = (words, *bars.Progress.get_default_columns()[1:])
     if in_bytes:
         columns = (
-            bars.TextColumn(text, markup=False),
+            words,
             bars.BarColumn(),
             bars.DownloadColumn(),
             bars.TransferSpeedColumn(),
@@ -29,5 +31,5 @@ def progress(text: str, total: int, *, in_bytes: bool = False) -> Iterator[Calla
     with bars.Progress(
         *columns, console=console, transient=not in_bytes, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task(text, total=total)
+        task = bar.add_task(one_line(text), total=total)
         yield lambda amount: bar.advance(task, amount)

@@ -12,12 +12,12 @@ usage: torus replay RUN --steps A:B
 
 Restores the newest checkpoint of RUN at or before step A, does the steps up to B again and compares
 each with what the run recorded: loss and gradient norm where they were logged, and the fingerprint
-of every array at checkpoints and every config.log.fingerprint_every steps. The same mesh and kind
-of device give the same bits: a difference is hardware that erred, or files that were changed.
-Nothing is written.
+of every array at checkpoints and every config.log.fingerprint_every steps. What was compared, and
+at which steps, is printed. The same mesh and kind of device give the same bits: a difference is
+hardware that erred, or files that were changed. Nothing is written.
 
-  torus replay runs/a --steps 400:420
-  torus replay runs/a --steps 0:20               from the very beginning
+  torus replay runs/a --steps 690:700
+  torus replay runs/a --steps 0:20               # from the very beginning
 
 With --against the records of two runs are compared first. Where they part, both are done again
 from their last common point, and the first step and array that differ are told: if the repeats
@@ -26,7 +26,7 @@ is the one that went wrong.
 
   torus replay runs/a --against runs/b
 
-Exit status: 0 all bits are equal, 1 something differs.
+Exit status: 0 all that was compared is equal, 1 something differs.
 """
 
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     first, _, last = args.steps.partition(":")
     if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise UsageError(f"--steps {args.steps}: two steps A:B, A before B")
-    from trainer.replay import base_step, evidence, first_difference
+    from trainer.replay import base_step, compared, evidence, first_difference
     from trainer.run import read_experiment
 
     read_experiment(args.run)
@@ -56,17 +56,15 @@ def main(argv: list[str]) -> int:
     if found := first_difference(known, redone):
         _tell(args.run, *found, known, redone)
         return 1
-    arrays = [step for step, facts in known.items() if len(facts) > 2]
-    print(
-        f"steps {base + 1} to {last} done again: {len(known)} were recorded, {len(arrays)} of them "
-        "with the fingerprints of all arrays; all bits are equal"
-    )
+    start = f"checkpoint {base}" if base else "the beginning"
+    print(f"steps {base + 1} to {last} done again, from {start}; compared after step {first}:")
+    _tell_equal(compared(known, redone))
     return 0
 
 
 def _bisect(one: str, other: str) -> int:
     from trainer.config import differences
-    from trainer.replay import base_step, evidence, first_difference
+    from trainer.replay import base_step, compared, evidence, first_difference
     from trainer.run import read_experiment
 
     differing = differences(read_experiment(one), read_experiment(other))
@@ -76,7 +74,8 @@ def _bisect(one: str, other: str) -> int:
         raise UsageError(f"{one} and {other} have no recorded step in common")
     found = first_difference(a, b)
     if found is None:
-        print(f"{len(both)} recorded steps up to {both[-1]} are equal in every bit")
+        print(f"the records of both runs up to step {both[-1]}:")
+        _tell_equal(compared(a, b))
         return 0
     last = found[0]
     common = max((step for step in both if step < last), default=0)
@@ -90,6 +89,32 @@ def _bisect(one: str, other: str) -> int:
         if wrong := first_difference(recorded, repeat):
             _tell(run, *wrong, recorded, repeat)
     return 1
+
+
+def _tell_equal(steps: tuple[list[int], list[int]]) -> None:
+    """Says what is equal, and of which steps that is known."""
+    numbers, arrays = steps
+    print(f"  loss and gradient norm are equal at {_ranges(numbers)}")
+    if arrays:
+        print(f"  all arrays are equal in every bit at {_ranges(arrays)}")
+    else:
+        print(
+            "  arrays were not compared: no fingerprints of these steps were recorded "
+            "(config.log.fingerprint_every, and checkpoints)"
+        )
+
+
+def _ranges(steps: list[int]) -> str:
+    """Returns rising step numbers in short, as "5 steps: 1-4, 9"."""
+    parts: list[list[int]] = []
+    for step in steps:
+        if parts and step == parts[-1][1] + 1:
+            parts[-1][1] = step
+        else:
+            parts.append([step, step])
+    texts = [f"{a}" if a == b else f"{a}-{b}" for a, b in parts]
+    shown = ", ".join(texts[:6]) + (", …" if len(texts) > 6 else "")
+    return f"{len(steps)} step{'' if len(steps) == 1 else 's'}{': ' if steps else ''}{shown}"
 
 
 def _redo(run: str, base: int, last: int) -> dict[int, dict[str, Any]]:

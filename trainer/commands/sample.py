@@ -1,15 +1,9 @@
 """`torus sample`: continues texts with the parameters of a run's checkpoint."""
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sharding.errors import UsageError
 from trainer.commands.parser import CommandParser
-from trainer.data.config import DataConfig
-
-if TYPE_CHECKING:
-    from trainer.data.tokenizer import Tokenizer
 
 USAGE = """\
 usage: torus sample RUN [--prompt TEXT ...] [--max-tokens N] [--temperature T] [--top-k K]
@@ -49,12 +43,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Prints the texts; raises UsageError for a run, step, prompt or value that cannot be used."""
     from checkpoint.steps import pick_step
+    from trainer.data.dataset import run_tokenizer
     from trainer.run import CHECKPOINTS, read_experiment
 
     args = _arguments(argv)
     experiment = read_experiment(args.run)
     step = pick_step(f"{args.run}/{CHECKPOINTS}", args.step)
-    tokenizer = _tokenizer(args.run, experiment.data)
+    tokenizer = run_tokenizer(args.run, experiment.data)
     prompts = [[tokenizer.spec.bos, *tokenizer.encode(text)] for text in args.prompt or [""]]
     if (largest := max(map(max, prompts))) >= experiment.model.vocab:
         raise UsageError(
@@ -86,15 +81,3 @@ def main(argv: list[str]) -> int:
             print(f"--- {i + 1} of {len(prompts)}")
         print(tokenizer.decode([*prompt, *tokens_BM[i, : lengths_B[i]]]))
     return 0
-
-
-def _tokenizer(run: str, config: DataConfig) -> "Tokenizer":
-    """Returns the tokenizer that came with converted weights, else that of the run's data."""
-    from trainer.data.corpus import dataset_folder
-    from trainer.data.manifest import read_manifest
-    from trainer.data.tokenizer import load_tokenizer, open_tokenizer
-
-    if (Path(run) / "tokenizer").is_dir():
-        return open_tokenizer(f"{run}/tokenizer")
-    folder = dataset_folder(config.path)
-    return load_tokenizer(read_manifest(folder).tokenizer, folder)

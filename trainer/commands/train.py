@@ -14,16 +14,18 @@ there now. Ctrl-C stops after the current step, saved; a second Ctrl-C stops at 
 
   torus train --config=quickstart --workdir=runs/a
   torus train --config=ladder:100m --config.mesh.tensor=2 --workdir=runs/b
-  torus train --config=quickstart --config.train.stop_at=100 --workdir=runs/c   stop and save early
+  torus train --config=quickstart --config.train.stop_at=100 --workdir=runs/c  # stop and save early
 
 Useful overrides:
   --config.train.steps, .batch_size, .accumulation, .seed      how much
   --config.mesh.data, .fsdp, .seq, .tensor (one may be -1)     over which devices
   --config.mesh.zero=1|2|3                                     what fsdp shards
   --config.model.remat=auto|none|full|NAMES                    memory against speed
-  --config.perf=auto|off                                       compile options for a TPU
+  --config.perf=auto|fast|off                                  compile options for a TPU
   --config.log.profile_start=STEP                              trace a few steps
 Several processes: set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each.
+Without the hardware: JAX_NUM_CPU_DEVICES=8 simulates eight devices on the CPU.
+`torus config --config=CONFIG` prints every field with its meaning.
 """
 
 

@@ -4,7 +4,7 @@ A position whose target is -1 predicts nothing. All that is random is drawn from
 piece's place in its dataset and epoch, so that a row stays a function of its number alone.
 """
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -18,9 +18,11 @@ class Collate(Protocol):
 
     Attributes:
       whole: whether a call is given the tokens of the whole document, not only the piece's.
+      patterns: ids that documents have to hold in a row, by the field of the config that has them.
     """
 
     whole: bool
+    patterns: dict[str, tuple[int, ...]]
 
     def added(self, documents: np.ndarray) -> np.ndarray:
         """Returns how many positions a whole piece of each document has more than its own."""
@@ -51,6 +53,7 @@ class FillInTheMiddle:
     """Prefix, suffix, middle of whole documents and of the full pieces of longer ones."""
 
     whole = False
+    patterns: ClassVar = {}
 
     def __init__(self, config: CollateConfig, seed: int) -> None:
         self._config = config
@@ -81,6 +84,7 @@ class Instruction:
 
     def __init__(self, config: CollateConfig) -> None:
         self._begin, self._end = config.begin, config.end
+        self.patterns = {"begin": config.begin, "end": config.end}
 
     def added(self, documents: np.ndarray) -> np.ndarray:
         return np.zeros_like(documents)
@@ -101,6 +105,7 @@ class PrefixLM:
     def __init__(self, config: CollateConfig) -> None:
         self._begin = config.begin
         self.whole = bool(config.begin)
+        self.patterns = {"begin": config.begin} if config.begin else {}
 
     def added(self, documents: np.ndarray) -> np.ndarray:
         return np.zeros_like(documents)

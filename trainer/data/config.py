@@ -1,5 +1,6 @@
 """What is read and how it becomes rows. Imports nothing heavy: configs are checked before JAX."""
 
+import json
 import math
 from dataclasses import dataclass, field
 
@@ -23,12 +24,21 @@ class CollateConfig(Fields, at="config.data.collate"):
     both directions and puts loss on the others; the batch says which in its field `prefix`.
     """
 
-    kind: str = "none"
-    rate: float = 0.5
-    spm: float = 0.5
-    sentinels: tuple[int, ...] = ()
-    begin: tuple[int, ...] = ()
-    end: tuple[int, ...] = ()
+    kind: str = "none"  # none | fim | prefix | instruction
+    rate: float = 0.5  # fim: share of the documents that are transformed
+    spm: float = 0.5  # fim: probability of suffix, prefix, middle instead of prefix, suffix, middle
+    sentinels: tuple[int, ...] = ()  # fim: token ids of prefix, suffix, middle, end of the middle
+    begin: tuple[int, ...] = ()  # instruction, prefix: token ids before an answer
+    end: tuple[int, ...] = ()  # instruction: token ids that end an answer
+
+    def identity(self) -> str:
+        """Returns what a checkpoint keeps of it: JSON, the same for as long as rows are the same.
+
+        A field that is added later counts only where it is not at its default.
+        """
+        known = ("kind", "rate", "spm", "sentinels", "begin", "end")
+        plain = vars(CollateConfig())
+        return json.dumps({n: v for n, v in vars(self).items() if n in known or v != plain[n]})
 
     def validate(self) -> None:
         """Raises UsageError for values that cannot be used."""
@@ -55,18 +65,13 @@ class CollateConfig(Fields, at="config.data.collate"):
 
 @dataclass
 class RemoteConfig(Fields, at="config.data.remote"):
-    """How a dataset in object storage (`path` = gs://… or s3://…) is read; its rows stay the same.
+    """How a dataset in a bucket (`path` = gs://… or s3://…) is read; its rows stay the same."""
 
-    Shards are fetched by `workers` at a time into the cache folder, at most `cache_gb` on this
-    machine, as soon as one of the next `ahead` rows reads them. An outage is waited out for
-    `patience` seconds. `skip_shards` shards may be missing or damaged: theirs becomes padding.
-    """
-
-    cache_gb: float = 100.0
-    workers: int = 4
-    ahead: int = 4096
-    patience: float = 600.0
-    skip_shards: int = 0
+    cache_gb: float = 100.0  # most that fetched shards take in this machine's cache folder
+    workers: int = 4  # shards that are fetched at a time
+    ahead: int = 4096  # a shard is fetched when one of so many next rows reads it
+    patience: float = 600.0  # seconds to wait out an outage of the storage
+    skip_shards: int = 0  # shards that may be missing or damaged; their rows become padding
 
     def validate(self) -> None:
         """Raises UsageError for values that no dataset could make right."""
@@ -81,32 +86,26 @@ class RemoteConfig(Fields, at="config.data.remote"):
 class DataConfig(Fields, at="config.data"):
     """The dataset and the packing of its documents into rows of `seq_len` positions.
 
-    `path` is a dataset folder, or "builtin": text of the running Python's standard library as
-    bytes, written to the cache folder on first use ("builtin:N": in a BPE vocabulary of N ids).
-    `mixture`, when given, replaces it by several: pairs of a path and a weight (the source's share
-    of the rows), or of a path and a schedule ((0, weight), (row, weight), ...) of weights that hold
-    from a global row on.
-
-    `packing` is "bestfit" (a document is cut only when it is longer than a row) or "concat"
-    (documents laid end to end and cut at every row). Documents are packed in windows of `window`.
-    `balance` is the number of steps whose rows are sorted so that rows of like attention cost share
-    a step; 0 = off. `buckets` are shorter row lengths beside `seq_len`: short documents get steps
-    of their own, with as many tokens and more rows. `allow_change` accepts a resume with other data
-    than the checkpoint was trained on. gs://… and s3://… folders are read as `remote` says.
+    `mixture` holds pairs of a path and a weight (the source's share of the rows), or of a path and
+    a schedule ((0, weight), (row, weight), ...) of weights that hold from a global row on.
     """
 
+    # A dataset folder, also in a bucket (gs://…, s3://…), or "builtin": text of the running
+    # Python's standard library as bytes, written to the cache folder on first use ("builtin:N": in
+    # a BPE vocabulary of N ids).
     path: str = "builtin"
-    mixture: tuple = ()
-    seq_len: int = 512
+    mixture: tuple = ()  # instead of path, several: (path, weight) of each; see docs/data.md
+    seq_len: int = 512  # tokens in a row
+    # Shorter rows beside seq_len: short documents get steps of their own, with as many tokens.
     buckets: tuple[int, ...] = ()
-    packing: str = "bestfit"
-    window: int = 1 << 15
-    balance: int = 0
-    shuffle: bool = True
-    seed: int = 0
+    packing: str = "bestfit"  # bestfit: cuts only what is longer than a row | concat: end to end
+    window: int = 1 << 15  # documents that are packed together
+    balance: int = 0  # steps among which rows are sorted by attention cost; 0 = off
+    shuffle: bool = True  # draw the order of documents anew in every epoch
+    seed: int = 0  # of that order, and of what collate draws
     collate: CollateConfig = field(default_factory=CollateConfig)
     prefetch: int = 2  # batches held ready by the background thread; 0 reads in the caller
-    allow_change: bool = False
+    allow_change: bool = False  # accept a resume with other data than the checkpoint was trained on
     remote: RemoteConfig = field(default_factory=RemoteConfig)
 
     def validate(self) -> None:

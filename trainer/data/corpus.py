@@ -18,6 +18,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from checkpoint.steps import is_remote
 from sharding.config import cache_folder
 from sharding.errors import UsageError
@@ -29,6 +31,7 @@ from trainer.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tra
 
 BUILTIN = "builtin"  # in `data.path`
 TRAIN, HELD_OUT = "train", "val"
+FEW_HELD_OUT = 10  # documents: with fewer a held-out loss says little
 _HELD_OUT_PER_MILLE = 15
 _LEARNED = 4  # a vocabulary is learned from one document in so many: 1% more ids, a quarter of time
 _EDITION = 3  # part of the folder's name: raise it when the choice of documents changes
@@ -41,18 +44,20 @@ _BUILDING = threading.Lock()
 _MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ between installations
 
 
-def dataset_folder(path: str) -> Path:
+def dataset_folder(path: str, patience: float = RemoteConfig.patience) -> Path:
     """Returns the folder behind `data.path`, writing the built-in corpus on first use (seconds).
 
-    For object storage it is a local folder with manifest and tokenizer.
+    For object storage it is a local folder with manifest and tokenizer, but without shards; an
+    outage is waited out for `patience` seconds.
 
     Raises:
-      UsageError: `builtin:` with something else than a vocabulary size.
+      UsageError: `builtin:` with something else than a vocabulary size; no dataset in the storage.
+      ConnectionError: the storage did not respond within the patience.
     """
     if is_remote(path):
         from trainer.data.remote import Bucket
 
-        return Bucket(path, RemoteConfig.patience).mirror()
+        return Bucket(path, patience).mirror()
     return builtin_folder(path) if is_builtin(path) else Path(path).expanduser()
 
 
@@ -128,10 +133,14 @@ def _sources(root: Path) -> Iterator[Path]:
                     yield path
 
 
-def held_out_bytes(folder: Path) -> bytes:
-    """Returns the text of the held-out split, documents end to end."""
-    shards = TokenShards(folder, HELD_OUT)
-    tokenizer = load_tokenizer(shards.manifest.tokenizer, folder)
+def split_bytes(shards: TokenShards) -> bytes | None:
+    """Returns the text of a split, documents end to end; None if part of it cannot be read.
+
+    Shards in object storage are fetched.
+    """
+    if not shards.readable(np.arange(len(shards))).all():
+        return None
+    tokenizer = load_tokenizer(shards.manifest.tokenizer, shards.folder)
     return b"".join(
         tokenizer.decode_bytes(shards.document(number)) for number in range(len(shards))
     )

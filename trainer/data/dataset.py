@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import logging
 
-from checkpoint.steps import is_remote
+from checkpoint.steps import folder_path, is_remote
 from sharding.errors import UsageError
-from trainer.data.collate import make_collate, mix
+from trainer.data.collate import ends_with, make_collate, mix
 from trainer.data.config import CollateConfig, DataConfig
-from trainer.data.corpus import TRAIN, dataset_folder, is_builtin
+from trainer.data.corpus import FEW_HELD_OUT, TRAIN, dataset_folder, is_builtin
+from trainer.data.manifest import read_manifest
 from trainer.data.mixture import Balanced, Buckets, Mixture, in_units
 from trainer.data.packing import Pieces
 from trainer.data.plan import Plan
 from trainer.data.rows import Identity, Rows, Steps
 from trainer.data.shards import TokenShards
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer, same_ids
 
 if TYPE_CHECKING:
     import grain
@@ -62,7 +63,7 @@ class Dataset(Rows):
             "seed": config.seed,
         }
         if self._collate:
-            self._identity["collate"] = json.dumps(vars(config.collate))
+            self._identity["collate"] = config.collate.identity()
         try:
             self.plan = Plan(
                 shards.lengths,
@@ -146,6 +147,9 @@ class Dataset(Rows):
     def costs(self, ids: np.ndarray) -> np.ndarray:
         return self.plan.costs(ids)
 
+    def pieces(self, ids: np.ndarray) -> np.ndarray:
+        return self.plan.rows(ids).counts
+
     def _announce(self, first: int) -> None:
         """Tells the shards what the rows from `first` on will read, each row once."""
         end = first + self.shards.ahead
@@ -204,11 +208,29 @@ class Dataset(Rows):
     def sources(self, row: int = 0) -> list[tuple[Steps, float]]:
         return [(self, 1 - self.plan.padding)]
 
+    def unmatched(self) -> str:
+        """Returns what the collate function looks for in documents and a sample lacks, or ""."""
+        if not self._collate or not self._collate.patterns:
+            return ""
+        numbers = self.shards.sample(_LOOKED_AT)
+        numbers = numbers[self.shards.readable(numbers)]
+        texts = [self.shards.document(number).astype(np.int32) for number in numbers.tolist()]
+        for name, ids in self._collate.patterns.items():
+            if texts and not any(ends_with(text, ids).any() for text in texts):
+                return (
+                    f"dataset {self.shards.name}, split {self.shards.split}: none of "
+                    f"{len(texts):,} documents holds config.data.collate.{name} = {ids} in a row"
+                )
+        return ""
+
     def as_grain(self) -> "grain.MapDataset":
         """Returns the endless rows as a grain MapDataset, to map, mix or batch with grain."""
         import grain  # takes longer to import than the rest of this package
 
         return grain.MapDataset.source(_Endless(self))
+
+
+_LOOKED_AT = 256  # documents
 
 
 class _Endless:
@@ -239,11 +261,43 @@ def open_dataset(config: DataConfig, split: str = TRAIN) -> Rows:
         plain = CollateConfig() if config.collate.kind == "fim" else config.collate
         config = dataclasses.replace(config, shuffle=False, seed=0, collate=plain)
     if not config.mixture:
-        return Dataset(open_shards(config.path, split, config), config)
+        dataset = Dataset(open_shards(config.path, split, config), config)
+        _warn([dataset])
+        return dataset
     members = [Dataset(open_shards(path, split, config), config) for path, _ in config.mixture]
+    first = members[0]
+    for member in members[1:]:
+        spec = member.shards.manifest.tokenizer
+        if spec == first.shards.manifest.tokenizer:
+            continue
+        if not same_ids(member.tokenizer, first.tokenizer):
+            raise UsageError(
+                f"config.data.mixture: {member.shards.name} was written with another tokenizer "
+                f"than {first.shards.name}; prepare one of them again with the other's"
+            )
+    _warn(members)
     if split == TRAIN:
         return Mixture(members, [(row, in_units(weights)) for row, weights in config.weights()])
     return Mixture(members, [(0, [member.rows_per_epoch for member in members])])
+
+
+def run_tokenizer(run: str, config: DataConfig) -> Tokenizer:
+    """Returns the tokenizer of a run: the one beside converted weights, else that of its data.
+
+    Args:
+      run: the run's folder, which may be in object storage.
+      config: the data that the run trains on.
+
+    Raises:
+      UsageError: neither is there, or cannot be read.
+      ConnectionError: object storage did not respond.
+    """
+    beside = folder_path(run) / "tokenizer"
+    if beside.is_dir():
+        return open_tokenizer(str(beside))
+    path = config.mixture[0][0] if config.mixture else config.path  # all sources have the same
+    folder = dataset_folder(path, config.remote.patience)
+    return load_tokenizer(read_manifest(folder).tokenizer, folder)
 
 
 def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.maxsize) -> Steps:
@@ -265,6 +319,7 @@ def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.max
             Dataset(shards, dataclasses.replace(config, seq_len=length, buckets=()), only)
             for length, only in zip(config.lengths, itertools.pairwise(edges), strict=True)
         ]
+        _warn([parts[-1]])
     else:
         parts = [open_dataset(config)]
     parts[0].check_vocab(vocab_size)
@@ -275,6 +330,20 @@ def open_training(config: DataConfig, batch_size: int, vocab_size: int = sys.max
             for part, count in zip(parts, counts, strict=True)
         ]
     return Buckets(parts, counts) if config.buckets else parts[0]
+
+
+def _warn(members: list[Dataset]) -> None:
+    """Says what will make a loss mean little: masks that match nothing, few held-out documents."""
+    for member in members:
+        if fault := member.unmatched():
+            logging.warning("%s: are these ids those that its tokenizer writes?", fault)
+    documents = sum(len(member.shards) for member in members)
+    first = members[0].shards
+    if first.split != TRAIN and documents < FEW_HELD_OUT:
+        logging.warning(
+            "dataset %s, split %s: documents to evaluate on: %d, which is few",
+            first.name, first.split, documents,
+        )  # fmt: skip
 
 
 def open_shards(path: str, split: str, config: DataConfig) -> TokenShards:

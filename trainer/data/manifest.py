@@ -7,13 +7,14 @@ documents in tokens, docs + 1 of them). Reading and checking the shards is shard
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from checkpoint.files import parse_json, read_bytes
 from checkpoint.steps import write_whole
-from sharding.errors import UsageError
+from sharding.errors import UsageError, shown
 from trainer.data.tokenizer import TokenizerSpec
 
 FILE = "manifest.json"
@@ -64,10 +65,14 @@ class Manifest:
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def fingerprint(self) -> str:
-        """Returns "sha256:…" over all that decides the tokens; source and python do not count."""
+        """Returns "sha256:…" over all that decides the tokens; source and python do not count.
+
+        Runs resume by it: a field that is added later has a default, and counts only where a
+        dataset differs from that.
+        """
         content = {
-            "tokenizer": asdict(self.tokenizer),
-            "shards": [asdict(shard) for shard in self.shards],
+            "tokenizer": _without_defaults(self.tokenizer),
+            "shards": [_without_defaults(shard) for shard in self.shards],
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
@@ -85,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
         preparation that did not finish, a shard outside the folder, ids beyond the vocabulary.
     """
     try:
-        text = (folder / FILE).read_text()
+        text = read_bytes(folder / FILE)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"dataset {folder}: no {FILE} there, so it is not a dataset") from None
     except (OSError, ValueError) as error:
@@ -96,12 +101,14 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(text: str | bytes, folder: str) -> Manifest:
     """Checks the text of a manifest as `read_manifest` does; `folder` is for the errors."""
     try:
-        content = json.loads(text)
+        content = parse_json(text if isinstance(text, bytes) else text.encode(), FILE)
     except ValueError as error:
         raise UsageError(f"dataset {folder}: {FILE} cannot be read: {error}") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
-        raise UsageError(f"dataset {folder}: {FILE} has version {version}, this reads {VERSION}")
+        raise UsageError(
+            f"dataset {folder}: {FILE} has version {shown(version)}, this reads {VERSION}"
+        )
     try:
         manifest = Manifest(
             **{
@@ -116,12 +123,19 @@ def parse_manifest(text: str | bytes, folder: str) -> Manifest:
     return manifest
 
 
+def _without_defaults(part: Shard | TokenizerSpec) -> dict[str, int | str]:
+    values = {known.name: (getattr(part, known.name), known.default) for known in fields(part)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
 def _typed(kind: type, content: dict) -> object:
     """Builds a flat dataclass of int and str fields, refusing any other type."""
     for part in fields(kind):
+        if part.name not in content and part.default is not MISSING:
+            continue
         value = content[part.name]
         if type(value) is not part.type or (part.type is int and value < 0):
-            raise TypeError(f"{kind.__name__}.{part.name} = {value!r}")
+            raise TypeError(f"{kind.__name__}.{part.name} = {shown(value)}")
     return kind(**content)
 
 

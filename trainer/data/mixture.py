@@ -111,6 +111,9 @@ class Mixture(Rows):
             out[mine] = member.costs(local)
         return out
 
+    def pieces(self, ids: np.ndarray) -> np.ndarray:
+        return np.concatenate([member.pieces(local) for _, member, local in self._parts(ids)])
+
     def _parts(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Rows, np.ndarray]]:
         source, local = self._interleave.locate(ids)
         for number in np.unique(source).tolist():
@@ -197,6 +200,9 @@ class Balanced(Rows):
 
     def costs(self, ids: np.ndarray) -> np.ndarray:
         return self._rows.costs(self._moved(ids))
+
+    def pieces(self, ids: np.ndarray) -> np.ndarray:
+        return self._rows.pieces(self._moved(ids))
 
     def identity(self) -> Identity:
         own = {"balance": self._steps, "batch_size": self._batch_size}

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,9 @@ from typing import NamedTuple
 import numpy as np
 
 import torus
+from checkpoint.steps import write_whole
 from sharding.errors import UsageError
+from trainer.data.chat import REFUSED
 from trainer.data.clean import Duplicates, Rejected, Rules, band_keys, clean, digest
 from trainer.data.corpus import HELD_OUT, TRAIN
 from trainer.data.manifest import Manifest, read_manifest
@@ -39,7 +42,7 @@ from trainer.data.tokenizer import HuggingFaceTokenizer, Tokenizer, open_tokeniz
 REJECTED = "rejected.jsonl"
 SAMPLES = 20  # kept of each reason
 BPE_SAMPLE = 64 << 20  # bytes of text that a tokenizer is learned from
-_BAD = ("invalid_utf8", "invalid_json", "not_an_object", "no_field", "not_text")
+_BAD = ("invalid_utf8", "invalid_json", "not_an_object", "no_field", "not_text", REFUSED)
 _OVERFLOW = "token_overflow"
 _FEW_BAD = 100  # before the end, fewer bad documents stop nothing
 _FORMAT = 1  # of the parts: raise it when the same settings give other ones
@@ -244,6 +247,7 @@ def _parts(
     # One worker needs no process. More are spawned, not forked, because threads run here.
     context = multiprocessing.get_context("spawn")
     pool: Executor = ThreadPoolExecutor(1)
+    now = _started(work)
     if workers > 1:
         pool = ProcessPoolExecutor(workers, context, torus.call, (__name__, "_start_worker"))
 
@@ -263,7 +267,7 @@ def _parts(
             owners = {piece.input: inputs[piece.input] for piece in pieces}
             job = None
             if not path.exists():
-                job = pool.submit(_make_part, pieces, owners, settings, tokenizer, path)
+                job = pool.submit(_make_part, pieces, owners, settings, tokenizer, path, now)
             waiting.append(([piece._replace(data=b"") for piece in pieces], path, job))
             if len(waiting) > 2 * workers:
                 yield first()
@@ -279,6 +283,13 @@ def _parts(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _started(work: Path) -> datetime:
+    """Returns when the preparation began: one time for all parts, also after it was killed."""
+    if not (path := work / "started").exists():
+        write_whole(path, datetime.now().isoformat().encode())
+    return datetime.fromisoformat(path.read_text())
 
 
 def _start_worker() -> None:
@@ -299,9 +310,10 @@ def _tokenizer(reference: str) -> Tokenizer:
 
 
 def _make_part(
-    pieces: list[Piece], inputs: dict[int, Input], settings: Settings, tokenizer: str, path: Path
-) -> None:
-    """Cleans, hashes and tokenises a unit, and writes its part."""
+    pieces: list[Piece], inputs: dict[int, Input], settings: Settings, tokenizer: str, path: Path,
+    now: datetime,
+) -> None:  # fmt: skip
+    """Cleans, hashes and tokenises a unit, and writes its part; chat templates are told `now`."""
     made = _tokenizer(tokenizer)
     spec = made.spec
     dtype = Manifest(spec, ()).dtype
@@ -314,10 +326,10 @@ def _make_part(
         if data is None:
             continue
         try:
-            text, kept = clean(
-                _chat_bytes(data, made) if isinstance(data, Chat) else data, settings
-            )
-            ids = made.encode_chat(text) if isinstance(data, Chat) else made.encode(text)
+            if chat := isinstance(data, Chat):
+                data = _chat_bytes(data, made, now)
+            text, kept = clean(data, settings)
+            ids = made.encode_chat(text) if chat else made.encode(text)
             if (largest := int(ids.max(initial=0))) >= spec.vocab_size:
                 raise Rejected(_OVERFLOW, f"id {largest:,}, the vocabulary has {spec.vocab_size:,}")
         except Rejected as why:
@@ -347,10 +359,13 @@ def _make_part(
     temporary.replace(path)
 
 
-def _chat_bytes(chat: Chat, tokenizer: Tokenizer) -> bytes:
+def _chat_bytes(chat: Chat, tokenizer: Tokenizer, now: datetime) -> bytes:
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise UsageError("a conversation needs a tokenizer.json and the chat template beside it")
-    return tokenizer.chat_text(chat.messages).encode()
+    try:
+        return tokenizer.chat_text(chat.messages, now).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        raise Rejected("invalid_utf8", str(error)) from None
 
 
 def _train(inputs: list[Input], settings: Settings, work: Path) -> str:

@@ -16,8 +16,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from checkpoint.files import read_json
 from sharding.errors import UsageError, nearest
 from trainer.data.clean import Rejected
 from trainer.packages import data_library
@@ -165,8 +167,12 @@ def _files(path: str) -> Iterator[str]:
         splits = ", ".join(name for name in names if os.path.isdir(f"{path}/{name}"))
         raise UsageError(f"input {path}: holds the splits {splits}: name one, as in {path}/SPLIT")
     if "dataset_info.json" in names and "state.json" in names:
-        with open(f"{path}/state.json") as stream:
-            names = [entry["filename"] for entry in json.load(stream)["_data_files"]]
+        found = read_json(Path(path, "state.json")).get("_data_files")
+        entries = found if isinstance(found, list) else [None]
+        wanted = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+        if any(name not in names for name in wanted):
+            raise UsageError(f"input {path}: state.json does not name files of this folder")
+        names = wanted
     for child in (os.path.join(path, name) for name in names):
         if not (os.path.islink(child) and os.path.isdir(child)):  # it may lead back here
             yield from _files(child)

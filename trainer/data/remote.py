@@ -3,8 +3,9 @@
 Manifest, tokenizer and indices are fetched when a dataset is opened, so its plan is that of a local
 copy. A shard is fetched when the rows that read it come near, and used only when its sha256 is the
 manifest's. An outage is waited out and never changes a row. An object that is gone or wrong is an
-error that names it or, within `remote.skip_shards`, padding. Bytes come through tensorstore's
-KvStore; nothing is ever written to the storage.
+error that names it or, within `remote.skip_shards`, padding. A permanent error, such as access that
+is refused, ends the reading at once. Bytes come through tensorstore's KvStore; nothing is ever
+written to the storage.
 """
 
 import hashlib
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _BLOCK = 16 << 20  # bytes asked for at a time: what one fetch holds in memory
 _ANSWER = 30.0  # seconds that one request may take
 _DELAYS = 0.25, 20.0  # seconds between attempts, first and longest
+_TRANSIENT = ("ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE")
 _ABANDONED = 3600.0  # seconds after which a half-written file belongs to nobody
 
 
@@ -52,6 +54,7 @@ class Bucket:
         place = ObjectPath.parse(url)
         self.url = str(place)
         self._patience = patience
+        self._no_bucket = f"; is there a bucket {place.bucket!r}?"
         # No retries of the library's own: `_patiently` waits.
         below = place.key and f"{place.key}/"
         self._spec = kvstore_spec(place.scheme, place.bucket, below, max_retries=0)
@@ -62,7 +65,7 @@ class Bucket:
 
         Raises:
           ShardError: it does not exist, or ends before `part` does.
-          UsageError: access was refused.
+          UsageError: access was refused, or the storage gave another permanent error.
           ConnectionError: no answer within the patience.
         """
         import tensorstore
@@ -71,8 +74,8 @@ class Bucket:
             self._store = self._patiently(name, lambda: tensorstore.KvStore.open(self._spec))
         store = self._store
         result = self._patiently(name, lambda: store.read(name, byte_range=part))
-        if result.state == "missing":
-            raise ShardError(name, "is not there")
+        if result.state == "missing":  # tensorstore says the same of a bucket that does not exist
+            raise ShardError(name, f"is not there{self._no_bucket if name == FILE else ''}")
         return result.value
 
     def mirror(self) -> Path:
@@ -91,19 +94,18 @@ class Bucket:
         return folder
 
     def _patiently(self, name: str, ask: Callable[[], "tensorstore.Future"]) -> Any:
-        """Returns the answer; what may pass is asked again, ever later, with random gaps."""
+        """Returns the answer; transient errors are retried, ever later, with random gaps."""
         give_up = time.monotonic() + self._patience
         for attempt in itertools.count():
             try:
                 return ask().result(timeout=_ANSWER)
-            except ValueError as error:  # tensorstore's; its text begins with the status
-                reason = " ".join(str(error).split())[:200].removeprefix(NO_RETRIES)
+            except (ValueError, NotImplementedError) as error:  # tensorstore's, by status
+                text = " ".join(str(error).split())[:200]
+                if not _transient(text):
+                    raise self._permanent(name, text) from None
+                reason = text.removeprefix(NO_RETRIES)
             except TimeoutError:
                 reason = f"no answer within {_ANSWER:.0f} s"
-            if reason.startswith("OUT_OF_RANGE"):
-                raise ShardError(name, "is shorter than its manifest says (truncated copy?)")
-            if reason.startswith("PERMISSION_DENIED"):
-                raise UsageError(f"dataset {self.url}: {name}: access refused: {reason}")
             delay = min(_DELAYS[1], _DELAYS[0] * 2 ** min(attempt, 20)) * random.uniform(0.5, 1.0)
             if time.monotonic() + delay > give_up:
                 raise ConnectionError(
@@ -112,6 +114,28 @@ class Bucket:
                 )
             logging.warning("%s: %s: %s; again in %.1f s", self.url, name, reason, delay)
             _pause(delay)
+
+    def _permanent(self, name: str, reason: str) -> UsageError:
+        if reason.startswith("OUT_OF_RANGE"):
+            return ShardError(name, "is shorter than its manifest says (truncated copy?)")
+        where = f"dataset {self.url}: "
+        if reason.startswith("NOT_FOUND"):
+            return UsageError(f"{where}{name} is not there{self._no_bucket}")
+        if reason.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
+            return UsageError(f"{where}{name}: access refused (are credentials set?): {reason}")
+        return UsageError(f"{where}{name} cannot be read: {reason}")
+
+
+def _transient(error: str) -> bool:
+    """Whether asking again may help, by the text of one of tensorstore's errors.
+
+    tensorstore marks what it would have retried itself; conflicts and failures of the transport
+    that it does not know are retried as well. What a server refuses (status 3xx or 4xx) is
+    permanent, as is a bucket's name that its driver rejects.
+    """
+    status = error.partition(":")[0]
+    unknown = status == "UNKNOWN" and "http_response_code" not in error
+    return error.startswith(NO_RETRIES) or unknown or status in _TRANSIENT
 
 
 def _pause(seconds: float) -> None:

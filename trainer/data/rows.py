@@ -37,6 +37,14 @@ class Steps(Protocol):
         """Returns the lengths of rows, and the share of the steps that have each."""
         ...
 
+    def segments(self, first: int, size: int) -> np.ndarray:
+        """Returns the lengths of all packed pieces in the step that begins at global row `first`.
+
+        int64 (pieces,), in any order; padding belongs to none.
+        """
+        rows, begin = self.step(first, size)
+        return rows.pieces(begin + np.arange(size * self.seq_len // rows.seq_len))
+
     def sources(self, row: int = 0) -> "list[tuple[Steps, float]]":
         """Returns the datasets that are read around global row `row`, and their parts of tokens."""
         ...
@@ -80,6 +88,10 @@ class Rows(Steps, Protocol):
 
     def costs(self, ids: np.ndarray) -> np.ndarray:
         """Returns the attention cost of each row: the squared lengths of its segments, summed."""
+        ...
+
+    def pieces(self, ids: np.ndarray) -> np.ndarray:
+        """Returns the lengths of all pieces packed into the rows `ids`, in any order."""
         ...
 
     def step(self, first: int, size: int) -> "tuple[Rows, int]":

@@ -116,6 +116,14 @@ class TokenShards:
         one = np.asarray([number])
         return self.pieces(one, np.zeros_like(one), self.lengths[one])[0]
 
+    def sample(self, count: int) -> np.ndarray:
+        """Returns up to `count` documents, evenly spread; in object storage over the first shard.
+
+        Their numbers: int64. Reading them there fetches no other shard.
+        """
+        end = self._shards[0].docs if self.ahead else len(self)
+        return np.unique(np.linspace(0, end - 1, count).astype(np.int64)) if end else np.arange(0)
+
     def skip(self, file: str) -> None:
         """Reads the shard `file` of this split as padding from now on.
 

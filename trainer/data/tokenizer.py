@@ -11,12 +11,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from sharding.errors import UsageError, nearest
+from checkpoint.files import read_bytes, read_json, read_text
+from checkpoint.steps import folder_path, is_remote
+from sharding.errors import StorageError, UsageError, install_hint, nearest
+from trainer.data.chat import ChatTemplate
+
+LIMIT = 2**28  # bytes of a definition; the largest published ones have some 2**25
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self._names = {"bos_token": None, "eos_token": None} | (names or {})
         self._config = json.dumps(self._names).encode()
+        self._chat: ChatTemplate | None = None  # compiled when the first conversation comes
         bos = self._special(self._names["bos_token"], _BOS_NAMES)
         eos = self._special(self._names["eos_token"], _EOS_NAMES)
         pad = self._special(self._names.get("pad_token"), _PAD_NAMES)
@@ -127,37 +134,26 @@ class HuggingFaceTokenizer(Tokenizer):
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in found]
 
-    def chat_text(self, messages: list[dict]) -> str:
+    def chat_text(self, messages: list[dict], now: datetime | None = None) -> str:
         """Returns a conversation as the chat template of the tokenizer's config spells it.
 
+        `now` is the time that the template is told (the time of the call).
+
         Raises:
-          UsageError: there is no template, or it refuses the conversation.
+          UsageError: there is no template, or it cannot be read.
+          Rejected: the template refuses the conversation.
         """
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        template = self._names.get("chat_template")
-        if not template:
-            raise UsageError(
-                f"a conversation needs a chat_template, and the {_CONFIG} beside tokenizer.json "
-                "has none"
-            )
-
-        def refuse(reason: str) -> None:
-            raise jinja2.TemplateError(reason)
-
-        # Templates come with downloaded tokenizers: the sandbox lets them compute text, no more.
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        sandbox.globals["raise_exception"] = refuse
-        specials = {key: self._names.get(key) or "" for key in ("bos_token", "eos_token")}
-        try:
-            text = sandbox.from_string(template).render(
-                messages=messages, add_generation_prompt=False, **specials
-            )
-        except jinja2.TemplateError as error:
-            raise UsageError(f"the chat template refuses a conversation: {error}") from None
+        if self._chat is None:
+            template = self._names.get("chat_template")
+            if not template:
+                raise UsageError(
+                    f"a conversation needs a chat_template, and the {_CONFIG} beside "
+                    "tokenizer.json has none"
+                )
+            specials = {key: self._names[key] for key in _SPECIALS if self._names.get(key)}
+            self._chat = ChatTemplate(template, specials)
         # The BOS of a document is written by whoever stores it.
-        return text.removeprefix(specials["bos_token"])
+        return self._chat.render(messages, now).removeprefix(self._names["bos_token"] or "")
 
     def encode_chat(self, text: str) -> np.ndarray:
         """Returns int32 ids of `chat_text`, in which specials spelled out are specials."""
@@ -282,6 +278,7 @@ _TIKTOKEN = {
 """Ranks in the file → name, split pattern, BOS, EOS, vocabulary with specials."""
 
 _CONFIG = "tokenizer_config.json"
+_SPECIALS = tuple(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
 _KINDS = {
     "bytes": None,
     "huggingface": "tokenizer.json",
@@ -294,12 +291,14 @@ _KINDS = {
 def open_tokenizer(reference: str) -> Tokenizer:
     """Returns the tokenizer that `reference` names: `bytes`, a definition file, or its folder.
 
+    File and folder may be in object storage.
+
     Raises:
       UsageError: nothing there, or a file that is no tokenizer.
     """
     if reference == "bytes":
         return ByteTokenizer()
-    path = Path(reference).expanduser()
+    path = folder_path(reference) if is_remote(reference) else Path(reference).expanduser()
     if path.is_dir():
         names = [name for name in _KINDS.values() if name and (path / name).is_file()]
         if not names:
@@ -307,10 +306,13 @@ def open_tokenizer(reference: str) -> Tokenizer:
             raise UsageError(f"tokenizer {reference}: the folder has none of {wanted}")
         path = path / names[0]
     try:
-        definition = path.read_bytes()
+        definition = read_bytes(path, LIMIT)
+    except StorageError:
+        raise
     except OSError as error:
+        reason = error.strerror or error
         raise UsageError(
-            f"tokenizer {reference!r}: {error.strerror}; give `bytes`, a tokenizer.json, a "
+            f"tokenizer {reference!r}: {reason}; give `bytes`, a tokenizer.json, a "
             f"SentencePiece .model or a .tiktoken file{nearest(reference, _KINDS)}"
         ) from None
     return _build(_kind_of(path, definition), definition, path)
@@ -335,7 +337,7 @@ def load_tokenizer(spec: TokenizerSpec | dict, folder: Path | None = None) -> To
         raise UsageError(f"tokenizer {kind!r} lives in the dataset's folder, none was given")
     else:
         try:
-            definition = (folder / file).read_bytes()
+            definition = read_bytes(folder / file, LIMIT)
         except OSError as error:
             raise UsageError(f"dataset {folder}: {file}: {error.strerror}") from None
         tokenizer = _build(kind, definition, folder / file)
@@ -346,6 +348,21 @@ def load_tokenizer(spec: TokenizerSpec | dict, folder: Path | None = None) -> To
                 f"{file or 'this version'} has {have}; prepare the dataset again"
             )
     return tokenizer
+
+
+def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers give a text the same ids, tried on one with many kinds of text.
+
+    Their files may differ: a vocabulary comes in several formats.
+    """
+    return np.array_equal(one.encode(_PROBE), other.encode(_PROBE))
+
+
+_PROBE = (
+    "The quick brown fox, it's said, jumped over 13 lazy dogs in 1984; 3.14159 times?\n\n"
+    "def f(x_1, *args):\n\treturn {'key': x_1 ** 2}  # comment\nNaïve façade, Größe, œuvre. "
+    "Привет, мир! 東京都は日本の首都です。 مرحبا بالعالم 🙂 <p>&amp;</p> ANOTHER camelCaseWord"
+)
 
 
 def definition_files(kind: str) -> tuple[str, ...]:
@@ -403,7 +420,7 @@ def _build(kind: str, definition: bytes, path: Path) -> Tokenizer:
         raise UsageError(f"tokenizer {path}: {error}") from None
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"tokenizer {path}: reading it needs {error.name}; pip install 'torus-train[data]'"
+            f"tokenizer {path}: reading it needs {error.name}; {install_hint('data')}"
         ) from None
     except Exception as error:  # the libraries raise bare Exception on files they cannot read
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -413,15 +430,17 @@ def _build(kind: str, definition: bytes, path: Path) -> Tokenizer:
 def _special_names(folder: Path) -> dict[str, str]:
     """Returns the special tokens and the chat template that are named beside a tokenizer.json."""
     path, names = folder / _CONFIG, {}
-    content = json.loads(path.read_text()) if path.is_file() else {}
+    content = read_json(path) if path.is_file() else {}
     template, file = content.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
     if file.is_file():
-        template = file.read_text()
+        template = read_text(file)
     if template:
+        if not isinstance(template, str):
+            raise UsageError(f"the chat_template in {_CONFIG} is not text")
         names["chat_template"] = template
-    for key in ("bos_token", "eos_token", "pad_token"):
+    for key in _SPECIALS:
         value = content.get(key)
         if isinstance(value, dict):  # an AddedToken, written out
             value = value.get("content")

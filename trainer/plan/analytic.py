@@ -14,7 +14,13 @@ from models.attention.tpu_cost import PEAK_SHARE
 from models.flops import visible_keys
 from trainer.config import Experiment
 from trainer.plan.cost import LINK_SHARE, Setting, guessed_axes, link_bandwidth
-from trainer.plan.recipe import compile_options, device_tokens, layer_weights
+from trainer.plan.recipe import (
+    compile_options,
+    device_tokens,
+    item_bytes,
+    kv_heads_of_a_device,
+    layer_weights,
+)
 
 MATMUL_SHARE = 0.87  # of peak that large matmuls reach by XLA's cycles
 TILE = 128  # of the matrix unit: shorter dimensions are padded to it
@@ -29,7 +35,7 @@ TRANSFERS = 10
 # partitioner, to which libtpu does not always keep.
 WINDOWED_TRANSFERS, WINDOWED_BYTES = 24, 256 * 2**20
 UPDATE = 36  # bytes a weight that the optimizer reads and writes
-HIDDEN = 0.6  # of a gradient reduction, with the options of trainer/plan/recipe.py
+HIDDEN = 0.6  # of a gradient reduction, with the options for it of trainer/plan/recipe.py
 # Assumed of GPUs, where nothing was compiled or run, as shares of the datasheet's peak. Matmuls:
 # what cuBLAS reached with the best shapes, so an upper bound (stas00/ml-engineering, accelerators,
 # "Maximum Achievable Matmul FLOPS", bfloat16). Attention, forward and backward: cuDNN on an H100,
@@ -45,7 +51,8 @@ def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
     over tensor hide behind nothing.
     """
     model, sizes, chip = experiment.model, setting.mesh, setting.chip
-    tokens, item = device_tokens(experiment, sizes), 2 if model.dtype == "bfloat16" else 4
+    tokens, item = device_tokens(experiment, sizes), item_bytes(model.dtype)
+    summed = item_bytes(model.reduce_dtype)
     tensor, kept = sizes["tensor"], _kept(experiment)
     forward = _matmuls(experiment, tensor)
     again = [name for name in forward if name not in kept and name != "down"]
@@ -60,7 +67,7 @@ def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
         + PASSES[1] * model.mlp / tensor
         + PASSES[2] * wide * model.heads * model.head_dim / tensor / 4
     )
-    memory = item * (tokens * passes + 5 * weights) / chip.hbm_bandwidth
+    memory = (item * (tokens * passes + 3 * weights) + 2 * summed * weights) / chip.hbm_bandwidth
 
     gathered = 0.0
     if experiment.mesh.zero == 3:
@@ -70,8 +77,8 @@ def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
         transfers = WINDOWED_TRANSFERS + len(again)
     over_tensor = transfers * _ring(moved, setting, "tensor")
     over_seq = _sequence(experiment, setting, again="attention" not in kept)
-    reduced = _reduced(item * weights, setting)
-    if compile_options(experiment, chip.name, sizes):
+    reduced = _reduced(summed * weights, setting)
+    if any("all_reduce" in name for name in compile_options(experiment, chip.name, sizes)):
         reduced *= 1 - HIDDEN
     work = matmul + attention + memory
     layer = {
@@ -84,9 +91,9 @@ def step_seconds(experiment: Experiment, setting: Setting) -> dict[str, float]:
     logits = 4 * tokens * model.padded_vocab / tensor
     once = {
         "matmul": 3 * _roofline(tokens, model.width, model.padded_vocab / tensor, item, setting),
-        "memory": (4 * logits + 6 * item * head / tensor) / chip.hbm_bandwidth,
+        "memory": (4 * logits + (4 * item + 2 * summed) * head / tensor) / chip.hbm_bandwidth,
         "tensor": 4 * _ring(moved, setting, "tensor"),
-        "gradients": _reduced(item * head / tensor, setting),
+        "gradients": _reduced(summed * head / tensor, setting),
     }
     seconds = {
         name: experiment.train.accumulation * (model.layers * value + once.get(name, 0.0))
@@ -111,7 +118,7 @@ def _matmuls(experiment: Experiment, tensor: int) -> dict[str, tuple[float, floa
     """Returns name → (rows, columns) of one device's weights of a layer."""
     model = experiment.model
     query = model.heads * model.head_dim / tensor
-    key = max(model.head_dim, model.kv_heads * model.head_dim / tensor)
+    key = kv_heads_of_a_device(model, tensor) * model.head_dim
     inner, width = model.mlp / tensor, model.width
     shapes = {
         "q": (width, query), "k": (width, key), "v": (width, key), "o": (query, width),

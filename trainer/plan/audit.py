@@ -99,8 +99,8 @@ class _Auditor:
         waiting = [r for r in self._collectives() if r.exposed > 0.9 * r.seconds["estimate"]]
         for source, rows in self._by_source(waiting).items():
             labels = ", ".join(sorted({r.label for r in rows}))
-            cure = "overlap it: --config.perf=auto sets the options that this chip has for it"
-            if self.experiment.perf.startswith("auto"):
+            cure = "--config.perf=fast may overlap it, by options that are untested on hardware"
+            if self.experiment.perf.startswith("fast"):
                 cure = "no option for it is known; a larger microbatch makes it a smaller share"
             yield Finding(
                 "synchronous", f"{labels}: nothing runs meanwhile", sum(r.exposed for r in rows),

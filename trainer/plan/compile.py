@@ -1,7 +1,8 @@
 """What a config needs and how fast it goes on a TPU slice that is not there, by the compiler.
 
 `make_plan` builds the mesh on the slice's described devices, compiles the very step that
-`trainer/loop.py` runs, ahead of time, with libtpu on CPU, and reads the program. Memory is the
+`trainer/loop.py` runs, ahead of time, with libtpu on CPU, and reads the program. The evaluation of
+a run is compiled too, for its memory. Memory is the
 compiler's own; times are estimates made from its schedule. A program that does not fit is refused
 within seconds, with the bytes it needs. Run as a module it reads {"experiment", "slice", "save",
 "page"} as JSON and writes the plan, or {"refused"}: `torus plan` does so, to have an environment of
@@ -16,6 +17,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +33,8 @@ from sharding.rules import BATCH, SEQ
 from sharding.topology import FAMILIES, Slice, parse_slice, slice_devices
 from trainer.config import Experiment, check_sizes, from_dict, validate
 from trainer.plan.forecast import Forecast, forecast, setting_of
-from trainer.state import abstract_state, make_layout
-from trainer.step import jit_train_step
+from trainer.state import TrainState, abstract_state, make_layout
+from trainer.step import jit_train_step, make_eval_step
 
 # The two ways in which libtpu refuses: early, by a lower bound, and late, after its allocation.
 _REFUSALS = (
@@ -63,6 +65,7 @@ class Plan:
     argument_bytes: int | None  # parameters, optimizer state and batch, as laid out
     temporary_bytes: int | None  # at the peak: activations, gradients, gathered weights, logits
     host_bytes: int | None  # offloaded to the host's memory
+    evaluation_bytes: int | None  # the peak of an evaluation in the run, beside the whole state
     trace_seconds: float
     compile_seconds: float
     versions: dict[str, str]
@@ -70,7 +73,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.capacity
+        return max(self.needed, self.evaluation_bytes or 0) <= self.capacity
 
     def to_json(self) -> dict:
         """Returns the plan as a JSON object, "fits" and "compiled" included."""
@@ -102,7 +105,7 @@ def make_plan(experiment: Experiment, target: Slice, save: str = "", page: str =
         step, choice = jit_train_step(experiment, layout)
         lowered = step.lower(state, batch)
     traced = time.perf_counter()
-    prediction = None
+    prediction = evaluation = None
     try:
         compiled = lowered.compile()
         memory = compiled.memory_analysis()
@@ -110,6 +113,7 @@ def make_plan(experiment: Experiment, target: Slice, save: str = "", page: str =
         arguments, host = memory.argument_size_in_bytes, memory.host_temp_size_in_bytes
         temporaries = needed - arguments
         text = compiled.as_text()
+        evaluation = _evaluation_bytes(experiment, mesh, state, batch)
         prediction = forecast(text, choice.experiment, target, dict(mesh.shape))
         if save:
             with gzip.open(save, "wt") as file:
@@ -142,6 +146,7 @@ def make_plan(experiment: Experiment, target: Slice, save: str = "", page: str =
         argument_bytes=arguments,
         temporary_bytes=temporaries,
         host_bytes=host,
+        evaluation_bytes=evaluation,
         trace_seconds=round(traced - start, 2),
         compile_seconds=round(time.perf_counter() - traced, 2),
         versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
@@ -151,8 +156,25 @@ def make_plan(experiment: Experiment, target: Slice, save: str = "", page: str =
         from trainer.plan.explain import write_page
 
         setting = setting_of(choice.experiment, target, dict(mesh.shape))
-        write_whole(page, write_page(text, plan.to_json(), setting))
+        write_whole(Path(page), write_page(text, plan.to_json(), setting))
     return plan
+
+
+def _evaluation_bytes(
+    experiment: Experiment, mesh: Mesh, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]
+) -> int | None:
+    """Returns the most memory while a run evaluates, None for one that never does."""
+    if not experiment.eval.every:
+        return None
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(make_eval_step(experiment)).lower(state.params, batch)
+    try:
+        needed = lowered.compile().memory_analysis().peak_memory_in_bytes
+    except jax.errors.JaxRuntimeError as error:
+        if (refusal := parse_refusal(str(error))) is None:
+            raise
+        needed = refusal[0]
+    return int(needed) + bytes_per_device(state.opt_state)
 
 
 def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

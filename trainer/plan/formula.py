@@ -70,8 +70,8 @@ def _notes(target: Slice) -> list[str]:
     matmuls, (forward, backward) = GPU_MATMUL_SHARE[target.chip], GPU_ATTENTION_SHARE
     return [
         f"assumed: matmuls reach {matmuls:.0%} of peak, attention {forward:.0%} forward and "
-        f"{backward:.0%} backward, as cuDNN; on a GPU Torus takes XLA's slower attention, unless "
-        "config.model.attention=triton, which was never timed",
+        f"{backward:.0%} backward, as cuDNN without a mask; packed rows are slower, and heads "
+        "above 128 or a soft-cap take XLA's attention (docs/models.md)",
         f"assumed: {LINK_SHARE:.0%} of NVLink in a host, of {target.network / 1e9:g} GB/s a GPU "
         "between hosts; gathers of weights hide behind layers (XLA's latency hiding scheduler)",
         "not counted: start-up of many small collectives, congestion between hosts, data loading; "

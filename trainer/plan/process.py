@@ -104,6 +104,7 @@ def _kept(experiment: Experiment, target: Slice) -> Path:
         for path in sorted(ROOT.glob(pattern)):
             digest.update(path.read_bytes())
     digest.update(described(experiment))
+    digest.update(b"evaluates" if experiment.eval.every else b"")
     return cache_folder() / "plans" / f"{digest.hexdigest()[:32]}.json"
 
 

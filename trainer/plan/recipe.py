@@ -1,9 +1,10 @@
-"""How a step is made fast on a chip, as data: compile options, and what the backward pass finds.
+"""How a step is made fast on a chip, as data: compile options, and what the backward pass keeps.
 
-`config.perf` says what to take: "auto" is the options of the table that pay for the mesh, "off" is
-none; after a comma `name=value` adds or replaces one and `-name` leaves one out, `-barriers` too.
-With `model.remat = "auto"` activations are kept, those first that cost fewest bytes per matmul
-saved, until the memory target.
+`config.perf` says what to take: "auto" is the options of the table that a published recipe sets on
+that chip, "fast" is all of them, which only a compiler has judged, and "off" is none; after a comma
+`name=value` adds or replaces one and `-name` leaves one out, `-barriers` too.
+With `model.remat = "auto"` activations are kept, cheapest per recomputed matmul first, up to the
+memory target.
 Train loop and planner ask the same two functions. Imports no JAX.
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from models.config import ModelConfig
-from sharding.errors import UsageError
+from sharding.errors import UsageError, nearest
 from sharding.hardware import chip_for
 from sharding.topology import FAMILIES, program_bytes
 
@@ -27,6 +28,13 @@ LEAST_DEVICES = {"v5p": 64}  # smaller slices of it have no rings: the options w
 MEMORY_TARGET = 0.85  # of what the compiler may use: fragmentation and the runtime need the rest
 
 
+PERF = ("auto", "fast", "off")
+# What publishes the options of `Option.recipe`: AI-Hypercomputer/maxtext at e591f30, a 32B model on
+# v5p. None of MaxText's recipes for v5e, and none of AI-Hypercomputer/tpu-recipes at c8cfe2f for
+# language models on v5p, sets any of the others.
+_MAXTEXT_V5P = "MaxText, src/maxtext/configs/tpu/v5p/32b.sh"
+
+
 @dataclass(frozen=True)
 class Option:
     """One option of the TPU compiler, and why it is set."""
@@ -36,6 +44,7 @@ class Option:
     chips: tuple[str, ...]
     reason: str
     effect: str  # a compiler's estimate: docs/benchmarks.md, "The step's recipe"
+    recipe: str = ""  # who publishes it for these chips; "" = nobody, so only "fast" takes it
 
 
 OPTIONS = (
@@ -59,18 +68,18 @@ OPTIONS = (
     ),
     *(
         Option(name, "true", ("v5p",), "the SparseCores do the collectives, not the TensorCore",
-               "llama3-8b, 64 chips: 1.32 to 1.21 s with all six")
-        for name in (
-            "xla_tpu_enable_sparse_core_collective_offload_all_reduce",
-            "xla_tpu_enable_sparse_core_collective_offload_all_gather",
-            "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather",
-            "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather",
-            "xla_tpu_use_tc_device_shape_on_sc",
+               "llama3-8b, 64 chips: 1.32 to 1.21 s with all six", recipe)
+        for name, recipe in (
+            ("xla_tpu_enable_sparse_core_collective_offload_all_reduce", ""),
+            ("xla_tpu_enable_sparse_core_collective_offload_all_gather", _MAXTEXT_V5P),
+            ("xla_tpu_enable_sparse_core_collective_offload_2d_all_gather", ""),
+            ("xla_tpu_enable_sparse_core_collective_offload_3d_all_gather", ""),
+            ("xla_tpu_use_tc_device_shape_on_sc", _MAXTEXT_V5P),
         )
     ),
     Option(
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather", "false", ("v5p",),
-        "gathers on the SparseCores cannot ride in fusions too", "as above",
+        "gathers on the SparseCores cannot ride in fusions too", "as above", _MAXTEXT_V5P,
     ),
 )  # fmt: skip
 
@@ -85,7 +94,16 @@ class Choice:
     def __str__(self) -> str:
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
         barriers = "; barriers" if self.experiment.model.barriers else ""
+        unknown = untested(self.options)
+        if unknown:
+            options += f" (untested on hardware: {', '.join(unknown)})"
         return f"remat {self.experiment.model.remat}{barriers}; {options or 'no compile options'}"
+
+
+def untested(options: dict[str, str]) -> list[str]:
+    """Names of the options of the table among these that no published recipe sets."""
+    unpublished = {o.name: o.value for o in OPTIONS if not o.recipe}
+    return [name for name, value in options.items() if unpublished.get(name) == value]
 
 
 def choose(experiment: Experiment, device: Any, sizes: dict[str, int]) -> Choice:
@@ -99,7 +117,7 @@ def choose(experiment: Experiment, device: Any, sizes: dict[str, int]) -> Choice
     if chip is None or chip.name not in FAMILIES:
         return Choice(resolved, {})
     first, *changes = [part.strip() for part in experiment.perf.split(",")]
-    if first == "auto" and "-barriers" not in changes and experiment.model.width >= BARRIER_WIDTH:
+    if first != "off" and "-barriers" not in changes and experiment.model.width >= BARRIER_WIDTH:
         resolved = replace(resolved, model=replace(resolved.model, barriers=True))
     return Choice(resolved, compile_options(experiment, chip.name, sizes))
 
@@ -116,8 +134,10 @@ def compile_options(experiment: Experiment, chip: str, sizes: dict[str, int]) ->
     first, *changes = [part.strip() for part in experiment.perf.split(",")]
     check_perf(experiment.perf)
     chosen = {}
-    if first == "auto":
-        chosen = {o.name: o.value for o in OPTIONS if chip in o.chips}
+    if first != "off":
+        chosen = {
+            o.name: o.value for o in OPTIONS if chip in o.chips and (o.recipe or first == "fast")
+        }
         if sizes["tensor"] * sizes["seq"] > 1:
             chosen.pop("xla_jf_spmd_threshold_for_windowed_einsum_mib", None)
         if math.prod(sizes.values()) < LEAST_DEVICES.get(chip, 2):
@@ -134,8 +154,11 @@ def compile_options(experiment: Experiment, chip: str, sizes: dict[str, int]) ->
 def check_perf(perf: str) -> None:
     """Raises UsageError, naming the part of `config.perf` that cannot be read."""
     first, *changes = [part.strip() for part in perf.split(",")]
-    if first not in ("auto", "off"):
-        raise UsageError(f"config.perf = {perf!r}: starts with {first!r}; choose auto or off")
+    if first not in PERF:
+        raise UsageError(
+            f"config.perf = {perf!r}: starts with {first!r}; choose {', '.join(PERF)}"
+            f"{nearest(first, PERF)}"
+        )
     for change in changes:
         if not re.fullmatch(r"-xla_\w+|xla_\w+=[^\s/\\]+|-barriers", change):
             raise UsageError(
@@ -161,7 +184,7 @@ def resolve_remat(
     if experiment.model.remat != "auto":
         return experiment
     names: list[str] = []
-    if capacity is not None and experiment.perf.split(",")[0].strip() == "auto":
+    if capacity is not None and experiment.perf.split(",")[0].strip() != "off":
         free = MEMORY_TARGET * capacity - fixed_bytes(experiment, sizes)
         for group in GROUPS:
             free -= sum(kept_bytes(experiment, name, sizes) for name in group)
@@ -175,11 +198,12 @@ def resolve_remat(
 def kept_bytes(experiment: Experiment, name: str, sizes: dict[str, int]) -> float:
     """Bytes of one device that keeping a name costs, over all layers."""
     model = experiment.model
-    item = 2 if model.dtype == "bfloat16" else 4
-    query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    item = item_bytes(model.dtype)
+    query = model.heads * model.head_dim
+    key = kv_heads_of_a_device(model, sizes["tensor"]) * model.head_dim
     per_token = {
-        "rotated_qk": item * (query + key) / sizes["tensor"],
-        "v": item * key / sizes["tensor"],
+        "rotated_qk": item * (query / sizes["tensor"] + key),
+        "v": item * key,
         "attention": (item * query + 4 * model.heads) / sizes["tensor"],
         "residual": item * model.width / sizes["tensor"],
         "gate": item * model.mlp / sizes["tensor"] if "glu" in model.activation else 0.0,
@@ -200,17 +224,18 @@ def fixed_parts(experiment: Experiment, sizes: dict[str, int]) -> dict[str, floa
     its gradient, a chunk of logits and of their gradient) and one layer's backward pass.
     """
     model, tokens = experiment.model, device_tokens(experiment, sizes)
-    item = 2 if model.dtype == "bfloat16" else 4
+    item, summed = item_bytes(model.dtype), item_bytes(model.reduce_dtype)
     tensor, shards = sizes["tensor"], sizes["tensor"] * sizes["fsdp"]
     layer = layer_weights(model)
     head = model.padded_vocab * model.width
     weights = layer * model.layers + head * (1 if model.tie_embeddings else 2)
     zero = experiment.mesh.zero
     logits, chunk = tokens * model.padded_vocab * 4, max(2 * head, 2**25)
-    loss = (2 * item * head + logits) / tensor
+    loss = ((item + summed) * head + logits) / tensor
     if logits > chunk:
         loss = ((item + 4) * head + 1.5 * chunk) / tensor
-    wide = item * tokens * (5 * model.mlp + 4 * model.heads * model.head_dim) + 3 * item * layer
+    wide = item * tokens * (5 * model.mlp + 4 * model.heads * model.head_dim)
+    wide += (2 * item + summed) * layer  # two layers' weights gathered, the gradient of one
     return {
         "parameters": weights * 4 / (shards if zero == 3 else tensor),
         "optimizer": weights * 8 / shards,
@@ -218,6 +243,16 @@ def fixed_parts(experiment: Experiment, sizes: dict[str, int]) -> dict[str, floa
         "inputs of layers": item * tokens * model.width * (model.layers / tensor + 4),
         "loss or a layer": max(loss, wide / tensor),
     }
+
+
+def kv_heads_of_a_device(model: ModelConfig, tensor: int) -> float:
+    """KV heads that a device projects and keeps: all of them where devices are more."""
+    return model.kv_heads / (1 if model.kv_heads % tensor else tensor)
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one element of `model.dtype` or `model.reduce_dtype`."""
+    return 2 if dtype == "bfloat16" else 4
 
 
 def layer_weights(model: ModelConfig) -> int:

@@ -8,7 +8,7 @@ from sharding.hardware import CHIPS
 from sharding.topology import Slice, program_bytes
 from trainer.config import Experiment
 from trainer.console import format_duration
-from trainer.plan.recipe import fixed_bytes
+from trainer.plan.recipe import fixed_bytes, untested
 
 _GIB = 2.0**30
 _OPTIMAL = 20  # tokens a parameter: compute-optimal by Hoffmann et al. 2022, arXiv:2203.15556
@@ -47,12 +47,13 @@ def format_plan(
         lines += _time(plan["forecast"], plan, calibration)
         lines += _run(plan, experiment, price, "chip")
         lines += _findings(plan["forecast"])
-    free = plan["capacity"] - plan["needed"]
+    free = plan["capacity"] - _peak(plan)
     if plan["fits"]:
         lines.append(f"fits: {free / plan['capacity']:.0%} of a {unit}'s memory is left")
     else:
+        what = "evaluation needs" if plan["needed"] <= plan["capacity"] else "needs"
         lines.append(
-            f"does not fit: needs {-free / _GIB:.2f} GiB more than the "
+            f"does not fit: {what} {-free / _GIB:.2f} GiB more than the "
             f"{plan['capacity'] / _GIB:.2f} GiB per {unit}"
         )
         lines += [f"  try {option}" for option in _ways_out(experiment, plan)]
@@ -87,12 +88,12 @@ def format_search(found: dict[str, Any], target: Slice, *, pareto: bool = False)
             f"{'*' if pareto and row['frontier'] else ' '} "
             f"{plan['forecast']['tokens_per_second']:13,.0f} "
             f"{_short(plan['forecast']['seconds']['estimate']):>8} "
-            f"{(plan['capacity'] - plan['needed']) / _GIB:9.2f}  "
+            f"{(plan['capacity'] - _peak(plan)) / _GIB:9.2f}  "
             f"{format_mesh(row['mesh'])}{f' ({strategy})' if strategy else ''}; "
             f"{row['accumulation']}; {plan['remat']}"
         )
     lines += [
-        f"  refused, {(row['plan']['needed'] - capacity) / _GIB:.2f} GiB too much: {row['options']}"
+        f"  refused, {(_peak(row['plan']) - capacity) / _GIB:.2f} GiB too much: {row['options']}"
         for row in found["refused"]
     ]
     lines += [f"  failed, {row['reason']}: {row['options']}" for row in found["failed"]]
@@ -108,13 +109,22 @@ def format_search(found: dict[str, Any], target: Slice, *, pareto: bool = False)
     return "\n".join(lines)
 
 
+def _peak(plan: dict[str, Any]) -> float:
+    """Returns the most memory that a device needs, in a step or in an evaluation."""
+    return max(plan["needed"], plan.get("evaluation_bytes") or 0)
+
+
 def format_mesh(mesh: dict[str, int]) -> str:
     """Returns the axes that split anything, as "fsdp 16 x tensor 4"."""
     return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
 
 
 def _options(plan: dict[str, Any], experiment: Experiment) -> list[str]:
-    options = [f"{name}={value}" for name, value in plan["options"].items()]
+    unknown = untested(plan["options"])
+    options = [
+        f"{name}={value}{', untested on hardware' if name in unknown else ''}"
+        for name, value in plan["options"].items()
+    ]
     return [
         f"  compiler    {option}" + (f" (config.perf={experiment.perf})" if not number else "")
         for number, option in enumerate(options)
@@ -127,6 +137,7 @@ def _memory(plan: dict[str, Any], unit: str) -> list[str]:
         "optimizer": plan["optimizer_bytes"],
         "temporaries": plan["temporary_bytes"],
         "peak" if plan["fits"] else "needed": plan["needed"],
+        "evaluation": plan.get("evaluation_bytes"),
         "capacity": plan["capacity"],
         "on the host": plan["host_bytes"] or None,
     }

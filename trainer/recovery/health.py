@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.files import read_json
 from checkpoint.steps import write_whole
 from sharding.errors import UsageError
 from sharding.fields import Fields
@@ -33,26 +34,21 @@ _LEAST = 0.01, 0.05  # spread of losses (as a share of the median) and of log gr
 class HealthConfig(Fields, at="config.health"):
     """When a step is unhealthy, and what follows from it.
 
-    A step that is not finite is always left out; `skip_spikes` also leaves out those that are
-    `factor` robust standard deviations above the median of the last `window` healthy ones (0 =
-    only record them; `window` = 0 looks at nothing). `sustained` unhealthy steps among twice as
-    many rewind the run to its newest checkpoint that `good_after` healthy steps followed, past the
-    data read since; after `rewinds` of them it ends with status 71.
-
-    Replicas of the state are compared every `compare_every` steps, and every `replay_every`-th step
-    is done twice (a copy of the state in device memory); 0 = never. `chaos` injects faults, see
-    trainer/recovery/chaos.py.
+    A step that is not finite is always left out. After an unhealthy stretch the run is rewound to
+    its newest good checkpoint, past the data read since; after `rewinds` of them it ends with
+    status 71.
     """
 
-    window: int = 128
-    factor: float = 6.0
-    skip_spikes: bool = False
-    sustained: int = 8
-    good_after: int = 50
-    rewinds: int = 3
-    compare_every: int = 1000
+    window: int = 128  # recent healthy steps that each is compared with; 0 = judge nothing
+    factor: float = 6.0  # robust standard deviations above their median that make a step unhealthy
+    skip_spikes: bool = False  # leave out the updates of unhealthy steps, not only record them
+    sustained: int = 8  # unhealthy steps among twice as many that rewind the run
+    good_after: int = 50  # healthy steps that follow a checkpoint before it counts as good
+    rewinds: int = 3  # rewinds after which the run ends
+    compare_every: int = 1000  # steps between comparisons of the state's replicas; 0 = never
+    # Every how many steps one is done twice, from a copy of the state in device memory; 0 = never.
     replay_every: int = 0
-    chaos: str = ""
+    chaos: str = ""  # faults to inject, in the language of trainer/recovery/chaos.py; "" = none
 
     def validate(self) -> None:
         """Raises UsageError for values that cannot be used."""
@@ -155,7 +151,10 @@ class Rewinds:
     def read(cls, folder: Path) -> "Rewinds":
         """Returns what the run's folder says: none, if it never went back."""
         path = folder / "rewinds.json"
-        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+        try:
+            return cls(**read_json(path)) if path.exists() else cls()
+        except TypeError as error:
+            raise UsageError(f"{path} does not count rewinds: {error}") from error
 
     def write(self, folder: Path) -> None:
         """Puts it into the run's folder, whole or not at all."""

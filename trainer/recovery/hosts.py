@@ -106,6 +106,11 @@ class Hosts:
         )
 
     @property
+    def job(self) -> str:
+        """The name of the job that the plan belongs to, for the lock of the run's folder."""
+        return self._plan.get("job", "")
+
+    @property
     def leads(self) -> bool:
         """Whether this host is the lowest of its generation that lives.
 
@@ -300,8 +305,11 @@ class Hosts:
         if hosts == self._sizes[0] or not (coming or hoped):
             members = together[:hosts]
             first = self._seen[members[0]].facts if members[0] != self.index else self._own
+            # While one supervisor stays it is the same job, which holds the lock of the run.
+            job = plan.get("job") if any(self._named(n, plan) for n in ready) else None
             self._put({
                 "generation": max(plan.get("generation", -1), self.generation) + 1,
+                "job": job or secrets.token_hex(8),
                 "coordinator": first["coordinator"],
                 "members": members,
                 "tokens": self._tokens(members),

@@ -10,6 +10,7 @@ on which step counts. Never imports JAX; ends with its supervisor.
 import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from checkpoint.memory.wire import Connection, Directory, Message, Refused
 from sharding.errors import UsageError
 from torus import module_command
 from trainer.recovery.server import Server
+from trainer.terminal import escaped_streams
 
 _ALIVE = 5.0  # seconds between signs that an answer is still being worked at
 _TOLD = (0.2, 1.0, 3.0)  # seconds before news that did not get through are told again
@@ -430,6 +432,8 @@ def _tell_exception(work: Future) -> None:
 
 def main() -> int:
     """Runs the keeper that the environment describes, until it is killed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # of a whole job: trainers are saving, and need this
     directory = Directory.of_environment()
     keeper = Keeper(directory)
     try:
@@ -445,4 +449,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with escaped_streams():  # what other hosts say is told there
+        sys.exit(main())

@@ -38,6 +38,8 @@ _LEAST = 10.0
 _FACTOR = 20.0  # times the slowest but one in a hundred
 _WIDEST = 4.0  # times that, after false alarms
 _ENOUGH, _REMEMBERED = 20, 512
+# Programs in the cache say nothing of another row length, restores from memory nothing of a disk.
+_NOT_LEARNED = ("compile", "restore")
 
 
 class PhaseLimits:
@@ -70,7 +72,7 @@ class PhaseLimits:
         if phase in self._given:
             return self._given[phase]
         took = sorted(self._took[phase])
-        if len(took) < _ENOUGH:
+        if len(took) < _ENOUGH or phase in _NOT_LEARNED:
             return _FIRST_LIMITS[phase]
         slow = took[math.ceil(0.99 * len(took)) - 1]
         return min(self._wider * max(_FACTOR * slow, _LEAST), _FIRST_LIMITS[phase])

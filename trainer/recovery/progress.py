@@ -11,6 +11,7 @@ import mmap
 import os
 import signal
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,7 @@ class ProgressPage:
                 file.truncate(_SIZE)
                 self._map = mmap.mmap(file.fileno(), _SIZE)
         self._words = memoryview(self._map).cast("q")
+        self._compiled: set[Hashable] = set()  # programs that ran before
 
     @classmethod
     def of_this_process(cls) -> "ProgressPage":
@@ -70,6 +72,15 @@ class ProgressPage:
         if path:
             faulthandler.register(signal.SIGUSR1, all_threads=True)
         return cls(Path(path) if path else None)
+
+    def is_new(self, program: Hashable) -> bool:
+        """Whether a program is named for the first time: what runs it has to compile it first.
+
+        That takes longer than anything learned of other phases, so it is phase `compile`.
+        """
+        new = program not in self._compiled
+        self._compiled.add(program)
+        return new
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Says that `phase` begins now, at `step` if that changed."""

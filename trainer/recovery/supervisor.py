@@ -24,6 +24,7 @@ from checkpoint.memory.wire import Directory
 from checkpoint.steps import complete_steps, folder_path, is_remote, listing
 from sharding.addresses import ADDRESS
 from torus import module_command
+from trainer.lock import JOB
 from trainer.recovery.cluster import VARIABLES
 from trainer.recovery.health import SUSPECT
 from trainer.recovery.hosts import Hosts, Place
@@ -148,9 +149,10 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _remember(self, number: int, frame: Any) -> None:
-        if self._signal:  # a second one: no more waiting
+        # A person's second Ctrl-C: no more waiting. SLURM sends SIGTERM two or three times.
+        if self._signal and number == signal.SIGINT:
             self._options = replace(self._options, grace=0.0)
-        self._signal = signal.Signals(number)
+        self._signal = self._signal or signal.Signals(number)
 
     def _meet_in(self, folder: Path) -> None:
         """A host that is alone has nobody to tell, and its run's folder may not be made yet."""
@@ -223,7 +225,7 @@ class Supervisor:
             path = folder / f"{self._hosts.generation}.{rank}.progress"
             page = ProgressPage(path)
             page.enter("start", 0)
-            environment = {VARIABLE: str(path)}
+            environment = {VARIABLE: str(path), JOB: self._hosts.job}
             if self._options.hosts in self._options.sizes:
                 # Keepers know hosts by their number in the job: of fewer they only give back.
                 full = place.hosts == self._options.hosts
@@ -439,7 +441,9 @@ class Supervisor:
 
     def _stopped(self) -> int:
         cause = self._signal.name if self._signal else "another host"
-        self._record("stopped", cause=cause, checkpoint=self._newest())
+        newest = self._newest()
+        lost = max(0, self._step - max(newest, 0))  # could not be saved within the grace
+        self._record("stopped", cause=cause, checkpoint=newest, lost_steps=lost or None)
         return _STATUSES[self._signal] if self._signal else PREEMPTED
 
     def _newest(self) -> int:

@@ -1,14 +1,18 @@
-"""A process that mutates checkpoints of every format and reads them, within bounds.
+"""A process that mutates whatever Torus reads from elsewhere, and reads it, within bounds.
 
     python -m tests.checkpoint.convert.fuzz FOLDER FIRST COUNT
 
-Case number n is the same in every run. It ends with status 1 and the case's number when reading
-raises what is not one of our errors, takes longer than SECONDS, or needs MEMORY more than the
-process had; `FOLDER/case` names the case at work for whoever finds the process dead. No JAX.
+Checkpoints of every format, the config.json of every family, runs with their steps, datasets and
+tokenizers have their values, headers, pickles or bytes changed, or a file of theirs replaced by a
+pipe, a link, a device or gigabytes of nothing. Case number n is the same in every run. The process
+ends with status 1 and the case's number when reading raises what is not one of our errors, runs
+what a file names, takes longer than SECONDS, or needs MEMORY more than the process had;
+`FOLDER/case` names the case at work for whoever finds the process dead. No JAX.
 """
 
 import io
 import json
+import os
 import random
 import resource
 import signal
@@ -25,17 +29,27 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from checkpoint.convert.families import FAMILIES
+from checkpoint import manifest as steps
+from checkpoint.convert import huggingface
+from checkpoint.convert.families import FAMILIES, find_family
 from checkpoint.convert.megatron import read_args
 from checkpoint.convert.sources import open_source
 from checkpoint.convert.torch_dcp import DcpWriter
-from checkpoint.convert.torchfiles import write_torch
-from models.presets import PRESETS
+from checkpoint.convert.torchfiles import KNOWN, write_torch
+from checkpoint.steps import CheckpointError
 from sharding.errors import UsageError
-from tests.checkpoint.convert.folders import write_folder
+from tests.checkpoint.convert.folders import drawn, write_folder
+from trainer.config import Experiment, to_json
+from trainer.data.manifest import Manifest, Shard, read_manifest
+from trainer.data.tokenizer import TokenizerSpec, open_tokenizer, train_bpe
+from trainer.goodput import read_incidents
+from trainer.metrics import read_metrics
+from trainer.recovery.health import Rewinds
+from trainer.report import load_run
+from trainer.run import read_experiment
 
 HERE = Path(__file__).parent
-SECONDS, MEMORY, READ = 10, 2**30, 2**24
+SECONDS, MEMORY, READ = 10, 2**30, 2**24  # seconds of the CPU; 6 times that of the clock
 ORBAX = [("orbax_zarr", "zarr", False), ("orbax_zarr3", "zarr3", False),
          ("orbax_ocdbt", "zarr3", True)]  # fmt: skip
 CODECS = {"zarr": {"compressor": {"id": "zstd", "level": 1}},
@@ -43,7 +57,9 @@ CODECS = {"zarr": {"compressor": {"id": "zstd", "level": 1}},
                                {"name": "zstd", "configuration": {"level": 3}}]}}  # fmt: skip
 NUMBERS = [-1, 0, 1, 2, 127, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64]
 VALUES = [*NUMBERS, None, True, 1.5, 1e308, float("nan"), "", "..", "../../etc/passwd", "a" * 5000,
-          "\0", [], {}, [[]] * 9, {"a": {"b": [1]}}]  # fmt: skip
+          "\0", "\ud800", "\x1b[2J\n", [], {}, [[]] * 9, {"a": {"b": [1]}}]  # fmt: skip
+EXECUTION = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen",
+             "socket.connect", "pickle.find_class")  # fmt: skip
 
 
 # ---------------------------------------------------------------- what is mutated
@@ -66,9 +82,22 @@ def bases(folder: Path) -> dict[str, tuple[str, Path]]:
     for part in writer.parts.values():
         part.put("a.weight", (), arrays["model.a.weight"])
     writer.finish()
-    config = FAMILIES["gemma2"].write(PRESETS["gemma2-2b"]())
     del arrays["d"]
-    write_folder(folder / "hf", config, arrays)
+    write_folder(folder / "hf", {}, arrays)
+    write_folder(folder / "hf_index", {}, arrays)
+    index = {"weight_map": dict.fromkeys(arrays, "model.safetensors")}
+    (folder / "hf_index" / huggingface.INDEX).write_text(json.dumps(index))
+    (folder / "torch_index").mkdir()
+    index = {"weight_map": {"model." + name: "x.bin" for name in arrays}}
+    (folder / "torch_index/pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with (folder / "torch_index/x.bin").open("wb") as file:
+        write_torch(file, {"model": arrays})
+    configs = {}
+    for name in set(FAMILIES) - {"mixtral"}:
+        place = write_folder(folder / f"config_{name}", drawn(name, 0)[1], {})
+        configs[f"config_{name}"] = "config", place / "config.json"
+    _write_run(folder / "run")
+    _write_data(folder / "data", folder / "tokenizer")
     (folder / "tree.msgpack").write_bytes(_packed({"params": arrays, "step": 3}))
     stream = b"".join(b"\x92\x92\xa6params\xa1" + name[:1].encode() + _bin(_packed(array))
                       for name, array in arrays.items())  # fmt: skip
@@ -79,9 +108,12 @@ def bases(folder: Path) -> dict[str, tuple[str, Path]]:
     found["ucp"] = "ucp", folder / "zero1_world2"
     found |= {f"megatron_{x}": ("megatron", folder / "llama" / x) for x in ("dist", "legacy")}
     found |= {name: ("orbax", folder / name) for name, _, _ in ORBAX}
-    return found | {
+    return found | configs | {
         "torch": ("torch", folder / "x.pt"), "dcp": ("dcp", folder / "dcp"),
-        "hf": ("hf", folder / "hf"), "config": ("config", folder / "hf/config.json"),
+        "hf": ("hf", folder / "hf"), "hf_index": ("hf", folder / "hf_index"),
+        "torch_index": ("torch", folder / "torch_index"), "pickle": ("pickle", folder / "x.pt"),
+        "run": ("run", folder / "run"), "data": ("data", folder / "data"),
+        "tokenizer": ("tokenizer", folder / "tokenizer"),
         "msgpack": ("msgpack", folder / "tree.msgpack"),
         "stream": ("msgpack", folder / "stream"),
     }  # fmt: skip
@@ -121,7 +153,94 @@ def _write_orbax(folder: Path, driver: str, arrays: dict, *, packed: bool) -> No
     (folder / "_METADATA").write_text(json.dumps(facts))
 
 
+def _write_run(folder: Path) -> None:
+    """Writes a run with the JSON files of one step, and no arrays."""
+    arrays = {"params.a": {"shape": [2], "dtype": "float32"}}
+    facts = {
+        "manifest": {"format": steps.FORMAT, "saved": "now", "arrays": arrays},
+        "meta": {"step": 1, "source": {"format": "hf", "family": "llama", "config": {}}},
+    }
+    for name, content in facts.items():
+        place = folder / "checkpoints/1" / name
+        place.mkdir(parents=True)
+        (place / "data.json").write_text(json.dumps(content))
+    steps.write_record(folder / "checkpoints", 1, {"params.a": "00"})
+    (folder / "experiment.json").write_text(to_json(Experiment(name="a")))
+    (folder / "rewinds.json").write_text('{"count": 1, "spent": 0, "to": 0, "row": 0}')
+    line = {"kind": "train", "step": 1, "time": 1.0, "loss": 2.0}
+    (folder / "metrics.jsonl").write_text(f"{json.dumps(line)}\n" * 3)
+    (folder / "incidents.jsonl").write_text('{"kind": "hang", "time": 1.0}\n')
+
+
+def _write_data(folder: Path, tokenizer: Path) -> None:
+    """Writes the manifest of a dataset, and a tokenizer."""
+    trained = train_bpe(iter(["a text of a few words, and a few more"]), 300)
+    tokenizer.mkdir()
+    for name, content in trained.files().items():
+        (tokenizer / name).write_bytes(content)
+    spec = TokenizerSpec("bytes", 259, 256, 257, 258, "0" * 64)
+    shard = Shard("train-0.bin", "train", 1, 2, 3, 4, "0" * 64, "0" * 64, 5)
+    folder.mkdir()
+    Manifest(spec, (shard,), complete=True).write(folder)
+
+
 # ---------------------------------------------------------------- mutations
+
+
+def replaced(path: Path, random: random.Random) -> None:
+    """Puts something that is no sound file in a file's place; `restored` takes it away."""
+    path.unlink()
+    match random.randrange(9):
+        case 0:
+            os.mkfifo(path)
+        case 1:
+            path.symlink_to(path.name)
+        case 2:
+            path.symlink_to(random.choice(["/dev/zero", "/dev/null", "/dev/stdin", "/etc/passwd"]))
+        case 3:
+            path.mkdir()
+        case 4:
+            path.touch()
+            os.truncate(path, random.choice([2**32, 6 * 10**9]))
+        case 5:
+            deep = random.choice([b'{"a":', b"["])
+            path.write_bytes(deep * random.choice([100, 2000, 10**6]))
+        case 6:
+            path.write_bytes(b'{"a":[' + random.choice([b"{},", b"[],", b'"",']) * 2**22 + b"0]}")
+        case 7:
+            path.write_bytes(random.choice([b"\xff\xfe", b"\x80", b"\0" * 2**16, b""]))
+        case _:
+            size = random.choice([2**26, 100 * 2**20])
+            path.write_bytes(struct.pack("<Q", size) + b'{"a":')
+            os.truncate(path, size + 8)
+
+
+def restored(path: Path, sound: bytes) -> None:
+    """Puts a sound file back."""
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+    path.write_bytes(sound)
+
+
+def hostile_pickle(random: random.Random) -> bytes:
+    """Returns a small pickle that would build much, call something, or end in the middle."""
+    names = [*sorted(KNOWN), "os.system", "builtins.eval", "builtins.exec", "runpy.run_path"]
+    size = random.choice([10, 10**4, 16 * 2**20])
+    out = [b"\x80\x02", b"B" + struct.pack("<I", size) + bytes(size) + b"r\0\0\0\0"]
+    out += [b"(lr\1\0\0\0", b"]q\2" + b"(" + b"K\1" * random.choice([1, 10**5]) + b"e"]
+    for _ in range(random.choice([3, 30, 400])):
+        module, _, name = random.choice(names).rpartition(".")
+        call = f"c{module}\n{name}\n".encode()
+        out.append(random.choice([
+            b"h\2h\2\x86q\2", b"h\0", call + b"h\0\x85R", call + b"h\2\x85R", call + b"h\2R",
+            call + b")R", call + b"h\2h\2h\2\x87R", b"\x85" * random.choice([1, 1000]), b"}",
+            b"}h\2h\2s", b"(h\2h\0h\2t", b"h\2Q", b"h\2b", b"0", b"\x8a\xff" + b"\x7f" * 255,
+            call + b"h\0\x85\x81", b"]" * random.choice([1, 10**5]), b"h\2h\2a", b"N\x86q\2",
+        ]))  # fmt: skip
+    if random.random() < 0.2:
+        out.append(b")" + b"\x85" * 10**6)
+    return b"".join(out) + b"." * random.randrange(2)
 
 
 def mutated(data: bytes, random: random.Random) -> bytes:
@@ -133,6 +252,10 @@ def mutated(data: bytes, random: random.Random) -> bytes:
             return _bytes(data, random)
     if data[:4] == b"PK\3\4" and random.random() < 0.7:
         return _archive(data, random)
+    if data[8:9] == b"{" and random.random() < 0.7:  # safetensors
+        end = 8 + struct.unpack("<Q", data[:8])[0]
+        header = json.dumps(_other(json.loads(data[8:end]), random)).encode()
+        return struct.pack("<Q", len(header)) + header + data[end:]
     return _bytes(data, random)
 
 
@@ -151,16 +274,17 @@ def _other(value, random: random.Random):
     return changed if isinstance(value, dict) else list(changed.values())
 
 
-def _archive(data: bytes, random: random.Random) -> bytes:
-    """Returns an archive of torch, its checksums sound, with one entry changed."""
+def _archive(data: bytes, random: random.Random, pickled: bytes = b"") -> bytes:
+    """Returns an archive of torch, its checksums sound, with one entry changed or its pickle."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
         names = old.namelist()
         pickle = next(name for name in names if name.endswith("data.pkl"))
-        chosen = pickle if random.random() < 0.9 else random.choice(names)
+        chosen = pickle if pickled or random.random() < 0.9 else random.choice(names)
         for name in names:
             entry = old.read(name)
-            new.writestr(name, _bytes(entry, random) if name == chosen else entry)
+            other = (pickled or _bytes(entry, random)) if name == chosen else entry
+            new.writestr(name, other)
     return out.getvalue()
 
 
@@ -195,12 +319,22 @@ def _bytes(data: bytes, random: random.Random) -> bytes:
 def read_all(kind: str, place: Path) -> None:
     """Opens a checkpoint and reads rows of every tensor, READ bytes of each at most."""
     if kind == "config":
-        from checkpoint.convert.huggingface import read_config
-
-        config = read_config(place.parent)
-        FAMILIES["gemma2"].read(config)
+        config = huggingface.read_config(place.parent)
+        family = find_family(config.get("model_type"))
+        assert family.read(family.write(model := family.read(config))) == model
         return
-    found = open_source(kind, place)
+    if kind == "run":
+        run = place / "checkpoints"
+        readers = [lambda: steps.read_step(run, 1), lambda: steps.read_manifest(run, 1),
+                   lambda: steps.source_of(steps.read_meta(run, 1)), lambda: read_metrics(place),
+                   lambda: read_experiment(place), lambda: read_incidents(place),
+                   lambda: Rewinds.read(place), lambda: load_run(place)]  # fmt: skip
+        _each(readers)
+        return
+    if kind in ("data", "tokenizer"):
+        read_manifest(place) if kind == "data" else open_tokenizer(str(place))
+        return
+    found = open_source("torch" if kind == "pickle" else kind, place)
     if found.described is not None:
         read_args(found.described)
     try:
@@ -212,26 +346,52 @@ def read_all(kind: str, place: Path) -> None:
         found.close()
 
 
+def _each(readers: list) -> None:
+    """Calls every one, the others after one that refuses; raises the last refusal."""
+    refused = None
+    for read in readers:
+        try:
+            read()
+        except (UsageError, CheckpointError) as error:
+            refused = error
+    if refused:
+        raise refused
+
+
 def run_case(number: int, places: dict[str, tuple[str, Path]]) -> str:
     """Mutates one file, reads its checkpoint, puts the file back; returns how it ended."""
     chance = random.Random(number)
-    name = chance.choice(sorted(places))
-    kind, place = places[name]
+    kind = chance.choice(sorted({kind for kind, _ in places.values()}))
+    name = chance.choice(sorted(name for name in places if places[name][0] == kind))
+    place = places[name][1]
     files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
     if kind == "zero":
         files = [p for p in files if "universal" not in str(p)]
     path = chance.choice([p for p in files if p.suffix != ".npz"])
     sound = path.read_bytes()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 6 * SECONDS)  # other processes may have the CPUs
     try:
-        path.write_bytes(mutated(sound, chance))
+        if kind == "pickle":
+            path.write_bytes(_archive(sound, chance, hostile_pickle(chance)))
+        elif chance.random() < 0.15:
+            replaced(path, chance)
+        else:
+            path.write_bytes(mutated(sound, chance))
         read_all(kind, place)
         return f"{name}: read"
-    except UsageError:
+    except (UsageError, CheckpointError) as error:
+        assert len(str(error)) < 5000, f"a message of {len(str(error)):,} letters"
         return f"{name}: refused"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        path.write_bytes(sound)
+        restored(path, sound)
+
+
+def _no_execution(event: str, arguments: tuple) -> None:
+    if event in EXECUTION:
+        raise AssertionError(f"{event} with {arguments}")
 
 
 def _late(*_) -> None:
@@ -243,9 +403,13 @@ def main() -> int:
     places = bases(folder / "bases")
     for kind, place in places.values():  # every one of them is sound, and libraries are warm
         read_all(kind, place)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    signal.signal(signal.SIGALRM, _late)
+    status = Path("/proc/self/status").read_text()
+    used = next(int(line.split()[1]) << 10 for line in status.splitlines() if "VmData" in line)
+    # Of what can be written to: a file that is mapped to be read is no memory.
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, used + MEMORY))
+    for late in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(late, _late)
+    sys.addaudithook(_no_execution)
     ends: Counter[str] = Counter()
     slowest = 0.0
     for number in range(first, first + count):

@@ -100,6 +100,24 @@ def test_there_and_back(url, model, tmp_path, capsys):
     assert main(["diff", f"{tmp_path}/again", f"{url}/start"]) == 0
 
 
+def test_what_a_restore_reads_beside_the_values_is_verified_in_a_bucket(gs, model, capsys):
+    """The stand-in holds what Orbax alone reads; a name that leads out of the step is refused."""
+    step = "start/checkpoints/0/"
+    gs.fill("bucket", model)
+    (target := gs.buckets["bucket"])[step + "commit_success.txt"] = b""
+    assert main(["verify", "gs://bucket/start"]) == 0
+    for name, other in (("state/_METADATA", b"{}"), ("_CHECKPOINT_METADATA", None)):
+        before = target.pop(step + name)
+        if other is not None:
+            target[step + name] = other
+        assert main(["verify", "gs://bucket/start"]) == 1, (name, other)
+        assert "/tmp" not in capsys.readouterr().err
+        target[step + name] = before
+    target[step + "state/../../../../out"] = b"x"
+    assert main(["verify", "gs://bucket/start"]) == 1
+    assert "leads out of it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("url", ["gs", "s3"], indirect=True)
 def test_trees_of_orbax(url, packed, tmp_path, capsys):

@@ -66,6 +66,50 @@ def test_weights_and_moments_are_those_that_deepspeed_reads(name, runs):
         assert source.facts["mu/model.embed_tokens.weight"] == (np.dtype("float32"), (19, 8))
 
 
+def counting_itself(version: str):
+    """Returns a change of a rank's states to those of DeepSpeed's own optimizers.
+
+    Both count by a Python integer in the state of a tensor; FusedAdam keeps a `step` of 0 in the
+    parameter group beside it, and before version 0.9.3 had that count alone.
+    """
+
+    def change(state):
+        inner = state.get("base_optimizer_state") or state["optimizer_state_dict"]
+        for entry in inner["state"].values():
+            entry["step"] = int(entry["step"])
+            if version == "FusedAdam, early":
+                del entry["step"]
+        for group in inner["param_groups"]:
+            for name in ("maximize", "foreach", "capturable", "differentiable", "fused",
+                         "decoupled_weight_decay"):  # fmt: skip
+                group.pop(name, None)
+            group |= {"bias_correction": True}
+            if version != "CPUAdam":
+                group["step"] = STEPS if version == "FusedAdam, early" else 0
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["zero2_world2", "zero3_world3"])
+@pytest.mark.parametrize("version", ["FusedAdam", "FusedAdam, early", "CPUAdam"])
+def test_optimizers_of_deepspeed_count_steps_by_an_integer(version, name, run):
+    folder = run(name)
+    want = arrays(read_zero(folder))
+    for rank in range(RUNS[name][1]):
+        change_states(folder, counting_itself(version), rank)
+    found = read_zero(folder)
+    assert found.step == STEPS and type(found.step) is int
+    assert equal(arrays(found), want)
+    assert (found.optimizer["betas"], found.optimizer["eps"]) == (BETAS, EPS)
+
+
+def test_integers_as_steps_of_a_universal_checkpoint(run):
+    folder = run("zero1_world2")
+    for path in folder.glob("*_universal/zero/*/step.pt"):
+        write(path, STEPS)
+    assert read_ucp(folder).step == STEPS
+
+
 @pytest.mark.parametrize("name", ["zero1_world3", "zero3_world2"])
 def test_to_torus_and_back_bit_for_bit(name, runs, tmp_path, capsys):
     command = ["convert", str(runs / name), f"torus:{tmp_path}/start", "--with-optimizer"]
@@ -142,9 +186,9 @@ def test_a_rank_that_is_missing(name, run, tmp_path, capsys):
     assert "ranks [0, 2], not of 3" in refused(folder, tmp_path, capsys, 3)
 
 
-def change_states(folder, change) -> None:
-    """Rewrites the optimizer states of rank 0 with plain values after `change`."""
-    path = next(folder.glob("*/*zero_pp_rank_0_mp_rank_00_optim_states.pt"))
+def change_states(folder, change, rank=0) -> None:
+    """Rewrites the optimizer states of a rank with plain values after `change`."""
+    path = next(folder.glob(f"*/*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
     state = read_torch(path, frozenset({
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
         "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -161,6 +205,10 @@ def short(state):
 CHANGES = {
     "another step": (lambda s: s["base_optimizer_state"]["state"][0].update(
         step=np.array(4, np.float32)), 3, r"its ranks are at steps \[3, 4\]"),
+    "a step that is none": (lambda s: s["base_optimizer_state"]["state"][0].update(step=2.5), 4,
+                            r"2.5 is not a number of steps"),
+    "many steps": (lambda s: s["base_optimizer_state"]["state"][0].update(
+        step=np.zeros(9, np.float32)), 4, "is not a number of steps"),
     "a short buffer": (short, 4, "ends inside"),
     "no moments": (lambda s: s["base_optimizer_state"]["state"].clear(), 4, "is not a run of ZeRO"),
     "no groups": (lambda s: s.pop("base_optimizer_state"), 4, "KeyError: 'base_optimizer_state'"),

@@ -67,6 +67,10 @@ CONFIG = {"model_type": "llama", "vocab_size": 99, "num_hidden_layers": 2, "hidd
           "rms_norm_eps": 1e-5}  # fmt: skip
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+
+
 def read(**changes):
     config = {k: v for k, v in {**CONFIG, **changes}.items() if v is not ...}
     return FAMILIES["llama"].read(config)
@@ -97,12 +101,16 @@ def test_old_and_new_spelling_of_rotary_scaling_agree():
         (dict(hidden_size=10**30), "hidden_size = 1000.* out of range"),
         (dict(num_hidden_layers=0), "num_hidden_layers = 0 is out of range"),
         (dict(rms_norm_eps=float("nan")), "rms_norm_eps = nan is out of range"),
+        (dict(rms_norm_eps=-1.0), "rms_norm_eps = -1.0 is out of range: it has to be positive"),
+        (dict(rope_theta=0), "rope_theta = 0.0 is out of range"),
+        (dict(rope_theta=-1), "rope_theta = -1.0 is out of range"),
+        (dict(rope_theta=1e300), "rope_theta = 1e[+]300 is out of range"),
         (dict(hidden_act="relu"), "hidden_act = 'relu' is not supported; known: silu"),
         (dict(attention_bias=True), "attention_bias = True is not supported, only False"),
         (dict(rope_interleaved=True), "rope_interleaved = True is not supported"),
         (dict(quantization_config={"bits": 4}), "quantization_config = .* is not supported"),
         (dict(is_encoder_decoder=True), "is_encoder_decoder = True is not supported"),
-        (dict(attention_sinks=4), "attention_sinks = '4' is not a field known to this family"),
+        (dict(attention_sinks=4), "attention_sinks = 4 is not a field known to this family"),
         (dict(rope_thetta=1.0), "did you mean `rope_theta`"),
         (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type = 'dynamic'"),
         (dict(rope_scaling={"type": "linear"}), "rope_scaling.factor is missing"),
@@ -110,12 +118,114 @@ def test_old_and_new_spelling_of_rotary_scaling_agree():
         (dict(rope_scaling={"type": "yarn", "factor": 2.0, "attention_factor": 3.0}),
          "attention_factor = 3.0 is not supported"),
         (dict(rope_theta=1e4, rope_parameters={"rope_theta": 1e5}), "but rope_parameters says"),
+        (dict(rope_scaling={"type": "linear", "factor": 0.0}), "factor = 0.0 is out of range"),
+        (dict(rope_scaling={"type": "yarn", "factor": -4.0}), "factor = -4.0 is out of range"),
+        (dict(rope_scaling={"type": "yarn", "factor": 4.0}, rope_theta=1.0), "no logarithm"),
+        (dict(rope_scaling={**LLAMA3, "high_freq_factor": 1.0}), "has to be more than low_freq"),
+        (dict(rope_scaling={"type": "linear", "rope_type": "yarn", "factor": 2.0}),
+         "rope_type = 'yarn' beside type = 'linear'"),
+        (dict(rope_scaling={"type": "default", "rope_type": "linear", "factor": 2.0}), "beside"),
+        (dict(tie_word_embeddings=None), "tie_word_embeddings = None is not of type bool"),
+        (dict(rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters={"rope_theta": 1e5}),
+         "rope_scaling stands beside rope_parameters"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5 is not supported"),
+        (dict(rope_parameters={"partial_rotary_factor": 0.5}), "rotates the whole head"),
         (dict(num_key_value_heads=3), "kv_heads = 3 does not divide heads = 4"),
     ],
 )  # fmt: skip
 def test_a_field_that_is_not_understood_is_refused_by_name(changes, message):
     with pytest.raises(MismatchError, match=message):
         read(**changes)
+
+
+@pytest.mark.parametrize("name", ["gemma2-2b", "gemma3-1b"])
+def test_every_query_scale_comes_back_as_the_integer_that_it_was(name):
+    """`transformers` refuses 224.0 and 224.00000000000003."""
+    family, model = find_family(FAMILY_OF[name]), PRESETS[name]()
+    for scalar in range(1, 1025):
+        model.attention_scale = scalar**-0.5
+        written = family.write(model)["query_pre_attn_scalar"]
+        assert (written, type(written)) == (scalar, int)
+        assert flat(family.read(family.write(model))) == flat(model)
+    model.attention_scale = 0.3
+    with pytest.raises(MismatchError, match=r"cannot express config.model.attention_scale = 0.3"):
+        family.write(model)
+
+
+def test_a_model_without_soft_caps_is_written_with_nulls():
+    model = dataclasses.replace(PRESETS["gemma2-2b"](), final_softcap=0.0, attention_softcap=0.0)
+    config = FAMILIES["gemma2"].write(model)
+    assert config["final_logit_softcapping"] is config["attn_logit_softcapping"] is None
+    with pytest.raises(MismatchError, match=r"attn_logit_softcapping = 0.0 is out of range"):
+        FAMILIES["gemma2"].read({**config, "attn_logit_softcapping": 0.0})
+
+
+def test_a_width_that_heads_do_not_divide_goes_to_a_family_that_allows_it():
+    model = dataclasses.replace(PRESETS["llama3-8b"](), width=4100)
+    with pytest.raises(MismatchError, match="4100 is not a multiple of 32 heads"):
+        FAMILIES["llama"].write(model)
+    assert family_of(model).model_type == "mistral"
+
+
+def test_half_rotated_heads_are_written_only_where_transformers_reads_them():
+    model = dataclasses.replace(PRESETS["llama3-8b"](), rope=RopeConfig(fraction=0.5))
+    assert family_of(model).model_type == "phi3"
+    with pytest.raises(MismatchError, match="rotates the whole head in this family"):
+        FAMILIES["mistral"].write(model)
+
+
+def test_a_padding_token_lies_in_the_vocabulary():
+    assert FAMILIES["phi3"].defaults(ModelConfig(vocab=32_000)) == {"pad_token_id": None}
+    assert FAMILIES["phi3"].defaults(ModelConfig(vocab=32_001)) == {}
+
+
+@pytest.mark.parametrize("name", ["mistral", "phi3"])
+def test_layer_types_that_transformers_ignores_are_refused(name):
+    family, config = FAMILIES[name], {**CONFIG, "num_key_value_heads": 4, "model_type": name}
+    windows = ["sliding_attention"] * 2
+    assert family.read({**config, "sliding_window": 3, "layer_types": windows}).window == 3
+    for kinds in (["full_attention"] * 2, ["full_attention", "sliding_attention"]):
+        with pytest.raises(MismatchError, match="gives every layer sliding_attention"):
+            family.read({**config, "sliding_window": 3, "layer_types": kinds})
+
+
+GEMMA3 = {**CONFIG, "model_type": "gemma3_text", "num_key_value_heads": 4, "sliding_window": 3,
+          "query_pre_attn_scalar": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling.type is ignored"),
+        (dict(rope_parameters={"rope_theta": 1e4}), "rope_theta = 10000.0 is not a field"),
+        (dict(query_pre_attn_scalar=9.5), "query_pre_attn_scalar = 9.5 is not an integer"),
+        (dict(rope_local_base_freq=0.0), "rope_local_base_freq = 0.0 is out of range"),
+        (dict(final_logit_softcapping=0.0), "final_logit_softcapping = 0.0 is not supported"),
+    ],
+)
+def test_what_transformers_ignores_in_gemma3_is_refused(changes, message):
+    assert FAMILIES["gemma3_text"].read(GEMMA3).rope.local_theta == 1e4
+    with pytest.raises(MismatchError, match=message):
+        FAMILIES["gemma3_text"].read({**GEMMA3, **changes})
+
+
+def test_the_pattern_of_gemma3_has_one_name_that_transformers_reads():
+    read, six = FAMILIES["gemma3_text"].read, {**GEMMA3, "num_hidden_layers": 6}
+    assert read({**six, "_sliding_window_pattern": 2}) == read(six)
+    assert read({**six, "sliding_window_pattern": 2}).pattern == ("local", "global")
+
+
+def test_a_message_shows_the_beginning_of_what_a_file_says():
+    deep = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    for value in ("x" * 10**6, "\x1b[2J\ud800", deep, [[1] * 10**5] * 50):
+        with pytest.raises(MismatchError, match=r"hidden_size = .* is not of type int") as caught:
+            read(hidden_size=value)
+        assert len(str(caught.value)) < 200 and str(caught.value).isprintable()
+    with pytest.raises(MismatchError, match="is not a field known") as caught:
+        read(**{"\x1b[2J" * 1000: 1})
+    assert len(str(caught.value)) < 300 and str(caught.value).isprintable()
 
 
 def test_layer_types_have_to_name_every_layer():

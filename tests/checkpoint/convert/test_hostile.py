@@ -69,6 +69,14 @@ FILES = {
     "header has a name twice": lambda p: with_header(p, b'{"a":1,"a":2}'),
     "header is not UTF-8": lambda p: with_header(p, b"\xff" * 64),
     "entry is a number": lambda p: with_header(p, {"model.norm.weight": 1}),
+    "header of 100 MB": lambda p: with_header(p, b'{"a":' + b" " * (100 * 10**6)),
+    "header of ten million objects": lambda p: with_header(p, b'{"a":[' + b"{}," * 10**7 + b"0]}"),
+    "a name of 5,000 letters": lambda p: with_header(
+        p, {"a" * 5000: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+    ),
+    "a name that is half of a letter": lambda p: with_header(
+        p, b'{"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    ),
     "huge shape": edited(shape=[2**62, 2**62]),
     "negative shape": edited(shape=[-6]),
     "boolean shape": edited(shape=[True]),
@@ -76,7 +84,7 @@ FILES = {
         p, b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,0]}}'
     ),
     "shape of 1,000 axes": edited(shape=[1] * 1000),
-    "unknown dtype": edited(dtype="F4"),
+    "unknown dtype": edited(dtype="F5"),
     "offsets beyond the file": edited(data_offsets=[0, 2**50]),
     "offsets backwards": edited(data_offsets=[24, 0]),
     "one offset": edited(data_offsets=[0]),
@@ -131,6 +139,40 @@ def test_a_link_out_of_the_folder(name, folder, capsys):
         target.write_text("{}")
     (folder / name).symlink_to(target)
     assert "link out of its folder" in refused(folder, capsys)
+
+
+def odd_pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def odd_loop(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(path)
+
+
+def odd_nothing(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.touch()
+    os.truncate(path, 6 * 10**9)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("make", [odd_pipe, odd_loop, odd_nothing])
+def test_what_is_no_file_in_a_folder(make, name, folder, capsys):
+    if make is odd_loop and name == "tokenizer.json":
+        pytest.skip("what does not exist for the system is not copied")
+    make(folder / name)
+    assert name in refused(folder, capsys)
+
+
+def test_tensors_of_other_dtypes_are_no_damage(folder, capsys):
+    edited(dtype="U32")(folder / "model.safetensors")
+    assert main(["convert", str(folder), f"torus:{folder.parent}/start"]) == 3
+    assert "`model.norm.weight` is uint32; only" in capsys.readouterr().err
+    edited(dtype="F4")(folder / "model.safetensors")
+    assert main(["convert", str(folder), f"torus:{folder.parent}/start"]) == 3
+    assert "has dtype F4; only F64" in capsys.readouterr().err
 
 
 def test_the_links_of_the_hub_cache_are_followed(folder):

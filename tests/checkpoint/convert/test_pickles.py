@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from checkpoint.convert import pickles, torchfiles
 from checkpoint.convert.pickles import Global, Inert, Persistent, dumps, loads
+from checkpoint.convert.sources import read_state_dict
 from checkpoint.convert.torchfiles import KNOWN, contiguous, read_torch, write_torch
 from sharding.errors import UnsafeInputError
 
-REASON = "no file that torch wrote was read: pip install 'torus-train[parity]'"
+REASON = "no file that torch wrote was read: pip install -e '.[parity]'"
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**100), 2**100) | st.floats(allow_nan=False)
     | st.text(max_size=8),
@@ -139,6 +140,53 @@ def test_the_refusal_names_what_the_file_names(tmp_path):
     path.write_bytes(archive(pickle.dumps(Calls(os.system, "true"), 2)))
     with pytest.raises(UnsafeInputError, match=r"names `posix.system`.*nothing of it was run"):
         read_torch(path)
+
+
+def memoised(size: int, call: bytes, count: int) -> bytes:
+    """Returns a pickle that calls something `count` times with one large value."""
+    large = b"B" + struct.pack("<I", size) + bytes(size) + b"q\0"
+    return b"\x80\x02(" + large + (call + b"h\0\x85R") * count + b"t."
+
+
+@pytest.mark.parametrize("name", ["ctorch\nSize\n", "cbuiltins\nset\n",
+                                  "ccollections\nOrderedDict\n"])  # fmt: skip
+def test_one_large_value_is_not_copied_many_times(name):
+    start = time.monotonic()
+    with pytest.raises(UnsafeInputError, match=r"of what is no|too many axes"):
+        loads(memoised(2**20, name.encode(), 400), "x", KNOWN, torchfiles.plain)
+    pairs = b"\x80\x02(](" + b"(K\1K\2t" * 10**4 + b"eq\0" + (name.encode() + b"h\0\x85R") * 10**4
+    with pytest.raises(UnsafeInputError, match=r"more than 640 MiB|too many axes"):
+        loads(pairs + b"t.", "x", KNOWN, torchfiles.plain)
+    assert time.monotonic() - start < 20
+
+
+def test_a_pickle_takes_a_bounded_memory(monkeypatch):
+    monkeypatch.setattr(pickles, "MEMORY", 2**20)
+    for pickled in (b"}" * 10**5, b"Nq\0" * 10**5, b"K\1" * 10**5):
+        with pytest.raises(UnsafeInputError, match="its values take more than 1 MiB"):
+            loads(b"\x80\x02" + pickled + b".", "x", frozenset())
+
+
+def test_numbers_that_are_made_to_have_one_hash_are_no_keys():
+    same = b"".join(b"\x8a\x10" + (k * (2**61 - 1)).to_bytes(16, "little") + b"N"
+                    for k in range(1, 9))  # fmt: skip
+    with pytest.raises(UnsafeInputError, match="a int is a key"):
+        loads(b"\x80\x02}(" + same + b"u.", "x", frozenset())
+
+
+DEEP = b")" + b"\x85" * 10**6
+
+
+@pytest.mark.parametrize("inside", [b"(X\7\0\0\0storageN" + DEEP + b"NK\1tQ", DEEP],
+                         ids=["storage", "tensor"])  # fmt: skip
+def test_tuples_a_million_deep_in_a_message(inside, tmp_path):
+    call = b"ctorch._utils\n_rebuild_tensor_v2\n(" + inside + b"K\0))\x89NtR"
+    for pickled in (call, DEEP, b"}X\1\0\0\0a" + DEEP + b"s"):
+        path = tmp_path / "x.pt"
+        path.write_bytes(archive(b"\x80\x02" + pickled + b"."))
+        with pytest.raises(UnsafeInputError) as caught:
+            read_state_dict(path)
+        assert len(str(caught.value)) < 500
 
 
 def test_structures_that_explode_elsewhere():

@@ -7,6 +7,7 @@ random bits (NaN payloads included) of every preset.
 import json
 import re
 import shutil
+from importlib import util
 
 import numpy as np
 import pytest
@@ -19,18 +20,19 @@ from models.config import COMPUTATION, ModelConfig
 from sharding.errors import MismatchError
 from tests.checkpoint.convert import theirs
 from tests.checkpoint.convert.folders import (
-    FAMILY_OF,
+    drawn,
     random_folder,
     random_tensors,
     read_folder,
     same,
+    shapes_of,
     tiny,
     write_folder,
 )
 from trainer.commands.main import main
 from trainer.run import read_experiment
 
-REASON = "no conversion of what transformers writes was checked: pip install 'torus-train[parity]'"
+REASON = "no conversion of what transformers writes was checked: pip install -e '.[parity]'"
 
 
 def there_and_back(folder, tmp_path, *options):
@@ -40,17 +42,38 @@ def there_and_back(folder, tmp_path, *options):
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("preset", FAMILY_OF)
-def test_random_bits_come_back(preset, dtype, tmp_path, monkeypatch):
+DTYPES = ("float32", "bfloat16", "float16")
+CASES = [(name, seed) for seed in range(12) for name in FAMILIES if name != "mixtral"]
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"), [pytest.param(*c, marks=[pytest.mark.soak] * (c[1] > 1)) for c in CASES]
+)
+def test_random_bits_come_back_and_transformers_opens_them(name, seed, tmp_path, monkeypatch):
     monkeypatch.setattr(mapping, "BLOCK", 100)  # every tensor in several blocks
-    folder = random_folder(tmp_path / "hf", preset, dtype)
+    dtype = DTYPES[(seed + list(FAMILIES).index(name)) % 3]
+    family, config = drawn(name, seed)
+    model = family.read(config)
+    folder = write_folder(tmp_path / "hf", config, random_tensors(family, model, dtype))
     out = there_and_back(folder, tmp_path)
     assert same(read_folder(folder), read_folder(out))
-    before, after = huggingface.read_config(folder), huggingface.read_config(out)
-    assert {**before, "torch_dtype": dtype} == after
-    model = read_experiment(tmp_path / "start").model
-    assert model == FAMILIES[FAMILY_OF[preset]].read(before)
+    after = huggingface.read_config(out)
+    assert after["torch_dtype"] == dtype and family.read(after) == model
+    assert read_experiment(tmp_path / "start").model == model
+    opens(out, dtype)
+
+
+def opens(folder, dtype):
+    """Asserts that `transformers`, where it is installed, takes a folder as it is."""
+    if not (util.find_spec("torch") and util.find_spec("transformers")):
+        return
+    import torch
+
+    tensors, state = read_folder(folder), theirs.opened(folder, dtype=dtype).state_dict()
+    for name, array in tensors.items():
+        kept = state[name if name in state else {"embed_out.weight": "lm_head.weight"}[name]]
+        bits = kept.view({2: torch.int16, 4: torch.int32}[array.itemsize]).numpy()
+        assert np.array_equal(bits, array.view(bits.dtype)), name
 
 
 def test_a_sharded_folder_comes_back_in_any_number_of_shards(tmp_path):
@@ -182,6 +205,24 @@ def test_a_cast_is_asked_for_and_reported(tmp_path, capsys):
     for name, array in before.items():
         with np.errstate(invalid="ignore"):  # signalling NaNs
             assert np.array_equal(after[name], array, equal_nan=True)
+
+
+def test_values_that_float16_does_not_hold_are_counted(tmp_path, capsys):
+    family, config = drawn("llama", 0)
+    tensors = {n: np.ones(s, np.float32) for n, s in shapes_of(family, family.read(config)).items()}
+    tensors["model.norm.weight"][:2] = 1e6, np.inf
+    folder = write_folder(tmp_path / "hf", config, tensors)
+    command = ["convert", str(folder), f"torus:{tmp_path}/start"]
+    assert main(command) == 0 and "OVERFLOW" not in capsys.readouterr().out
+    command = ["convert", f"{tmp_path}/start", f"{tmp_path}/out", "--dtype"]
+    assert main([*command, "float16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["overflows"] == {"model.norm.weight": 1}
+    shutil.rmtree(tmp_path / "out")
+    assert main([*command, "float16"]) == 0
+    line = "OVERFLOW: model.norm.weight: 1 finite values are too large for float32 → float16"
+    assert line in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out")
+    assert main([*command, "bfloat16"]) == 0 and "OVERFLOW" not in capsys.readouterr().out
 
 
 def test_tokenizer_files_and_the_rest_of_the_config_travel(tmp_path):

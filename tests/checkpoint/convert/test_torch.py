@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from checkpoint.convert.moves import to_ours
 from checkpoint.convert.pickles import Inert, dumps, loads
 from checkpoint.convert.pieces import Pieces, PieceTensors, check_grid
 from checkpoint.convert.sources import INDEX, SINGLE, Source, adam_settings
-from checkpoint.convert.torch_dcp import _CLASSES, DATA
+from checkpoint.convert.torch_dcp import _CLASSES, DATA, read_dcp
 from checkpoint.convert.torch_dcp import INDEX as METADATA
 from checkpoint.convert.torchfiles import KNOWN, plain, write_torch
 from sharding.errors import MismatchError, UnsafeInputError
@@ -344,6 +345,28 @@ def test_an_index_that_lies(name, folder, tmp_path, capsys):
     assert main(["convert", str(folder), f"torus:{tmp_path}/no"]) == status
     assert message in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_the_newest_step_one_level_down_is_read(folder, tmp_path, capsys):
+    parent = tmp_path / "checkpoints"
+    parent.mkdir()
+    for name in ("step_5", "step_12"):
+        shutil.copytree(folder, parent / name)
+    (parent / "step_5" / METADATA).write_bytes(b"")
+    (parent / "logs").mkdir()
+    assert open_place(str(parent)) == ("dcp", parent)
+    assert read_dcp(parent).facts == read_dcp(folder).facts
+    (parent / "step_5").rename(parent / "best")
+    with pytest.raises(MismatchError, match=r"has no .metadata; name one of best, step_12"):
+        read_dcp(parent)
+    shutil.rmtree(parent / "best")
+    shutil.move(parent / "step_12", tmp_path / "outside")
+    (parent / "step_12").symlink_to(tmp_path / "outside")
+    with pytest.raises(UnsafeInputError, match="is a link out of its folder"):
+        read_dcp(parent)
+    (parent / "step_12").unlink()
+    with pytest.raises(MismatchError, match=r"has no .metadata$"):
+        read_dcp(parent)
 
 
 def test_an_index_that_calls(folder, tmp_path, capsys):

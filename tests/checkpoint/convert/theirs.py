@@ -5,6 +5,7 @@ sequence, rotary scaling in force, norms and biases away from neutral. Imports t
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from models.config import ModelConfig, RopeConfig
@@ -192,3 +193,14 @@ def expected(family: Family) -> ModelConfig:
     """Returns the ModelConfig that their config.json has to become."""
     config = ModelConfig(**{**SIZES, "layers": family.layers, **family.ours})
     return dataclasses.replace(config, dtype=ModelConfig.dtype, remat=ModelConfig.remat)
+
+
+def opened(folder: Path, **options: Any) -> Any:
+    """Returns the model that `transformers` makes of a folder, every tensor of it in its place."""
+    import transformers
+
+    model, facts = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, **options
+    )
+    assert not any(facts.values()), facts  # missing, unexpected, mismatched
+    return model

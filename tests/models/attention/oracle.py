@@ -59,13 +59,22 @@ def visible(tokens: Tokens, b: int, t: int, rule: Rule) -> np.ndarray:
     return np.array(keys, int)
 
 
-def attend(q, k, v, dout, dlse, tokens: Tokens, rule: Rule, scale: float) -> Answer:
-    """Returns out, lse and the gradients of sum(out * dout) + sum(lse * dlse)."""
+def attend(
+    q, k, v, dout, dlse, tokens: Tokens, rule: Rule, scale: float, sizes: bool = False
+) -> Answer | tuple[Answer, Answer]:
+    """Returns out, lse and the gradients of sum(out * dout) + sum(lse * dlse).
+
+    With `sizes`, also how far each of them moves, in units of a relative rounding error, when what
+    a 16-bit kernel rounds is off by one unit and all errors add up: results; probabilities and
+    their gradients, before products; and out (with sinks dout too), before the row constant of
+    FlashAttention's gradient. lse is not rounded anywhere.
+    """
     q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (q, k, v, dout, dlse))
     (B, T, N, _), (S, K, V) = q.shape, v.shape[1:]
     out, lse = np.zeros((B, T, N, V)), np.full((B, T, N), np.nan)
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     dsinks, dbias = np.zeros(N), np.zeros((B, N, T, S))
+    off = Answer(*(np.zeros_like(x) for x in (out, lse, dq, dk, dv, dsinks, dbias)))
     for b, t in np.ndindex(B, T):
         keys = visible(tokens, b, t, rule)
         if keys.size == 0:
@@ -98,4 +107,19 @@ def attend(q, k, v, dout, dlse, tokens: Tokens, rule: Rule, scale: float) -> Ans
             dq[b, t, n] = scale * draw @ k[b, keys, g]
             dk[b, keys, g] += scale * np.outer(draw, q[b, t, n])
             dv[b, keys, g] += np.outer(p, dout[b, t, n])
-    return Answer(out, lse, dq, dk, dv, dsinks, dbias)
+            if not sizes:
+                continue
+            twice = 1.0 if rule.sinks_N is None else 2.0  # sinks round out and dout once more
+            constant = twice * (np.abs(dout[b, t, n]) @ np.abs(out[b, t, n]))
+            row = constant + (twice - 1) * (np.abs(v[b, keys, g]) @ np.abs(dout[b, t, n]))
+            moved = np.abs(draw) + p * slope * row
+            off.out_BTNV[b, t, n] = p @ np.abs(v[b, keys, g])
+            off.dq_BTNH[b, t, n] = scale * moved @ np.abs(k[b, keys, g])
+            off.dk_BSKH[b, keys, g] += scale * np.outer(moved, np.abs(q[b, t, n]))
+            off.dv_BSKV[b, keys, g] += twice * np.outer(p, np.abs(dout[b, t, n]))
+            off.dsinks_N[n] += np.exp(sink - lse[b, t, n]) * constant
+            off.dbias_BNTS[b, n, t, keys] = p * row
+    answer = Answer(out, lse, dq, dk, dv, dsinks, dbias)
+    if not sizes:
+        return answer
+    return answer, Answer(*(o + np.abs(a) for o, a in zip(off, answer, strict=True)))

@@ -4,6 +4,7 @@ Lowering shows that Triton's language can say what the kernels do. It compiles n
 shared memory and speed are not looked at. What the kernels compute is in test_attention_oracle.py.
 """
 
+import dataclasses
 import re
 from functools import partial
 
@@ -17,8 +18,13 @@ from models.attention import dispatch
 from models.attention.dispatch import attention
 from models.attention.mask import Mask
 from sharding.errors import UsageError
+from sharding.mesh import make_mesh
+from tests import tiny
 from tests.models.attention import oracle
 from tests.models.attention.test_attention_tpu import both_passes
+from trainer.plan.compile import abstract_batch
+from trainer.state import abstract_state, make_layout
+from trainer.step import make_train_step
 
 ABSENT = jax.sharding.AbstractDevice(
     device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"
@@ -124,16 +130,88 @@ def test_auto_asks_cudnn_for_rows_of_one_document(mask, asked, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("mask", "options"),
+    [
+        (Mask(), dict(rows_aligned=True)),
+        (Mask(window=100), dict(rows_aligned=True)),
+        (Mask(chunk=64), dict(rows_aligned=True)),
+        (Mask(), dict(prefix=True, rows_aligned=True)),
+        (Mask(causal=False), {}),
+    ],
+    ids=["packed", "window", "chunk", "prefix", "both ways"],
+)
+def test_auto_gives_cudnn_the_mask_of_packed_rows(mask, options, monkeypatch):
+    monkeypatch.setattr(dispatch, "target", lambda: ("cuda", None))
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    if options.pop("prefix", False):
+        options["prefix_BS"] = jnp.ones((2, 256), bool)
+    text = lowered(*one_pass(mask, needs_lse=False, **options))
+    assert text.count("__cudnn$fmhaScaleBiasSoftmax(") == 1
+    assert text.count("__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+    causal = mask.causal and "prefix_BS" not in options
+    assert text.replace("\\22", '"').count('"mask_type": "CAUSAL"') == (2 if causal else 0)
+    # The one float32 product over scores would be the fallback's.
+    assert "stablehlo.dot_general" not in text and "stablehlo.while" not in text
+
+
+@pytest.mark.parametrize("remat", ["full", "attention"])
+def test_the_train_step_of_the_decoder_runs_cudnn(remat, monkeypatch):
+    """On eight GPUs that are not there, packed rows, no option set: both layers are one scan."""
+    monkeypatch.setattr(dispatch, "target", lambda: ("cuda", None))
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    exp = tiny.get_config()
+    exp.model = dataclasses.replace(exp.model, dtype="bfloat16", remat=remat)
+    exp.data.seq_len = 48  # no other dimension has this size
+    mesh = make_mesh(exp.mesh)
+    with jax.set_mesh(mesh):
+        layout = make_layout(exp, mesh)
+        step = make_train_step(exp, layout)
+        arguments = abstract_state(exp, layout), abstract_batch(exp, mesh)
+        text = lowered(step, arguments)
+    # Its gradient keeps its own residuals under no name, so the forward pass runs again.
+    assert text.count("__cudnn$fmhaScaleBiasSoftmax(") == 2
+    assert text.count("__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+    assert "48x48xf32" not in text  # scores
+
+
+def test_the_fallback_multiplies_in_bfloat16(monkeypatch):
+    """A soft-cap is what cuDNN cannot do: all seven products take 16-bit operands."""
+    monkeypatch.setattr(dispatch, "target", lambda: ("cuda", None))
+    text = lowered(*one_pass(Mask(), needs_lse=False, rows_aligned=True, softcap=30.0))
+    products = re.findall(r"stablehlo.dot_general .*: \((.*)\) -> (.*)", text)
+    assert len(products) == 7 and "__cudnn" not in text
+    for operands, result in products:
+        assert operands.count("xbf16>") == 2 and result.endswith("xf32>"), (operands, result)
+
+
+DOCUMENT = np.stack([np.ones(40, np.int32), np.where(np.arange(40) < 23, 1, 0)]).astype(np.int32)
+PACKED = np.stack([np.repeat([1, 2, 3], [7, 20, 13]), np.repeat([1, 2, 0], [11, 24, 5])]).astype(
+    np.int32
+)
+
+
+def positions_of(segments: np.ndarray) -> np.ndarray:
+    """Positions from 0 on in every document, 0 in padding."""
+    starts = np.concatenate([np.ones((2, 1), bool), np.diff(segments) != 0], axis=1)
+    index = np.arange(segments.shape[1])
+    return (
+        (index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)) * (segments > 0)
+    ).astype(np.int32)
+
+
+@pytest.mark.parametrize("rows", ["one document", "packed"])
+@pytest.mark.parametrize(
     "options",
     [
         dict(causal=True),
         dict(causal=True, window=1),
         dict(causal=True, window=9),
+        dict(causal=True, chunk=8),
         dict(causal=False),
     ],
     ids=str,
 )
-def test_what_cudnn_is_asked_for_is_the_mask(options, monkeypatch):
+def test_what_cudnn_is_asked_for_is_the_mask(options, rows, monkeypatch):
     """JAX's dense form of the same request against the oracle, padding filled with NaN."""
     request = jax.nn.dot_product_attention
 
@@ -145,11 +223,12 @@ def test_what_cudnn_is_asked_for_is_the_mask(options, monkeypatch):
     monkeypatch.setattr(dispatch, "target", lambda: ("cuda", None))
     rng = np.random.default_rng(0)
     rule, T = oracle.Rule(**options), 40
-    segments = np.ones((2, T), np.int32)
-    segments[1, 23:] = 0
-    positions = np.tile(np.arange(T, dtype=np.int32), (2, 1)) * segments
+    segments = DOCUMENT if rows == "one document" else PACKED
+    positions = positions_of(segments)
     tokens = oracle.Tokens(positions, positions, segments, segments)
-    function, shapes = one_pass(Mask(rule.causal, rule.window), T=T, H=16, V=16, **CUDNN)
+    mask = Mask(rule.causal, rule.window, rule.chunk)
+    asked = CUDNN | dict(one_document=rows == "one document")
+    function, shapes = one_pass(mask, T=T, H=16, V=16, **asked)
     arrays = [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in shapes[:4]]
     want = oracle.attend(*arrays, np.zeros((2, T, 4)), tokens, rule, 0.1)
     padding = (segments == 0)[:, :, None, None]
@@ -166,10 +245,8 @@ def test_what_cudnn_is_asked_for_is_the_mask(options, monkeypatch):
     [
         ("log-sum-exp has no gradient", dict(needs_lse=True)),
         ("log-sum-exp has no gradient", dict(sinks_N=jnp.ones(4))),
-        ("one aligned document", dict(one_document=False)),
-        ("one aligned document", dict(rows_aligned=False)),
-        ("one aligned document", dict(prefix_BS=jnp.ones((2, 256), bool))),
-        ("has no chunks", dict(mask=Mask(chunk=8))),
+        ("packed rows would take 2.0 GiB, more than 2", dict(one_document=False, T=23_172)),
+        ("even lengths, not 255 and 255", dict(one_document=False, T=255)),
         ("has no soft-cap", dict(softcap=30.0)),
         ("adds no ALiBi", dict(alibi_slopes_N=jnp.ones(4))),
         ("adds no bias", dict(bias_BNTS=jnp.ones((1, 1, 256, 256)))),

@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from models.attention import blocks, blockwise, gpu, schedule
 from models.attention.dispatch import attention, merge
 from models.attention.mask import EMPTY_LSE, Mask
+from models.attention.tpu_call import LOG2E
 from tests.models.attention import oracle
 
-# Error relative to 1 + |value|, for unit-normal inputs. The largest seen over these examples were
-# 2.8e-6 in float32 and 3.2e-3 in bfloat16, whose rounding alone is 2e-3. The kernels' products take
-# bfloat16 operands as they are (the scaled q, probabilities and their gradients are rounded to it),
-# which gave up to 1.5e-2, and 1.5e-3 in lse.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+# Error relative to 1 + |value|, for unit-normal inputs: float32 sums in another order. The largest
+# seen over these examples was 2.8e-6.
+TOLERANCE = 1e-5
+# Half of a unit in the last place of bfloat16, relative to 1. What may be that much off is counted
+# by the oracle, `sizes`: a bound, where a fixed tolerance is missed once in hundreds of examples,
+# in the tail of thousands of results of up to 4,160 terms each.
+ROUNDING = 2.0**-8
 KERNELS = ("pallas", "triton")
-KERNEL_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
-KERNEL_LSE_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
 
 # No shrinking: the cases are small already, and every attempt would compile again.
 BUDGET = settings(deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
@@ -74,25 +75,39 @@ def run(backend, arrays, tokens, rule, *, scale, rows_aligned, dtype, logit_boun
     return [np.asarray(x.astype(jnp.float32), np.float64) for x in results]
 
 
-def assert_matches(results, want: oracle.Answer, rule: oracle.Rule, dtype: str, kernel=False):
+def assert_matches(results, want: oracle.Answer, rule: oracle.Rule, sizes=None):
+    """Compares with the oracle; `sizes` are its own, for bfloat16."""
     seen_BTN = ~np.isnan(want.lse_BTN)
     expected = want._replace(lse_BTN=np.where(seen_BTN, want.lse_BTN, EMPTY_LSE))._asdict()
+    rounded = sizes._replace(lse_BTN=np.zeros(seen_BTN.shape))._asdict() if sizes else {}
     if rule.sinks_N is None:
         del expected["dsinks_N"]
     if rule.bias_BNTS is None:
         del expected["dbias_BNTS"]
     else:
         shared = tuple(axis for axis in (0, 1) if rule.bias_BNTS.shape[axis] == 1)
-        expected["dbias_BNTS"] = expected["dbias_BNTS"].sum(shared, keepdims=True)
+        for parts in (expected, rounded):
+            if parts:
+                parts["dbias_BNTS"] = parts["dbias_BNTS"].sum(shared, keepdims=True)
     for (name, value), got in zip(expected.items(), results, strict=True):
-        limit = (KERNEL_TOLERANCE if kernel else TOLERANCE)[dtype]
-        if name == "lse_BTN":
-            limit = KERNEL_LSE_TOLERANCE[dtype] if kernel else TOLERANCE["float32"]
         # What sums over all rows is held to the size of its terms.
-        limit *= np.sqrt(want.lse_BTN.size) if name in ("dsinks_N", "dbias_BNTS") else 1
-        np.testing.assert_allclose(got, value, atol=limit, rtol=limit, err_msg=name)
+        rows = np.sqrt(want.lse_BTN.size) if name in ("dsinks_N", "dbias_BNTS") else 1
+        limit = TOLERANCE * rows * (1 + np.abs(value)) + ROUNDING * rounded.get(name, 0.0)
+        excess = np.abs(got - value) / limit
+        assert np.all(excess <= 1), (
+            f"{name}: {np.nanmax(excess):.2f} times the limit at "
+            f"{np.unravel_index(np.argmax(excess), excess.shape)}"
+        )
     assert not results[0][~seen_BTN].any(), "rows that see nothing must give exactly 0"
     assert not results[2][~seen_BTN].any(), "rows that see nothing must get no gradient"
+
+
+def as_multiplied(q, backend: str, rule: oracle.Rule, scale: float) -> np.ndarray:
+    """The bfloat16 queries of the score products: the TPU kernels take the scale into them."""
+    if backend != "pallas":
+        return q
+    factor = np.float32(scale * (LOG2E if rule.softcap is None else 1 / rule.softcap))
+    return np.asarray(jnp.asarray(q * factor, jnp.bfloat16).astype(jnp.float32)) / factor
 
 
 @st.composite
@@ -148,9 +163,12 @@ def check(backend, p):
         backend, arrays, tokens, rule, scale=scale, rows_aligned=p["rows_aligned"], dtype=dtype,
         logit_bound=40.0 if p["bounded"] else None,
     )  # fmt: skip
-    assert_matches(
-        results, oracle.attend(*arrays, tokens, rule, scale), rule, p["dtype"], backend in KERNELS
-    )
+    if p["dtype"] == "float32":
+        assert_matches(results, oracle.attend(*arrays, tokens, rule, scale), rule)
+        return
+    q = as_multiplied(arrays[0], backend, rule, scale)
+    want, sizes = oracle.attend(q, *arrays[1:], tokens, rule, scale, sizes=True)
+    assert_matches(results, want, rule, sizes)
 
 
 ADDED = (None, "slopes", "bias", "shared bias")
@@ -242,7 +260,7 @@ def test_decoding_from_a_cache(backend, monkeypatch):
     arrays = [rng.normal(size=s).astype("f4") for s in shapes]
     rule = oracle.Rule(window=6)
     results = run(backend, arrays, tokens, rule, scale=0.25, rows_aligned=False, dtype=jnp.float32)
-    assert_matches(results, oracle.attend(*arrays, tokens, rule, 0.25), rule, "float32")
+    assert_matches(results, oracle.attend(*arrays, tokens, rule, 0.25), rule)
 
 
 @pytest.mark.parametrize("backend", ["blockwise", *KERNELS])
@@ -299,4 +317,4 @@ def test_merging_is_associative_and_gives_the_whole(backend, seed, parts):
     want = oracle.attend(q, k, v, *cotangents, tokens, rule, 0.25)
     for out, lse in results:
         found = [out, lse, *(x / 2 for x in gradients)]
-        assert_matches([np.asarray(x, np.float64) for x in found], want, rule, "float32")
+        assert_matches([np.asarray(x, np.float64) for x in found], want, rule)

@@ -11,7 +11,7 @@ from trainer.commands import bench
 
 @pytest.fixture(autouse=True)
 def no_global_state(monkeypatch):
-    monkeypatch.setattr("sharding.mesh.start_runtime", lambda: None)
+    monkeypatch.setattr("sharding.runtime.start_runtime", lambda: None)
 
 
 def test_table_of_backends_in_turns(capsys):

@@ -9,6 +9,8 @@ import pytest
 from sharding.errors import UsageError
 from trainer.commands import data
 from trainer.commands.main import main
+from trainer.data.config import CollateConfig, DataConfig
+from trainer.data.dataset import open_dataset, open_training
 from trainer.data.shards import DatasetWriter, verify
 from trainer.data.tokenizer import ByteTokenizer, train_bpe
 
@@ -128,7 +130,9 @@ def test_import_and_export_through_the_command_line(folder, tmp_path, capsys):
          "--from nanogtp: choose megatron, nanogpt, arrayrecord; did you mean `nanogpt`"),
         (["import", "x", "--from", "nanogpt", "--tokenizer", "bytes", "--out", "y"],
          "x: No such file"),
-        (["verify", "s3://bucket/set"], "s3://bucket/set: verify a local copy"),
+        (["verify", "s3://bucket/set"], "s3://bucket/set: verify reads a local copy"),
+        (["export", "gs://bucket/set", "--to", "arrayrecord", "--out", "y"],
+         "gs://bucket/set: export reads a local copy"),
         (["show", "x", "--rwo", "1"], "does not take `--rwo`; did you mean `--row`"),
     ],
 )  # fmt: skip
@@ -137,3 +141,52 @@ def test_bad_arguments_are_refused(arguments, text, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=text):
         data.main(arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """A dataset of conversations in bytes: Q begins a question, A an answer, a line end ends it."""
+    with DatasetWriter(tmp_path / "chats", ByteTokenizer()) as writer:
+        for number in range(9):
+            tokens = ByteTokenizer().encode(f"Q{number}?\nA{number}!\n")
+            for split in ("train", "val"):
+                writer.add(split, np.concatenate([[256], tokens]), len(tokens))
+    return tmp_path / "chats"
+
+
+def test_show_counts_tokens_with_loss(chats, capsys):
+    arguments = ["data", "show", str(chats), "--seq-len", "8", "--collate", "instruction"]
+    assert main([*arguments, "--begin", "65", "--end", "10"]) == 0
+    out, err = capsys.readouterr()
+    assert "8 positions, 0 of them padding, 3 with loss" in out and not err
+    assert "positions 0 to 7, 3 with loss" in out
+    assert main([*arguments, "--begin", "65,65", "--end", "10"]) == 0
+    out, err = capsys.readouterr()
+    assert ", 0 with loss" in out
+    assert "none of 9 documents holds config.data.collate.begin = (65, 65) in a row" in err
+    assert main([*arguments, "--begin", "A", "--end", "10"]) == 2
+    assert "argument --begin: 'A' is not token ids like 27,91" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["instruction", "prefix"])
+def test_masks_that_match_nothing_are_a_warning(chats, folder, kind, caplog):
+    def opened(path: Path, begin: int, split: str = "train", **changes) -> str:
+        collate = CollateConfig(kind, begin=(begin,), end=(10,))
+        settings = DataConfig(str(path), seq_len=8, collate=collate, **changes)
+        open_training(settings, 1) if split == "train" else open_dataset(settings, split)
+        text = caplog.text
+        caplog.clear()
+        return text
+
+    message = "none of 9 documents holds config.data.collate.begin = (66,) in a row"
+    assert f"chats, split train: {message}: are these ids those" in opened(chats, 66)
+    assert f"chats, split val: {message}" in opened(chats, 66, "val")
+    assert not opened(chats, 65)
+    mixture = ((str(chats), 1.0), (str(folder), 1.0))  # one of them has none
+    mixed = opened(chats, 65, mixture=mixture)
+    assert "set, split train: none of 5 documents holds" in mixed and "chats" not in mixed
+
+
+def test_few_held_out_documents_are_a_warning(chats, caplog):
+    open_dataset(DataConfig(str(chats), seq_len=8), "val")
+    assert "chats, split val: documents to evaluate on: 9, which is few" in caplog.text

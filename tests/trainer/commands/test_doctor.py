@@ -18,7 +18,7 @@ from trainer.commands import doctor
 def _no_runtime(monkeypatch, tmp_path):
     """Tests share one JAX: what the doctor would set up there must not outlive it."""
     fake = SimpleNamespace(start_runtime=lambda: None)
-    monkeypatch.setitem(sys.modules, "sharding.mesh", fake)
+    monkeypatch.setitem(sys.modules, "sharding.runtime", fake)
     return fake
 
 

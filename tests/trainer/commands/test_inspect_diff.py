@@ -83,6 +83,22 @@ def test_diff_of_equal_checkpoints(places, capsys):
     assert "convert one of them first" in capsys.readouterr().err
 
 
+def test_diff_of_steps_of_one_run(places, capsys):
+    """Two steps that differ are compared in tests/test_docs.py."""
+    folder, run = places
+    assert main(["diff", str(run), "--steps", "0:0"]) == 0
+    assert "arrays equal in every bit" in capsys.readouterr().out
+    for arguments, message in (
+        ([str(run), "--steps", "0:5"], "step 5"),
+        ([str(run), "--steps", "0"], "two step numbers, as 350:700"),
+        ([str(run), str(run), "--steps", "0:0"], "give two checkpoints, or one run"),
+        ([str(run)], "give two checkpoints, or one run"),
+        ([str(folder), "--steps", "0:0"], "--steps is of a run of ours"),
+    ):
+        assert main(["diff", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_diff_names_what_differs(tmp_path, capsys):
     family, model = tiny("llama3.2-1b")
     tensors = {n: np.ones_like(a) for n, a in random_tensors(family, model).items()}

@@ -107,6 +107,8 @@ def test_help_of_a_command_two_ways(command, capsys):
 def test_version(capsys):
     assert shell.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("torus 0.")
+    assert shell.main(["launch", "--version"]) == 0
+    assert capsys.readouterr().out.startswith("torus 0.")
 
 
 def test_unknown_command(capsys):

@@ -214,3 +214,12 @@ def test_sentinels_must_be_in_the_vocabulary(make_dataset):
     ):
         dataset.check_vocab(384)
     dataset.check_vocab(401)
+
+
+def test_the_identity_of_a_collate_function_is_pinned():
+    """Checkpoints hold it."""
+    config = CollateConfig("instruction", begin=(1, 2), end=(3,))
+    assert config.identity() == (
+        '{"kind": "instruction", "rate": 0.5, "spm": 0.5, "sentinels": [], "begin": [1, 2], '
+        '"end": [3]}'
+    )

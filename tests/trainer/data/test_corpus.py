@@ -37,7 +37,7 @@ def test_size_and_held_out_share(builtin):
 
 
 def test_held_out_bytes_are_what_the_rows_predict(builtin):
-    data = corpus.held_out_bytes(builtin)
+    data = corpus.split_bytes(TokenShards(builtin, "val"))
     dataset = open_dataset(DataConfig(path=str(builtin), seq_len=2048), "val")
     shards = dataset.shards
     assert len(data) == shards.text_bytes

@@ -287,7 +287,7 @@ def test_digest_sees_every_element(dataset):
 
 WORKER = """
 import json, sys
-from sharding.mesh import start_runtime
+from sharding.runtime import start_runtime
 start_runtime()
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P

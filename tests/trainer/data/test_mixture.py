@@ -214,7 +214,7 @@ def test_a_missing_or_negligible_member_is_refused(folders, tmp_path):
 
 WORKER = """
 import json, sys
-from sharding.mesh import start_runtime
+from sharding.runtime import start_runtime
 start_runtime()
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P

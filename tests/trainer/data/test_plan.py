@@ -1,3 +1,4 @@
+import hashlib
 import tracemalloc
 
 import numpy as np
@@ -224,6 +225,15 @@ def test_row_counts_are_cached_and_damage_is_repaired(tmp_path, monkeypatch, cap
         assert path.read_bytes() == content
 
 
+def test_plans_without_a_key_share_no_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORUS_CACHE", str(tmp_path))
+    monkeypatch.setattr(plan_module, "_CACHED_FROM", 100)
+    for length in (9, 17):  # 8 and 16 positions: two documents or one in a row of 16
+        plan = Plan(np.full(300, length), seq_len=16, window=32)
+        assert plan.rows_per_epoch * 16 == 300 * (length - 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_cache_that_cannot_be_written_is_only_noted(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORUS_CACHE", str(tmp_path / "file"))
@@ -252,6 +262,24 @@ def test_plan_is_pinned():
     # As the permutation: checkpoints hold this digest.
     lengths = np.arange(700) * 7919 % 90
     assert Plan(lengths, seq_len=32, window=128, seed=3).digest() == "996e0443b7cc3f1a"
+
+
+@pytest.mark.parametrize(
+    ("documents", "plan", "first", "order"),
+    [
+        (675, "cf7fc5d715e4fa12", [94, 650, 549, 246], "9087e4970e4bda3d"),
+        (676, "f9196d214c0bf56c", [94, 650, 549, 246], "81a1f7377dc0c04a"),
+        (677, None, [68, 624, 275, 313], "acd7913f2b7dc5d9"),
+    ],
+)
+def test_orders_around_a_square_are_pinned(documents, plan, first, order):
+    """Of 26 x 26 documents and one less or more: there the sizes of the two digits change."""
+    scattered = Scatter(documents, 3)(np.arange(documents))
+    assert scattered[:4].tolist() == first
+    assert hashlib.sha256(scattered.astype("<i8").tobytes()).hexdigest()[:16] == order
+    if plan:
+        lengths = np.arange(documents) * 7919 % 90
+        assert Plan(lengths, seq_len=32, window=128, seed=3).digest() == plan
 
 
 PINNED = [4, 2, 0, 6, 1, 5, 7, 3]

@@ -22,7 +22,7 @@ from trainer.data.clean import BANDS, Duplicates, Rejected, Rules, band_keys, cl
 from trainer.data.config import CollateConfig, DataConfig
 from trainer.data.dataset import open_dataset
 from trainer.data.manifest import Manifest, read_manifest
-from trainer.data.prepare import Settings, prepare
+from trainer.data.prepare import REJECTED, Settings, prepare
 from trainer.data.shards import TokenShards, verify
 from trainer.data.tokenizer import load_tokenizer, open_tokenizer, train_bpe
 
@@ -163,6 +163,37 @@ def test_conversations_carry_loss_on_the_answers_only(tmp_path):
     assert "question" not in answers and "user" not in answers
     with pytest.raises(UsageError, match=r"conversation needs a tokenizer\.json"):
         run(f"{source}:messages", tmp_path / "bytes")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_refused_conversation_is_one_rejection(tmp_path, workers):
+    """Named with file and line; half a character in JSON is one, too."""
+    made = train_bpe(iter(TEXTS), 300)
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
+        "{% endif %}{{ m.role }}:{{ m.content }}{% endfor %}{{ strftime_now('%s%f') }}"
+    )
+    config = {"bos_token": "<|bos|>", "chat_template": template}
+    (tmp_path / "tokenizer.json").write_bytes(made.files()["tokenizer.json"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    source = tmp_path / "chats.jsonl"
+    with open(source, "w") as stream:
+        for number in range(300):
+            content = "\ud800" if number == 200 else f"answer {number}"
+            message = {"role": "tool" if number == 17 else "assistant", "content": content}
+            stream.write(json.dumps({"text": [message]}) + "\n")
+    settings = {"tokenizer": str(tmp_path), "workers": workers, "unit_bytes": 4096}
+    manifest = run(source, tmp_path / "out", **settings)
+    assert manifest.preparation["rejected"] == {"chat_refused": 1, "invalid_utf8": 1}
+    first, second = map(json.loads, (tmp_path / "out" / REJECTED).read_text().splitlines())
+    assert first == {
+        "reason": "chat_refused", "place": f"{source}:18",
+        "detail": "the chat template refuses it: no tools",
+    }  # fmt: skip
+    assert second["place"] == f"{source}:201"
+    assert len({text[-12:] for text in documents(tmp_path / "out")}) == 1  # all the same time
+    with pytest.raises(UsageError, match=r"chats\.jsonl:18: chat_refused: .* no tools"):
+        run(source, tmp_path / "strict", **settings, on_error="fail")
 
 
 def test_a_learned_tokenizer_is_the_same_every_time(tmp_path):
@@ -392,6 +423,9 @@ def refused(tmp_path: Path, argv: list[str], match: str) -> None:
         (["in.jsonl", "--workers", "0"], r"--workers 0: from 1 to 4096"),
         (["in.jsonl", "--worker", "2"], r"does not take `--worker`; did you mean `--workers`"),
         (["in.jsonl", "--train-bpe", "100"], r"a BPE vocabulary of 100: at least 259"),
+        (["in.jsonl", "--train-bpe", "8kk"],
+         r"--train-bpe: '8kk' is not a whole number like 4096, 32k \(32,000\), 100M or 2G"),
+        (["in.jsonl", "--min-chars", "infk"], r"--min-chars: 'infk' is not a whole number"),
         (["in.jsonl", "--out", "{}/taken"], r"taken: the folder is not empty"),
         (["in.jsonl:body", "--on-error", "fail"],
          r"input \S+in\.jsonl:1: no_field: no field `body`, there is id, text"),
@@ -467,3 +501,14 @@ def test_prepare_does_not_import_jax(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "100 documents" in result.stdout
     assert "train on it with" in result.stdout
+
+
+@pytest.mark.parametrize(("share", "few"), [("0.5", ""), ("0.03", "[1-9]"), ("0", "0")])
+def test_few_held_out_documents_are_told(tmp_path, capsys, share, few):
+    write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    given = ["--input", f"{tmp_path}/in.jsonl", "--out", f"{tmp_path}/out", "--workers", "1"]
+    command.main([*given, "--held-out", share])
+    out = capsys.readouterr().out
+    assert bool(re.search(rf"\n  {few} documents are few to evaluate on", out)) == bool(few)
+    last = f"train on it with --config.data.path={tmp_path}/out --config.model.vocab=259"
+    assert out.splitlines()[-1] == last + " --config.eval.every=0" * (few == "0")

@@ -1,7 +1,9 @@
 """Datasets in object storage: S3 by moto in a real process, GCS by a stand-in for its reads."""
 
+import dataclasses
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ import pytest
 
 from sharding.errors import UsageError
 from tests.buckets import google
-from tests.processes import ROOT
+from tests.processes import ROOT, run_processes
 from tests.tiny import get_config
 from tests.trainer.data.emulator import Emulator
 from trainer.data import remote as remote_module
@@ -28,7 +30,7 @@ from trainer.data.shards import DatasetWriter
 from trainer.data.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.multiprocess
-DOCUMENTS, LENGTH = 400, 60
+DOCUMENTS, HELD_OUT, LENGTH = 400, 20, 60
 SHARD = 2_000  # tokens, and 4,000 bytes
 SMALL = 8 * 2 * SHARD / 1e9  # a cache of 8 of the 13 shards
 URL = "s3://bucket/set"
@@ -36,15 +38,15 @@ URL = "s3://bucket/set"
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory) -> Path:
-    """A folder that is served as a bucket: `set` is a dataset of 13 shards."""
+    """A folder that is served as a bucket: `set` has 13 shards to train on, one held out."""
     folder = tmp_path_factory.mktemp("bucket")
     random = np.random.default_rng(0)
     with DatasetWriter(folder / "set", ByteTokenizer(), shard_tokens=SHARD) as writer:
-        for number in range(DOCUMENTS):
+        for number in range(DOCUMENTS + HELD_OUT):
             document = random.integers(0, 256, LENGTH + number % 9)
             document[0] = ByteTokenizer.BOS
-            writer.add("train", document, len(document) - 1)
-    assert len(read_manifest(folder / "set").shards) == 13
+            writer.add("train" if number < DOCUMENTS else "val", document, len(document) - 1)
+    assert len(read_manifest(folder / "set").split("train")) == 13
     return folder
 
 
@@ -102,7 +104,7 @@ def test_shards_are_fetched_ahead_and_kept(storage, bucket, tmp_path):
     assert cached(tmp_path) == set()
     remote.rows(np.arange(1))
     deadline = time.monotonic() + 10
-    everything = {path.name for path in folder.glob("*.bin")}
+    everything = {path.name for path in folder.glob("train-*.bin")}
     while cached(tmp_path) != everything and time.monotonic() < deadline:
         time.sleep(0.02)
     assert cached(tmp_path) == everything
@@ -162,26 +164,69 @@ class Outage:
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(20, marks=pytest.mark.soak)])
 def test_training_outlives_an_outage(storage, bucket, tmp_path, monkeypatch, seconds, caplog):
-    """The losses of a run whose storage went away for a while are those of one on local files."""
+    """Whose storage went away for a while: losses, evaluations and what compressors make of the
+    held-out text are those of a run on local files."""
     from trainer.loop import train
     from trainer.metrics import read_metrics
 
     monkeypatch.setattr(remote_module, "_DELAYS", (0.1, 1.0))
-    losses = {}
+    compared = ("kind", "step", "loss", "bits_per_byte", "event", "gzip_bits_per_byte")
+    found = {}
     for name, path in (("local", bucket / "set"), ("remote", URL)):
         experiment = get_config()
         experiment.data = config(path, ahead=8)
         experiment.model.vocab = 259
         experiment.train.steps = 12
         experiment.checkpoint.every = 100
+        experiment.eval.every = 6
         if path == URL:
             outage = Outage(storage, monkeypatch, at=45, seconds=seconds)
         train(experiment, str(tmp_path / name))
-        losses[name] = [record["loss"] for record in read_metrics(tmp_path / name, "train")]
+        records = read_metrics(tmp_path / name)
+        found[name] = [
+            {key: value for key, value in record.items() if key in compared} for record in records
+        ]
     outage.wait()
     assert "again in" in caplog.text  # it did wait
-    assert len(losses["local"]) == 12
-    assert losses["remote"] == losses["local"]
+    assert [r["step"] for r in found["local"] if r["kind"] == "eval"] == [6, 12]
+    (baseline,) = [r for r in found["local"] if r.get("event") == "baseline"]
+    assert 7 < baseline["gzip_bits_per_byte"] < 9  # of random bytes
+    assert found["remote"] == found["local"]
+
+
+def test_two_processes_train_and_evaluate_on_remote_data(storage, bucket, tmp_path):
+    code = (
+        "import sys\n"
+        "from sharding.config import MeshConfig\n"
+        "from tests.trainer.data.test_remote import *\n"
+        "from trainer.loop import train\n"
+        "experiment = get_config()\n"
+        "experiment.mesh, experiment.data = MeshConfig(fsdp=2), config(URL)\n"
+        "experiment.train.steps = experiment.eval.every = 2\n"
+        "experiment.optimizer.warmup_steps = 0\n"
+        "train(experiment, sys.argv[1])\n"
+    )
+    run_processes(code, 2, args=[tmp_path / "run"])
+    from trainer.metrics import read_metrics
+
+    records = read_metrics(tmp_path / "run")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2]
+    (evaluated,) = [r for r in records if r["kind"] == "eval"]
+    held_out = open_dataset(config(bucket / "set"), "val")
+    assert evaluated["tokens"] == held_out.shards.starts[-1] - HELD_OUT  # each once
+    assert evaluated["loss"] == pytest.approx(np.log(259), rel=0.1)  # of random bytes
+    assert "baseline" in [r.get("event") for r in records]
+
+
+def test_a_mixture_of_remote_and_local_data(storage, bucket, tmp_path):
+    copy = shutil.copytree(bucket / "set", tmp_path / "copy")
+    for split in ("train", "val"):
+        rows = []
+        for path in (URL, bucket / "set"):
+            mixed = dataclasses.replace(config(path), mixture=((str(path), 2.0), (str(copy), 1.0)))
+            rows.append(open_dataset(mixed, split).rows(np.arange(40)))
+        for name, array in rows[0].items():
+            np.testing.assert_array_equal(array, rows[1][name])
 
 
 def test_an_outage_beyond_the_patience_is_an_error(storage, monkeypatch, tmp_path):
@@ -260,7 +305,7 @@ def test_a_bad_shard_is_an_error_or_padding(storage, bucket, damage, content, re
     good = open_dataset(config(bucket / "set"))
     ids = np.arange(good.rows_per_epoch)
     wanted = good.rows(ids)
-    owners = np.repeat(np.arange(13), [s.docs for s in good.shards.manifest.shards])
+    owners = np.repeat(np.arange(13), [s.docs for s in good.shards.manifest.split("train")])
     if content is not None:
         content = content[: good.shards.manifest.shards[5].bytes]
     damage("train-00005.bin", content)
@@ -316,9 +361,8 @@ def test_bad_indices_and_manifests_are_refused_at_open(storage, damage):
 
 
 def test_what_is_no_dataset_is_refused(storage):
-    for url in ("s3://bucket/none", "s3://nobody/set"):
-        with pytest.raises(UsageError, match=rf"{url}: manifest\.json is not there"):
-            open_dataset(config(url))
+    with pytest.raises(UsageError, match=r"s3://bucket/none: manifest\.json is not there"):
+        open_dataset(config("s3://bucket/none"))
     with pytest.raises(UsageError, match=r"choose gs://BUCKET/FOLDER or s3://"):
         open_dataset(config("ftp://host/set"))
     with pytest.raises(
@@ -337,6 +381,41 @@ def test_google_storage(bucket, tmp_path, monkeypatch):
         remote = open_dataset(config("gs://bucket/set"))
         ids = np.arange(remote.rows_per_epoch)
         assert_same_rows(remote, open_dataset(config(bucket / "set")), ids)
-        store.refuse = 403
-        with pytest.raises(UsageError, match=r"manifest\.json: access refused: PERMISSION_DENIED"):
-            open_dataset(config("gs://bucket/set"))
+
+
+def test_permanent_errors_end_at_once(storage, monkeypatch):
+    """Of a name no bucket can have, a bucket that is not there, and a server that refuses."""
+    monkeypatch.setattr(remote_module, "_pause", lambda seconds: pytest.fail("it waited"))
+    for url, reason in (
+        ("s3://a/set", "manifest.json cannot be read: Invalid S3 bucket name"),
+        ("gs://Not_a_bucket!/set", "manifest.json cannot be read: .*Invalid GCS bucket name"),
+        ("s3://nobody/set", r"manifest\.json is not there; is there a bucket 'nobody'\?"),
+    ):
+        with pytest.raises(UsageError, match=rf"^dataset {url}: {reason}") as caught:
+            open_dataset(config(url, patience=600.0))
+        assert "\n" not in str(caught.value)
+    with google() as store:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", store.url)
+        for status, reason in (
+            (400, "cannot be read: Bad Request"),
+            (401, r"access refused \(are credentials set\?\): PERMISSION_DENIED"),
+            (403, r"access refused \(are credentials set\?\): PERMISSION_DENIED"),
+            (404, r"manifest\.json is not there; is there a bucket 'bucket'\?"),
+            (405, "cannot be read: UNKNOWN: Method Not Allowed"),
+        ):
+            store.refuse = status
+            with pytest.raises(UsageError, match=rf"^dataset gs://bucket/set: .*{reason}"):
+                open_dataset(config("gs://bucket/set", patience=600.0))
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504])
+def test_transient_errors_are_retried(bucket, monkeypatch, tmp_path, caplog, status):
+    monkeypatch.setattr(remote_module, "_DELAYS", (0.01, 0.05))
+    monkeypatch.setenv("TORUS_CACHE", str(tmp_path))
+    with google() as store:
+        store.fill("bucket", bucket)
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", store.url)
+        store.refuse = status
+        threading.Timer(0.2, setattr, (store, "refuse", 0)).start()
+        open_dataset(config("gs://bucket/set"))
+    assert "again in" in caplog.text and f"http_response_code='{status}'" in caplog.text

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sharding.errors import UsageError
 from trainer.data import tokenizer as tokenizers
+from trainer.data.clean import Rejected
 from trainer.data.shards import DatasetWriter, TokenShards
 from trainer.data.tokenizer import (
     ByteTokenizer,
@@ -201,11 +202,7 @@ def test_a_conversation_is_written_as_transformers_writes_it(tmp_path: Path, bpe
     assert ids == theirs.apply_chat_template(CHAT, return_dict=False)
     assert ids.count(made.spec.eos) == 2
     assert made.spec.eos not in made.encode(text)
-    with pytest.raises(UsageError, match="refuses a conversation: no tools"):
+    with pytest.raises(Rejected, match="chat_refused"):
         made.chat_text([{"role": "tool", "content": "x"}])
     with pytest.raises(UsageError, match=r"needs a chat_template.*has none"):
         bpe.chat_text(CHAT)
-    evil = json.dumps(config | {"chat_template": "{{ messages.__class__.__mro__ }}"})
-    (tmp_path / "tokenizer_config.json").write_text(evil)
-    with pytest.raises(UsageError, match="refuses a conversation"):
-        open_tokenizer(str(tmp_path)).chat_text(CHAT)

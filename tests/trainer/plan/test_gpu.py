@@ -260,7 +260,7 @@ def test_nothing_fits(capsys):
         (["--pareto"], "--pareto is of a search"),
         (
             ["--config.perf=auto,xla_x=1"],
-            r"config.perf = 'auto,xla_x=1': on GPUs choose auto or off",
+            r"config.perf = 'auto,xla_x=1': on GPUs choose auto, fast or off",
         ),
         (["--network=0"], "--network=0: a number above 0, the Gb/s of one GPU"),
         (["--network=fast"], "--network=fast: a number above 0"),

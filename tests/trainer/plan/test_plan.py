@@ -1,5 +1,6 @@
 """`torus plan`: refusals without the compiler, its answers read right, and two real compiles."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -122,7 +123,7 @@ def test_the_step_is_traced_without_asking_for_devices(monkeypatch):
         (["--config=quickstart", "--of=v5e-4"], "unknown flag --of"),
         (["--on=v5e-4"], "--config=FILE is missing"),
         (["--config=quickstart", "--on=v5e-4", "--price=cheap"], "--price=cheap: a number"),
-        (["--config=quickstart", "--on=v5e-4", "--config.perf=fast"], "choose auto or off"),
+        (["--config=quickstart", "--on=v5e-4", "--config.perf=fats"], "choose auto, fast, off"),
         (["--calibrate=nowhere", "--on=v5e-4"], "nowhere is not a run"),
     ],
 )
@@ -179,6 +180,13 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_to_try():
     assert "try a larger slice" in format_plan(plan, experiment, parse_slice("v5e-4"))
 
 
+def test_the_verdict_counts_an_evaluation_in_the_run():
+    plan = _plan(evaluation_bytes=18 * GIB, fits=False)
+    text = format_plan(plan, get_config(), parse_slice("v5e-4"))
+    assert re.search(r"needed +12\.00\n +evaluation +18\.00\n", text)
+    assert "does not fit: evaluation needs 2.00 GiB more than the 16.00 GiB per chip" in text
+
+
 def test_a_compiler_that_crashes(monkeypatch, capsys):
     monkeypatch.setattr(command, "require_libtpu", lambda: None)
     monkeypatch.setattr(command, "_compile", lambda *_: (-6, None, "Check failed\n"))
@@ -209,7 +217,8 @@ FORECAST = {
 
 def test_the_screen_of_a_forecast():
     experiment = get_config()
-    plan = _plan(forecast=FORECAST, options={"xla_a": "true"})
+    untested = "xla_tpu_enable_sparse_core_collective_offload_all_reduce"
+    plan = _plan(forecast=FORECAST, options={"xla_a": "true", untested: "true"})
     text = format_plan(plan, experiment, parse_slice("v5e-4"), price=2.0, calibration=(1.1, 3))
     assert "0.90" not in text and "900.0 ms, between 700.0 ms (roofline) and 1.00 s" in text
     assert "MFU 50.0%, between 70.0% and 45.0%; 500 tokens/s per chip, 2,000 in all" in text
@@ -217,7 +226,8 @@ def test_the_screen_of_a_forecast():
     assert "990.0 ms by 3 of your runs on this chip, which took 1.10 times" in text
     # 20 x 3,214,336 tokens of 2,048 a step at 0.9 s: 7.85 hours of 4 chips at 2 an hour.
     assert re.search(r"7\.8 hours for 20 tokens a parameter \(0\.1 billion tokens\), 63 at 2", text)
-    assert "7.00  4 x models/layers.py:1 mlp" in text and "compiler    xla_a=true" in text
+    assert "7.00  4 x models/layers.py:1 mlp" in text and "compiler    xla_a=true (" in text
+    assert f"compiler    {untested}=true, untested on hardware" in text
     assert "at models/loss.py:7 _chunk; overlap it" in text and "not counted: a loop" in text
 
 
@@ -257,14 +267,18 @@ def test_published_runs_are_whole():
 
 @needs_libtpu
 @pytest.mark.tpu_compile
-def test_a_real_compilation_for_a_slice_that_is_not_there(capsys):
-    assert command.main([*TINY, "--json"]) == 0
+def test_a_real_compilation_for_a_slice_that_is_not_there(capsys, tmp_path):
+    page, program = tmp_path / "plan.html", tmp_path / "program.gz"
+    assert command.main([*TINY, "--json", f"--explain={page}", "--program", str(program)]) == 0
+    assert "<h2>Roofline</h2>" in page.read_text()
+    assert gzip.decompress(program.read_bytes()).startswith(b"HloModule")
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"] and plan["mesh"]["fsdp"] == 4 and plan["devices"] == 4
     state = plan["parameter_bytes"] + plan["optimizer_bytes"]
     # The compiler pads small arrays to tiles; it must not hold a second copy of the state.
     assert state < plan["argument_bytes"] < 1.5 * state + 2**16
     assert plan["argument_bytes"] < plan["needed"] < plan["capacity"]
+    assert state < plan["evaluation_bytes"] < plan["needed"]
 
 
 @needs_libtpu

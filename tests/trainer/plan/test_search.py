@@ -148,9 +148,22 @@ def test_the_formula_is_near_the_compiled_step(row):
     exp = llama3_8b()
     exp.train.accumulation = accumulation
     exp.model.seq_strategy, exp.model.remat = strategy, remat
+    exp.perf, exp.model.reduce_dtype = "fast", "bfloat16"  # as it was compiled
     mesh = dict(zip(("data", "fsdp", "seq", "tensor"), sizes, strict=True))
     found = sum(search.step_seconds(exp, setting_of(exp, parse_slice("v5e-256"), mesh)).values())
     assert found == pytest.approx(compiled, rel=0.025)
+
+
+def test_sums_in_float32_move_twice_the_bytes():
+    exp, target = llama3_8b(), parse_slice("v5e-256")
+    setting = setting_of(exp, target, exp.mesh.sizes(target.devices))
+
+    def gradients(reduce_dtype):
+        model = dataclasses.replace(exp.model, reduce_dtype=reduce_dtype, remat="full")
+        parts = search.step_seconds(dataclasses.replace(exp, model=model), setting)
+        return parts["gradients"]
+
+    assert gradients("float32") == pytest.approx(2 * gradients("bfloat16"))
 
 
 # ---------------------------------------------------------------- the loop around the compiler

@@ -1,12 +1,13 @@
 """`torus launch` on one host: faults are injected, and the run ends on the same bits."""
 
+import contextlib
 import os
 import signal
 import time
 
 import pytest
 
-from tests.trainer.recovery.runs import STEPS, at_step, incidents, launch, trainers
+from tests.trainer.recovery.runs import STEPS, at_step, incidents, keeper, launch, trainers
 from tests.trainer.test_resume import stored_state
 from trainer.recovery.progress import process_state
 
@@ -31,17 +32,37 @@ def test_a_killed_trainer_is_followed_by_another(supervised, calm, processes, vi
     assert stored_state(run, STEPS) == calm(processes)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(supervised, calm):
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 76), pytest.param(signal.SIGUSR2, 78, marks=pytest.mark.soak)],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(supervised, calm, number, status):
+    """As SLURM sends it: to every process of the job, and twice."""
     run, job = supervised()
     at_step(run, job, 3)
-    job.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        for pid in (*trainers(job), keeper(job), job.pid):
+            with contextlib.suppress(ProcessLookupError):  # one that waited to be a trainer
+                os.kill(pid, number)
     _, error = job.communicate(timeout=120)
-    assert job.returncode == 76, error
-    assert [i["kind"] for i in incidents(run)] == ["stopped"]
+    assert job.returncode == status, error
+    (stopped,) = incidents(run)
+    assert stopped["kind"] == "stopped" and "lost_steps" not in stopped
+    assert stopped["checkpoint"] >= 3 and "keeper" not in error
     again = launch(run)
     _, error = again.communicate(timeout=240)
     assert again.returncode == 0, error
     assert stored_state(run, STEPS) == calm(1)
+
+
+def test_what_was_not_saved_in_time_is_told(supervised):
+    run, job = supervised("--grace", "0")
+    at_step(run, job, 3)
+    job.send_signal(signal.SIGTERM)
+    _, error = job.communicate(timeout=120)
+    assert job.returncode == 76, error
+    (stopped,) = incidents(run)
+    assert stopped["lost_steps"] >= 3 - max(stopped["checkpoint"], 0) > 0 and "lost_steps" in error
 
 
 def test_a_crash_loop_ends(supervised):

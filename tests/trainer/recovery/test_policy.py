@@ -79,6 +79,16 @@ def test_limits_are_learned_from_enough_of_the_past():
     assert limits.of("step") == 40.0 and limits.of("eval") == policy._FIRST_LIMITS["eval"]
 
 
+@pytest.mark.parametrize("phase", ["compile", "restore"])
+def test_quick_compilations_and_restores_do_not_limit_the_next_one(phase):
+    """Restarts find programs in the cache and state in memory; then neither is there."""
+    limits = PhaseLimits()
+    for i in range(100):
+        limits.learn(Progress(phase, i, 2.0 * i, i), Progress(phase, i, 2.0 * i + 0.1, i + 1))
+    assert limits.of(phase) == policy._FIRST_LIMITS[phase]
+    assert PhaseLimits({phase: 7.0}).of(phase) == 7.0
+
+
 @pytest.mark.parametrize(
     ("data", "step"), [(0.015, 0.15), (0.025, 0.15), (0.5, 5.0), (0.03, 0.0), (0.0, 0.25)]
 )
