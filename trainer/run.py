@@ -87,14 +87,7 @@ def check_start(workdir: str, experiment: Experiment) -> None:
 
 
 def write_experiment(workdir: str, experiment: Experiment) -> None:
-    """Writes the resolved experiment, whole or not at all.
-
-    Raises:
-      UsageError: a folder that cannot be made. (A full disk stays an OSError: `launch` retries.)
-    """
+    """Writes the resolved experiment, whole or not at all."""
     path = folder_path(workdir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{workdir} cannot be written: {error.strerror or error}") from error
+    path.mkdir(parents=True, exist_ok=True)
     write_whole(path / EXPERIMENT, to_json(experiment).encode())

@@ -31,7 +31,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", default="")
     parser.add_argument("--batches", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=0)
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    for name in ("batches", "batch_size"):
+        if (value := getattr(args, name)) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: at least 0")
+    return args
 
 
 def main(argv: list[str]) -> int:
@@ -69,6 +73,9 @@ def main(argv: list[str]) -> int:
         eval_step = jax.jit(make_eval_step(experiment))
         result = evaluate(eval_step, params, dataset, batch_size, rows, args.batches)
     print(f"{args.run} step {step}: {result['tokens']:,} held-out tokens")
+    if result["loss"] is None:
+        print("  no token carries loss")
+        return 0
     print(f"  loss           {result['loss']:.4f} nats per token")
     if result["bits_per_byte"] is not None:
         print(f"  bits per byte  {result['bits_per_byte']:.4f}")

@@ -34,7 +34,7 @@ def test_inspect_lists_a_folder_and_a_file(places, capsys):
     assert main(["inspect", f"hf:{folder}", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["model_type"] == "gemma2" and facts["files"] == 1
-    assert facts["arrays"]["model.norm.weight"] == {"shape": [6], "dtype": "bfloat16"}
+    assert facts["arrays"]["model.norm.weight"] == {"shape": [20], "dtype": "bfloat16"}
 
 
 def test_inspect_lists_a_run_its_steps_and_one_step(places, capsys):
@@ -45,7 +45,7 @@ def test_inspect_lists_a_run_its_steps_and_one_step(places, capsys):
         facts = json.loads(capsys.readouterr().out)
         assert facts["format"] == "torus" and facts["step"] == 0 and facts["steps"] == [0]
         assert facts["converted"] == "from hf gemma2"
-        assert facts["arrays"]["params/layers/mlp/up"]["shape"] == [2, 6, 10]
+        assert facts["arrays"]["params/layers/mlp/up"]["shape"] == [2, 20, 10]
     assert main(["inspect", str(run)]) == 0
     assert "params/layers/mlp/up" in capsys.readouterr().out
 

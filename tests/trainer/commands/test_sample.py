@@ -165,6 +165,16 @@ def test_eval_goes_on_without_the_data_of_the_run(mixed, datasets, capsys):
     assert "tokenizer cannot be compared with that of the dataset: " in capsys.readouterr().err
 
 
+def test_eval_of_text_without_loss(mixed, monkeypatch, capsys):
+    nothing = {"loss": None, "bits_per_byte": None, "tokens": 0}
+    monkeypatch.setattr("trainer.evaluate.evaluate", lambda *_: nothing)
+    assert eval_command.main([str(mixed[0])]) == 0
+    assert "0 held-out tokens\n  no token carries loss\n" in capsys.readouterr().out
+    for flag in ("--batches", "--batch-size"):
+        with pytest.raises(UsageError, match=rf"{flag} -1: at least 0"):
+            eval_command.main([str(mixed[0]), flag, "-1"])
+
+
 def test_a_mixture_has_one_tokenizer(datasets):
     mixture = ((str(datasets / "a"), 1.0), (str(datasets / "bytes"), 1.0))
     for split in ("train", "val"):
