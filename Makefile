@@ -80,6 +80,7 @@ soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m soak $(ARGS)
 	$(BIN)/python -m tests.chaos --seeds 10 --out build/chaos.json
 	$(BIN)/python -m tests.chaos --minutes 30
+	$(BIN)/python -m tests.network --seeds 5 --out build/network.json
 
 goldens: $(VENV)/.installed-dev
 	TORUS_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/configs

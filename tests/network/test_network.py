@@ -80,9 +80,13 @@ def launchers(net, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cut", "members"), [({"host": 2}, "0+1"), ({"host": 0}, "1+2"),
-                         ({"host": 1, "sends": False}, "0+2")],
-)  # fmt: skip
+    ("cut", "members"),
+    [
+        pytest.param({"host": 2}, "0+1", marks=pytest.mark.soak),
+        ({"host": 0}, "1+2"),
+        pytest.param({"host": 1, "sends": False}, "0+2", marks=pytest.mark.soak),
+    ],
+)
 def test_a_host_without_network_is_left_out_and_taken_again(net, launchers, cut, members):
     """Its folder lives. The one that leads, and one that is heard but hears nothing, too."""
     job = launchers("torus0", "3,2")
@@ -111,7 +115,7 @@ def test_hosts_meet_in_ipv6(net, launchers, tmp_path):
     assert plan["coordinator"].startswith(f"[{address(0, six=True)}]:")
 
 
-@pytest.mark.parametrize("six", [False, True])
+@pytest.mark.parametrize("six", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_keepers_listen_at_the_address_of_their_host_and_talk(net, tmp_path, six):
     """Another address of the same host is not answered; over the network a keeper is."""
     directories = [

@@ -5,7 +5,7 @@ import socket
 import pytest
 from jax._src import xla_bridge
 
-from sharding import mesh
+from sharding import runtime
 from sharding.addresses import ADDRESS, is_loopback, join_port, own_address, without_port
 
 
@@ -55,16 +55,16 @@ def test_collectives_listen_where_others_reach_this_host(monkeypatch, told, coor
     asked = []
     monkeypatch.setattr(xla_bridge._jax, "make_gloo_tcp_collectives", lambda **k: asked.append(k))
     if coordinator == "me:1":
-        monkeypatch.setattr(mesh, "own_address", lambda near: "127.0.1.1")
+        monkeypatch.setattr(runtime, "own_address", lambda near: "127.0.1.1")
     if told:
         monkeypatch.setenv(ADDRESS, told)
     else:
         monkeypatch.delenv(ADDRESS, raising=False)
-    mesh._name_this_host(coordinator)
+    runtime._name_this_host(coordinator)
     xla_bridge._jax.make_gloo_tcp_collectives(distributed_client=1)
     assert asked == [{"distributed_client": 1} | ({"hostname": hostname} if hostname else {})]
 
 
 def test_without_that_function_of_jax_nothing_breaks(monkeypatch):
     monkeypatch.setattr(xla_bridge, "_jax", object())
-    mesh._name_this_host("127.0.0.1:1")
+    runtime._name_this_host("127.0.0.1:1")

@@ -75,6 +75,7 @@ class Hosts:
         self._lease, self._patience, self._remind = lease, patience, remind
         self._reach = Reach(lease / _TRIES) if count > 1 else None
         self._since = 0.0  # when this host last began to meet the others
+        self._written = 0.0  # since when the folder cannot be written, 0 if it can
         self._linked = False  # all members of this generation have reached each other
         self._token = secrets.token_hex(8)
         self._own: dict[str, Any] = {
@@ -132,7 +133,8 @@ class Hosts:
 
         None is for `stop`, asked all the time; LOST when too few hosts came within patience.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # it is away, and may come back
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._own["through"] = self.generation
         self._next, since = 0.0, time.monotonic()
         self._prepare(since)
@@ -435,8 +437,8 @@ class Hosts:
         self._plan = self._read(_PLAN) or self._plan
 
     def _put(self, plan: dict[str, Any]) -> None:
-        self._write(_PLAN, plan)
-        self._plan = plan
+        if self._write(_PLAN, plan):
+            self._plan = plan
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
@@ -444,8 +446,20 @@ class Hosts:
         except (OSError, ValueError):  # not there yet, or half seen through a network's cache
             return {}
 
-    def _write(self, name: str, facts: dict[str, Any]) -> None:
-        write_whole(self._folder / name, json.dumps(facts).encode())
+    def _write(self, name: str, facts: dict[str, Any]) -> bool:
+        """Returns whether it is written: a folder that is away may come back within patience."""
+        try:
+            write_whole(self._folder / name, json.dumps(facts).encode())
+        except OSError as error:
+            self._written = self._written or time.monotonic()
+            away = time.monotonic() - self._written
+            if away > self._patience:
+                raise
+            text = f"{self._folder} cannot be written: {error}, {away:.0f} s of {self._patience:g}"
+            self._remind(text, _SILENCE)
+            return False
+        self._written = 0.0
+        return True
 
 
 def _free_port() -> int:

@@ -111,6 +111,7 @@ class Keeper:
         self._securing = ""  # the run of which a step is being sent to the other hosts
         self._parity: Slots | None = None
         self._adding: tuple[str, int] = "", -1  # run and step that the parity is being made for
+        self._parity_slot, self._cleared = 0, 0  # the slot for it, and bytes that began at zero
         self._added: set[int] = set()  # hosts whose chunk is in it
         self._led: tuple[str, Agreement | None] = "", None  # on the first host: run and agreement
         self._work = ThreadPoolExecutor(4, thread_name_prefix="keeper")
@@ -250,11 +251,11 @@ class Keeper:
             welcome = self._parity is not None and adding[0] == self._facts["run"]
             if welcome and adding != self._adding:
                 self._adding, self._added = adding, set()
-                self._parity_slot = self._parity.begin(adding[1])
-                np.frombuffer(self._parity.data(self._parity_slot), np.uint8)[:] = 0
+                self._parity_slot, self._cleared = self._parity.begin(adding[1]), 0
         for start, block in connection.blocks(message["size"]):
             with self._lock:
                 if welcome and adding == self._adding:
+                    self._clear_parity(start + len(block))
                     target = self._parity.data(self._parity_slot)
                     parity.add([target], HEADER + start, block)
         with self._lock:
@@ -262,9 +263,17 @@ class Keeper:
                 raise Refused(f"step {adding[1]} is not being coded")
             self._added.add(host)
             if self._added == set(self._others()):
-                end = HEADER + self._chunk_size(self._facts["sizes"])
-                self._parity.commit(self._parity_slot, adding[1], end, {})
+                size = self._chunk_size(self._facts["sizes"])
+                self._clear_parity(size)
+                self._parity.commit(self._parity_slot, adding[1], HEADER + size, {})
         return {}, []
+
+    def _clear_parity(self, end: int) -> None:
+        """Zeroes the parity up to `end`: as chunks come in, for all at once takes long at size."""
+        if self._cleared < end:
+            view = self._parity.data(self._parity_slot)[HEADER + self._cleared : HEADER + end]
+            np.frombuffer(view, np.uint8)[:] = 0
+            self._cleared = end
 
     def do_rebuild(self, connection: Connection, message: Message) -> Answer:
         """Computes what the trainers of host `owner` had written of `step`, from all other hosts.

@@ -172,7 +172,10 @@ class Supervisor:
         while time.monotonic() < until and not self._signal:
             self._hosts.beat()
             time.sleep(_POLL)
+        generation = self._hosts.generation
         met = self._hosts.meet(lambda: bool(self._signal))
+        if self._hosts.generation > generation + 1:  # the others went on without this host
+            self._fault = None
         if met is None:
             return self._stopped()
         if isinstance(met, int):
@@ -205,6 +208,8 @@ class Supervisor:
         failed = self._hosts.gather(failed)
         leads = self._hosts.leads
         status = self._judge(failed, self._hosts.lost()) if leads else None
+        if self._fault is None:  # whoever leads next tells what it cost
+            self._fault = self._noticed, self._step
         self._unjudged = None if leads else failed
         if any(end.status == SUSPECT for end in failed if end.rank in {t.rank for t in trainers}):
             self._suspect()
@@ -295,8 +300,9 @@ class Supervisor:
                     self._wait(trainers)
                 return []
             self._step = max(end.progress.step for end in ends)
-            self._recovered(max((end.progress for end in ends), key=lambda p: p.step))
-            settled = self._step > max(0, self._budget.best)
+            fastest = max((end.progress for end in ends), key=lambda p: p.step)
+            self._recovered(fastest)
+            settled = self._step > max(0, self._budget.best, fastest.start)
             if settled and not self._loaded:  # the machine is busy with the start until then
                 first = trainers[0].rank
                 self._loaded = {t.rank: self._load(t.rank, first) for t in trainers}
@@ -432,11 +438,12 @@ class Supervisor:
         if self._fault is None or not now.source or now.step <= now.start:
             return
         seconds, reached = time.monotonic() - self._fault[0], self._fault[1]
-        self._record(
-            "recovered", step=now.step, seconds=round(seconds, 2), source=now.source,
-            restored=now.start, lost_steps=max(0, reached - now.start),
-        )  # fmt: skip
         self._fault = None
+        if self._hosts.leads:
+            self._record(
+                "recovered", step=now.step, seconds=round(seconds, 2), source=now.source,
+                restored=now.start, lost_steps=max(0, reached - now.start),
+            )  # fmt: skip
 
     def _stopped(self) -> int:
         cause = self._signal.name if self._signal else "another host"

@@ -214,6 +214,29 @@ def test_as_many_as_reach_each_other_stay(links, left):
     assert connected([], {}, within=1.0) == []
 
 
+def test_a_folder_that_is_away_for_a_while_ends_nobody(meeting, tmp_path):
+    hosts = meeting(0, 1, count=2, sizes=(2,), patience=30.0)
+    until(lambda: agreed(hosts, [0, 1]))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "launch").rename(tmp_path / "away")
+    for name, target in (("gone", "file"), ("back", "away")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    (tmp_path / "gone").rename(tmp_path / "launch")
+    time.sleep(2 * LEASE)
+    assert all(host.thread.is_alive() for host in hosts)
+    assert all(any("cannot be written" in t for t in host.reminders) for host in hosts)
+    (tmp_path / "back").replace(tmp_path / "launch")
+    until(lambda: agreed(hosts, [0, 1]) and hosts[0].hosts.generation > 0)
+
+
+def test_a_folder_that_stays_away_ends_the_launcher(tmp_path):
+    hosts = Hosts(tmp_path / "x/y", 0, 1, "127.0.0.1", sizes=[1], lease=0.1, patience=0.3)
+    hosts.beat()
+    time.sleep(0.4)
+    with pytest.raises(FileNotFoundError):
+        hosts.beat()
+
+
 def test_one_that_was_frozen_finds_that_it_was_given_up(meeting):
     hosts = meeting(0, 1, count=2, sizes=(2, 1))
     until(lambda: agreed(hosts, [0, 1]))

@@ -4,15 +4,16 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from checkpoint.memory.slots import HEADER, Slots
-from checkpoint.memory.wire import VARIABLE, Connection, Directory, Refused
+from checkpoint.memory.wire import Connection, Directory, Refused
+from torus import module_command
 from trainer.recovery.keeper import Keeper, KeeperProcess
-from trainer.recovery.keeper import main as keeper_main
 from trainer.recovery.server import STRANGERS
 
 pytestmark = pytest.mark.multiprocess
@@ -222,12 +223,13 @@ def test_a_keeper_that_cannot_start_is_told_of_once_and_tried_ever_more_rarely(t
     assert 2 <= len(starts) <= 4  # not once a second
 
 
-def test_a_keeper_says_why_it_cannot_start(tmp_path, monkeypatch, capsys):
+def test_a_keeper_says_why_it_cannot_start(tmp_path):
     directory = Directory(str(tmp_path), 0, 2, 1, address="203.0.113.1")
-    monkeypatch.setenv(VARIABLE, directory.environment()[VARIABLE])
-    assert keeper_main() == 1
-    assert "keeper: no snapshots: " in (text := capsys.readouterr().err)
-    assert "Cannot assign requested address" in text
+    line, env = module_command("trainer.recovery.keeper"), {**os.environ, **directory.environment()}
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "keeper: no snapshots: " in done.stderr
+    assert "Cannot assign requested address" in done.stderr
 
 
 def test_what_goes_wrong_in_a_thread_of_a_keeper_is_told(tmp_path, capsys):
