@@ -16,9 +16,9 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoint.fingerprint import as_text, fingerprints
-from checkpoint.manager import load_step
 from checkpoint.manifest import read_meta, read_step
 from checkpoint.steps import complete_steps, folder_path
+from checkpoint.storage import load_step
 from checkpoint.tree import flatten
 from sharding.errors import UsageError
 from sharding.mesh import make_mesh

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from checkpoint.agreement import first, together
-from checkpoint.manager import CheckpointManager, load_step
+from checkpoint.manager import CheckpointManager
 from checkpoint.manifest import read_manifest, read_meta, source_of
 from checkpoint.memory.snapshots import Snapshots
 from checkpoint.steps import pick_step
+from checkpoint.storage import load_step
 from checkpoint.tree import name_optimizer, unname_optimizer
 from models.spec import Tree, path_name
 from sharding.config import MeshConfig

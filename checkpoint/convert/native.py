@@ -17,10 +17,10 @@ from checkpoint import steps
 from checkpoint.convert.mapping import aligned
 from checkpoint.fingerprint import rows_sums, sums_text
 from checkpoint.inflight import MEMORY, InFlight
-from checkpoint.manager import save_frame
 from checkpoint.manifest import check_fingerprints, read_manifest, write_record
 from checkpoint.objects import folder_spec
 from checkpoint.steps import CheckpointError
+from checkpoint.storage import save_frame
 from checkpoint.tree import unflatten
 
 PARAMS = "params/"

@@ -30,7 +30,8 @@ from jax.sharding import SingleDeviceSharding
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.fingerprint import as_text, fingerprints
-from checkpoint.manager import CheckpointManager, load_step
+from checkpoint.manager import CheckpointManager
+from checkpoint.storage import load_step
 from sharding.runtime import start_runtime
 from tests.processes import run_processes
 
@@ -53,7 +54,7 @@ def one_round(folder: Path, state: dict, abstract: dict, number: int) -> dict[st
     took = {"raw": seconds(lambda: raw_write(folder, state))}
     (folder / "raw").unlink()
     took["fingerprint"] = seconds(lambda: as_text(fingerprints(state), list(state)))
-    bare = mock.patch("checkpoint.manager.fingerprints", lambda tree: np.zeros((len(tree), 2), int))
+    bare = mock.patch("checkpoint.storage.fingerprints", lambda tree: np.zeros((len(tree), 2), int))
     ways = [("async", contextlib.nullcontext()), ("bare", bare)][:: 1 if number % 2 else -1]
     for name, context in (*ways, ("sync", contextlib.nullcontext())):
         config = CheckpointConfig(asynchronous=name != "sync")
@@ -79,7 +80,7 @@ WIDTH = 4096
 QUARTER = """
 import sys, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from checkpoint.manager import load_step
+from checkpoint.storage import load_step
 from sharding.config import MeshConfig
 from sharding.mesh import make_mesh
 from sharding.runtime import start_runtime

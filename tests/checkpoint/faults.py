@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from checkpoint.config import CheckpointConfig
-from checkpoint.manager import CheckpointManager, load_step
+from checkpoint.manager import CheckpointManager
 from checkpoint.steps import CheckpointError
+from checkpoint.storage import load_step
 
 STATE = {"w": jnp.arange(2**18, dtype=jnp.float32), "b": jnp.ones(4)}  # 1 MiB
 ABSTRACT = jax.tree.map(

@@ -15,7 +15,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoint.config import CheckpointConfig
-from checkpoint.manager import CheckpointManager, load_step
+from checkpoint.manager import CheckpointManager
+from checkpoint.storage import load_step
 from sharding.config import MeshConfig
 from sharding.mesh import make_mesh
 from sharding.rules import BATCH, SEQ

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from checkpoint import steps
 from checkpoint.config import CheckpointConfig
-from checkpoint.manager import CheckpointManager, load_step
+from checkpoint.manager import CheckpointManager
 from checkpoint.steps import CheckpointError
+from checkpoint.storage import load_step
 from sharding.config import MeshConfig
 from sharding.errors import UsageError
 from sharding.mesh import make_mesh

@@ -14,9 +14,10 @@ from checkpoint import steps
 from checkpoint.config import CheckpointConfig
 from checkpoint.convert.native import create_step
 from checkpoint.fingerprint import rows_sums
-from checkpoint.manager import CheckpointManager, load_step
+from checkpoint.manager import CheckpointManager
 from checkpoint.manifest import FORMAT, write_record
 from checkpoint.steps import CheckpointError, complete_steps, delete_step
+from checkpoint.storage import load_step
 from checkpoint.tree import flatten
 from sharding.errors import UsageError
 from tests.checkpoint.damages import OTHERS, flip

@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.fingerprint import as_text, fingerprints, part_sums, sums_text
-from checkpoint.manager import CheckpointManager, load_step
+from checkpoint.manager import CheckpointManager
 from checkpoint.manifest import MANIFEST, META, integrity_record, read_manifest, read_meta
 from checkpoint.steps import CheckpointError, complete_steps
+from checkpoint.storage import load_step
 from checkpoint.tree import flatten
 from sharding.errors import UsageError
 from tests.checkpoint.test_manager import make_mesh, odd_bits

@@ -16,11 +16,13 @@ from orbax.checkpoint import v1 as ocp
 
 from checkpoint import manager as manager_module
 from checkpoint import steps
+from checkpoint import storage as storage_module
 from checkpoint.config import CheckpointConfig
 from checkpoint.convert.native import NativeTensors
-from checkpoint.manager import CheckpointManager, load_step
+from checkpoint.manager import CheckpointManager
 from checkpoint.manifest import read_manifest
 from checkpoint.steps import CheckpointError
+from checkpoint.storage import load_step
 from checkpoint.tree import name_optimizer, unname_optimizer
 from sharding.errors import UsageError
 
@@ -206,7 +208,7 @@ def test_compression_and_small_pieces_change_nothing_but_the_file(tmp_path):
 
 
 def test_a_file_is_written_while_the_next_is_filled(tmp_path, monkeypatch):
-    monkeypatch.setattr(manager_module, "_DATA_FILE", 2**21)
+    monkeypatch.setattr(storage_module, "_DATA_FILE", 2**21)
     state = {"w": jax.random.normal(jax.random.key(0), (4, 1024, 1024))}  # 16 MiB
     save_all(tmp_path, [1], state)
     sizes = [p.stat().st_size for p in tmp_path.rglob("ocdbt.process_0/d/*")]

@@ -17,7 +17,8 @@ import pytest
 
 from checkpoint import steps
 from checkpoint.config import CheckpointConfig
-from checkpoint.manager import CheckpointManager, load_step
+from checkpoint.manager import CheckpointManager
+from checkpoint.storage import load_step
 from tests.checkpoint.two_processes import SHAPES
 from tests.processes import ROOT, run_processes
 

@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from checkpoint.config import CheckpointConfig
-from checkpoint.manager import CheckpointManager, load_step
+from checkpoint.manager import CheckpointManager
+from checkpoint.storage import load_step
 from sharding.config import MeshConfig
 from sharding.errors import UsageError
 from sharding.mesh import make_mesh

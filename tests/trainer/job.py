@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from checkpoint.manager import load_step
 from checkpoint.steps import complete_steps
+from checkpoint.storage import load_step
 from sharding.config import MeshConfig
 from sharding.mesh import make_mesh
 from sharding.runtime import start_runtime

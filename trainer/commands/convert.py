@@ -202,7 +202,7 @@ def _to_ours(args: argparse.Namespace, kind: str, source: Path, target: Path) ->
     from checkpoint.convert.families import FAMILIES
     from checkpoint.convert.fields import NEUTRAL
     from checkpoint.fingerprint import rows_sums
-    from checkpoint.manager import try_restore
+    from checkpoint.storage import try_restore
     from trainer.config import Experiment, to_json
 
     todo, left = moves.to_ours(found, family, model, args.dtype, optimizer=args.with_optimizer)

@@ -51,8 +51,8 @@ def main(argv: list[str]) -> int:
 
 def _verify(folder, step: int) -> str:
     from checkpoint.convert.native import NativeTensors
-    from checkpoint.manager import try_restore
     from checkpoint.manifest import read_step
+    from checkpoint.storage import try_restore
 
     read_step(folder, step)
     tensors = NativeTensors(folder, step, prefix="")

@@ -10,9 +10,10 @@ from checkpoint.config import CheckpointConfig
 from checkpoint.convert.families import FAMILIES, parameter_shapes
 from checkpoint.convert.native import NativeTensors, create_step
 from checkpoint.fingerprint import rows_sums
-from checkpoint.manager import CheckpointManager, load_step
+from checkpoint.manager import CheckpointManager
 from checkpoint.manifest import read_step, write_record
 from checkpoint.steps import CheckpointError
+from checkpoint.storage import load_step
 from checkpoint.tree import unflatten
 from configs.from_run import get_config
 from models.config import ModelConfig
