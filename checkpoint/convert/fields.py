@@ -169,8 +169,9 @@ class Divisible:
     def read(self, theirs: Theirs, ours: Ours) -> None:
         if ours["width"] % ours["heads"]:
             raise MismatchError(
-                f"config.json: a width of {ours['width']} is not a multiple of {ours['heads']} "
-                "heads, which transformers asks of this family"
+                f"config.json: the width (hidden_size, n_embd) is {ours['width']}, no multiple of "
+                f"{ours['heads']} heads (num_attention_heads, n_head), which transformers asks of "
+                "this family"
             )
 
     def write(self, ours: Ours) -> dict[str, Any]:

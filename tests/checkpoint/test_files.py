@@ -103,7 +103,7 @@ def run_with(tmp_path, name, make):
     return run
 
 
-@pytest.mark.parametrize("name", ["pipe", "6 GB of nothing"])
+@pytest.mark.parametrize("name", ["pipe", pytest.param("6 GB of nothing", marks=pytest.mark.soak)])
 def test_odd_files_in_a_run_and_in_a_dataset(name, tmp_path):
     make, message = ODD[name]
     run = run_with(tmp_path, "experiment.json", make)

@@ -207,10 +207,10 @@ def flip_many(folder: Path, count: int, seed: int) -> dict[str, int]:
 
 
 def test_flipped_bits_are_refused_or_harmless(run):
-    refused = flip_many(run, 12 * len(files(run / "2")), seed=0)
+    refused = flip_many(run, 4 * len(files(run / "2")), seed=0)
     # Harmless flips hit what no restore reads; in arrays and in our own files there are none.
     for ours in ("integrity", "meta", "manifest"):
-        assert refused[f"{ours}/data.json"] >= 12, ours
+        assert refused[f"{ours}/data.json"] >= 4, ours
     assert sum(count for name, count in refused.items() if "/d/" in name) > 0
 
 
@@ -221,13 +221,12 @@ def test_two_thousand_flipped_bits(run):
 
 def test_cut_emptied_zeroed_and_missing_files(run):
     refused = 0
-    for path in files(run / "2"):
+    for number, path in enumerate(files(run / "2")):  # all kinds: tests/checkpoint/test_damages.py
         whole = path.read_bytes()
         half = len(whole) // 2
         page = whole[:half] + bytes(min(4096, len(whole) - half)) + whole[half + 4096 :]
-        for content in (whole[:half], b"", page):
-            path.write_bytes(content)
-            refused += refused_or_same(run)
+        path.write_bytes((whole[:half], b"", page)[number % 3])
+        refused += refused_or_same(run)
         path.unlink()
         refused += refused_or_same(run)
         path.write_bytes(whole)

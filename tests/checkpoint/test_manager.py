@@ -479,8 +479,8 @@ def test_an_error_in_the_run_is_not_hidden_by_one_of_saving(tmp_path, broken_dis
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "manifest: Expecting"),
-        ("[]", "manifest is not an object"),
+        ("{", "manifest: .* is not JSON: Expecting"),
+        ("[]", "manifest: .* is not a JSON object"),
         ('{"format": 9}', r"manifest format 9, this version reads 2"),
     ],
 )

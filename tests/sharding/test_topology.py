@@ -122,7 +122,7 @@ def test_mistakes(name, match):
 
 def test_missing_libtpu_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'torus-train\[aot\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[aot\]'"):
         topology.require_libtpu()
 
 

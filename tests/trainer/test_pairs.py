@@ -31,6 +31,7 @@ LOOSE = {"bfloat16": 2e-2, "skip spikes": 1e-4}
 TOLERANCE = 2e-5  # relative, float32: what reordering the sums of six steps may do
 CONFIG = Path(pairs.__file__)
 SOAK = pytest.mark.soak
+FAST = ["mixture, fim, balance", "buckets, bfloat16"]  # in two processes, on every change
 GROUPS = [pytest.param(g, marks=SOAK) if g == "ring" else g for g in pairs.TOGETHER]
 
 
@@ -153,8 +154,8 @@ for features in sys.argv[2:]:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     "groups",
-    [[g for g in pairs.TOGETHER if g != "ring"], pytest.param(["ring"], marks=SOAK)],
-    ids=["all but ring", "ring"],
+    [FAST, pytest.param([g for g in pairs.TOGETHER if g not in FAST], marks=SOAK)],
+    ids=["some", "the others"],
 )
 def test_with_two_processes(data, whole, groups, tmp_path):
     """Two processes, stopped half-way and resumed, have the losses of one."""

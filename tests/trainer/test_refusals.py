@@ -79,11 +79,11 @@ def other_data(tmp_path_factory) -> Path:
 NEW = {  # what is refused: overrides, and what the line says
     "less data than a batch": (["train.batch_size=4096"], "less than one batch of 4096"),
     "a negative seed": (["train.seed=-1"], "config.train.seed = -1: at least 0"),
-    "a seed too large": ([f"train.seed={2**32}"], "below 2**32"),
-    "a rate that is none": (["optimizer.peak_lr=nan"], "config.optimizer.peak_lr = nan: a finite"),
-    "an infinite factor": (["health.factor=inf"], "config.health.factor = inf: a finite number"),
+    "a seed too large": ([f"train.seed={2**32}"], f"below {2**32}"),
+    "a rate that is none": (["optimizer.peak_lr=nan"], "optimizer.peak_lr = nan is not finite"),
+    "an infinite factor": (["health.factor=inf"], "config.health.factor = inf is not finite"),
     "a stop beyond the end": (["train.stop_at=21"], "stop_at = 21 lies beyond config.train.steps"),
-    "too short for the warm-up": (["train.steps=3"], "set --config.train.stop_at=3 instead"),
+    "too short for the warm-up": (["train.steps=3"], "set config.train.stop_at = 3"),
     "no token with loss": (
         ["data.collate.kind=instruction", "data.collate.begin=(5,)", "data.collate.end=(6,)"],
         r"no token carries loss in 64 rows of the split train",

@@ -154,7 +154,7 @@ REFUSED = {
     "untied without a head": (lambda c, t: c.update(tie_word_embeddings=False),
                               "tensors are needed"),
     "more layers": (lambda c, t: c.update(num_hidden_layers=2**30), "tensors are needed"),
-    "other width": (lambda c, t: c.update(hidden_size=8), "by the config it should be"),
+    "other width": (lambda c, t: c.update(hidden_size=12), "by the config it should be"),
     "other family": (lambda c, t: c.update(model_type="bert"), "no table for model_type 'bert'"),
     "no family": (lambda c, t: c.pop("model_type"), "no table for model_type 'None'"),
 }  # fmt: skip

@@ -34,10 +34,16 @@ def test_records_are_one_json_object_per_line(capsys):
 
 def test_a_backend_that_cannot_is_a_line_of_its_own(monkeypatch):
     monkeypatch.setattr("models.attention.dispatch.target", lambda: ("cuda", None))
-    records = list(bench.measure("1x40x2x8", "chunk:8", "float16", ["cudnn", "reference"], 1))
-    assert records[0] == {"backend": "cudnn", "refused": "it has no chunks"}
+    records = list(bench.measure("1x40x2x8", "chunk:8", "float32", ["cudnn", "reference"], 1))
+    assert records[0] == {
+        "backend": "cudnn",
+        "refused": "it takes bfloat16 and float16, not float32",
+    }
     assert records[1]["ratio"] == 1.0
-    assert bench._line(**records[0]) == "  cudnn      cannot: it has no chunks"
+    assert (
+        bench._line(**records[0])
+        == "  cudnn      cannot: it takes bfloat16 and float16, not float32"
+    )
 
 
 @pytest.mark.parametrize(

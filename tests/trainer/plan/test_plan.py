@@ -135,7 +135,7 @@ def test_mistakes_start_no_compiler(arguments, match, monkeypatch):
 
 def test_missing_libtpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'torus-train\[aot\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[aot\]'"):
         command.main(["--config=quickstart", "--on=v5e-4"])
 
 
