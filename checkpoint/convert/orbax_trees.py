@@ -40,9 +40,6 @@ _STEP = re.compile(r"(?:.*_)?(\d+)")
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")
 
 
-HOLES = 64  # bytes of a file per byte on the disk, with which a file system may compress it
-
-
 @dataclass(frozen=True)
 class Stored:
     """An array of an item, or one layer of it."""

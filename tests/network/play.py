@@ -82,6 +82,23 @@ class Play:
     def strike(self) -> None:
         self.struck = time.monotonic()
 
+    def run_to_fault(self, *flags: str, slow: str = "step=0.15", **variables: str) -> None:
+        """Starts all hosts and waits for the step of the fault, which begins now."""
+        self.start(*flags, slow=slow, **variables)
+        self.at_step(STRIKE)
+        self.strike()
+
+    def recovers(self, rank: int, calm: Path, **lost: int) -> None:
+        """Kills a trainer; the right one is blamed, and the run ends on the same bits."""
+        self.kill_trainer(rank)
+        self.ends(0, 0, 0)
+        self.recovered(rank, calm, **lost)
+
+    def recovered(self, rank: int, calm: Path, **lost: int) -> None:
+        self.blames(rank=rank)
+        self.from_memory(**lost)
+        self.same_bits(calm)
+
     def kill(self, host: int) -> None:
         """Ends everything that runs for a host at once, as a power cut does."""
         self._jobs.pop(host)

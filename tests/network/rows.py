@@ -28,9 +28,7 @@ def row(name: str) -> Callable[[Callable[[Play, Path], None]], Callable[[Play, P
 @row("cut of 5 s")
 def cut_5(p: Play, calm: Path) -> None:
     """TCP repeats what was lost; nobody notices."""
-    p.start()
-    p.at_step(STRIKE)
-    p.strike()
+    p.run_to_fault()
     p.net.cut(2)
     time.sleep(5)
     p.net.faults()
@@ -40,9 +38,7 @@ def cut_5(p: Play, calm: Path) -> None:
 
 
 def cut_60(p: Play, calm: Path, slow: str) -> None:
-    p.start(slow=slow)
-    p.at_step(STRIKE)
-    p.strike()
+    p.run_to_fault(slow=slow)
     p.net.cut(2)
     time.sleep(60)
     p.net.faults()
@@ -59,9 +55,7 @@ row("cut of 60 s, slow data")(lambda p, calm: cut_60(p, calm, "data=0.15"))
 
 @row("cut for ever")
 def cut_for_ever(p: Play, calm: Path) -> None:
-    p.start(*ELASTIC)
-    p.at_step(STRIKE)
-    p.strike()
+    p.run_to_fault(*ELASTIC)
     p.net.cut(2)
     p.until(lambda: p.incidents("resized"), "two hosts", 120)
     assert p.incidents("resized")[0]["lost"] == [2]
@@ -74,9 +68,7 @@ def cut_for_ever(p: Play, calm: Path) -> None:
 
 @row("partition around the leader")
 def partition(p: Play, calm: Path) -> None:
-    p.start(*ELASTIC, slow=LATER)
-    p.at_step(STRIKE)
-    p.strike()
+    p.run_to_fault(*ELASTIC, slow=LATER)
     p.net.cut(0)
     p.until(lambda: p.incidents("resized"), "two hosts", 120)
     assert p.incidents("resized")[0]["lost"] == [0]
@@ -94,9 +86,7 @@ def partition(p: Play, calm: Path) -> None:
 @row("one-way cut")
 def one_way(p: Play, calm: Path) -> None:
     """Host 2 is heard and hears nothing."""
-    p.start()
-    p.at_step(STRIKE)
-    p.strike()
+    p.run_to_fault()
     p.net.cut(2, sends=False)
     time.sleep(40)
     p.net.faults()
@@ -108,9 +98,7 @@ def one_way(p: Play, calm: Path) -> None:
 
 
 def dead_and_back(p: Play, calm: Path, host: int) -> None:
-    p.start()
-    p.at_step(STRIKE)
-    p.strike()
+    p.run_to_fault()
     p.net.cut(host)  # no RST tells the others
     p.kill(host)
     time.sleep(20)
@@ -129,9 +117,7 @@ row("dead leader and back")(lambda p, calm: dead_and_back(p, calm, 0))
 
 @row("dead host, gone for good")
 def gone(p: Play, calm: Path) -> None:
-    p.start(*ELASTIC)
-    p.at_step(STRIKE)
-    p.strike()
+    p.run_to_fault(*ELASTIC)
     p.net.cut(1)
     p.kill(1)
     p.ends(0, 0)
@@ -143,9 +129,7 @@ def gone(p: Play, calm: Path) -> None:
 
 @row("cut of network and folder")
 def with_folder(p: Play, calm: Path) -> None:
-    p.start(*ELASTIC, slow=LATER)
-    p.at_step(STRIKE)
-    p.strike()
+    p.run_to_fault(*ELASTIC, slow=LATER)
     p.net.cut(2)
     p.cut_folder(2)
     p.until(lambda: p.incidents("resized"), "two hosts", 120)
@@ -162,9 +146,7 @@ def with_folder(p: Play, calm: Path) -> None:
 @row("50 ms and 1 % loss")
 def slow(p: Play, calm: Path) -> None:
     """Steps take some seconds then, for gloo takes many round trips; goes on, without an alarm."""
-    p.start()
-    p.at_step(STRIKE)
-    p.strike()
+    p.run_to_fault()
     p.net.faults(delay=0.05, loss=0.01)
     time.sleep(60)
     p.net.faults()
@@ -183,24 +165,14 @@ def narrow(p: Play, calm: Path) -> None:
     p.net.faults(rate=125_000, ports=ports)
     p.at_step(STRIKE + 10)
     p.strike()
-    p.kill_trainer(1)
-    p.ends(0, 0, 0)
-    p.blames(rank=1)
-    p.from_memory(lost=STRIKE + 10)
-    p.same_bits(calm)
+    p.recovers(1, calm, lost=STRIKE + 10)
 
 
 @row("a clock off by hours")
 def clock(p: Play, calm: Path) -> None:
     path = f"{ROOT}/tests/chaos/clock{os.pathsep}{ROOT}"
-    p.start(PYTHONPATH=path, CLOCK_JUMP="1")
-    p.at_step(STRIKE)
-    p.strike()
-    p.kill_trainer(1)
-    p.ends(0, 0, 0)
-    p.blames(rank=1)
-    p.from_memory()
-    p.same_bits(calm)
+    p.run_to_fault(PYTHONPATH=path, CLOCK_JUMP="1")
+    p.recovers(1, calm)
 
 
 STRANGER = """
@@ -238,9 +210,7 @@ def strangers(p: Play, calm: Path) -> None:
     finally:
         other.kill()
         other.wait()
-    p.blames(rank=1)
-    p.from_memory(lost=12)
-    p.same_bits(calm)
+    p.recovered(1, calm, lost=12)
 
 
 def names(p: Play, calm: Path, own: str) -> None:
@@ -249,14 +219,8 @@ def names(p: Play, calm: Path, own: str) -> None:
         known = {f"torus{n}": address(n) for n in range(HOSTS) if n != host}
         ours = own.format(host)
         p.net.hosts_file(host, {**known, f"torus{host}": ours, socket.gethostname(): ours})
-    p.start()
-    p.at_step(STRIKE)
-    p.strike()
-    p.kill_trainer(1)
-    p.ends(0, 0, 0)
-    p.blames(rank=1)
-    p.from_memory()
-    p.same_bits(calm)
+    p.run_to_fault()
+    p.recovers(1, calm)
 
 
 row("Debian's 127.0.1.1")(lambda p, calm: names(p, calm, "127.0.1.1"))
@@ -267,27 +231,15 @@ def two_networks(p: Play, calm: Path) -> None:
     for host in range(HOSTS):
         known = {f"torus{n}": address(n) for n in range(HOSTS)}
         p.net.hosts_file(host, {**known, socket.gethostname(): f"10.98.0.{host}"})
-    p.start()
-    p.at_step(STRIKE)
-    p.strike()
-    p.kill_trainer(1)
-    p.ends(0, 0, 0)
-    p.blames(rank=1)
-    p.from_memory()
-    p.same_bits(calm)
+    p.run_to_fault()
+    p.recovers(1, calm)
 
 
 @row("ipv6")
 def ipv6(p: Play, calm: Path) -> None:
     p.first = f"[{address(0, six=True)}]:1"
-    p.start()
-    p.at_step(STRIKE)
-    p.strike()
-    p.kill_trainer(1)
-    p.ends(0, 0, 0)
-    p.blames(rank=1)
-    p.from_memory()
-    p.same_bits(calm)
+    p.run_to_fault()
+    p.recovers(1, calm)
 
 
 @row("relays")
@@ -311,9 +263,7 @@ def relays(p: Play, calm: Path) -> None:
         with contextlib.suppress(OSError):
             relay.kill()
         relay.wait()
-    p.blames(rank=1)
-    p.from_memory(lost=12)
-    p.same_bits(calm)
+    p.recovered(1, calm, lost=12)
 
 
 RELAY = """
