@@ -7,7 +7,6 @@ memory, else from another keeper.
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from checkpoint.agreement import first
 from checkpoint.fingerprint import as_text, fingerprints, sums_text
 from checkpoint.memory.slots import Slots
 from checkpoint.memory.wire import Directory, Message, Refused
@@ -69,9 +69,9 @@ def restore_newest(
       disk: only a snapshot of this step or a newer one is wanted.
       given_up: told step and meta; whether the run has gone back past the snapshot.
     """
-    survey = _Survey(directory) if jax.process_index() == 0 else None
-    for step in _shared(survey and [s for s in survey.steps() if disk is None or s >= disk]):
-        plan = _shared(survey and survey.plan(step))
+    survey = _Survey(directory) if jax.process_index() == 0 else None  # `first` asks there alone
+    for step in first(lambda: [s for s in survey.steps() if disk is None or s >= disk]):
+        plan = first(lambda step=step: survey.plan(step))
         if "meta" in plan and given_up(step, plan["meta"]):
             continue
         found, problem = None, plan.get("problem", "")
@@ -280,17 +280,6 @@ class _Reader:
             out = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, piece.start, strict=True))
             content[into] = self.piece(piece)[out]
         return content
-
-
-def _shared(value: Any) -> Any:
-    """Returns the first process's JSON value in all processes."""
-    if jax.process_count() == 1:
-        return value
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(text.size, np.int32)))
-    text = text if jax.process_index() == 0 else np.zeros(size, np.uint8)
-    told = multihost_utils.broadcast_one_to_all(text)
-    return json.loads(np.asarray(told).astype(np.uint8).tobytes())
 
 
 def _first_text(problem: str) -> str:
