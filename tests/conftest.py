@@ -1,5 +1,6 @@
 """Eight fake CPU devices and a cache for every test, set before JAX is first imported."""
 
+import gc
 import os
 import signal
 from importlib.metadata import version
@@ -47,6 +48,14 @@ _LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {ROOT / "tests" / name: place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap():
+    """Spares Python's collector what earlier modules left: JAX keeps every traced program, and in
+    a worker that has run for ten minutes one collection takes 2 s instead of 0.1 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from tests.trainer.test_resume import stored_state
 pytestmark = pytest.mark.multiprocess
 
 
+@pytest.mark.soak
 def test_a_frozen_trainer_is_found_and_replaced(supervised, calm):
     limits = [f"--limit={phase}" for phase in ("step=6", "data=6", "save=15")]  # wherever it is
     run, job = supervised("--processes", "2", *limits)

@@ -289,8 +289,10 @@ def test_a_wall_clock_that_jumps_means_nothing(meeting, monkeypatch):
 
 @pytest.mark.parametrize("status", [FINISHED, NO_PROGRESS])
 def test_the_end_is_told_to_all(meeting, status):
-    hosts = meeting(0, 1, 2, count=3, sizes=(2,))
-    until(lambda: agreed(hosts[:2], [0, 1]))
+    hosts = meeting(0, 1, count=3, sizes=(2,))
+    until(lambda: agreed(hosts, [0, 1]))
+    hosts += meeting(2, count=3, sizes=(2,))
+    time.sleep(LEASE)  # until it waits
     hosts[0].status = status
     until(lambda: hosts[1].met[-1] == status and hosts[2].met[-1:] == [status])
 
