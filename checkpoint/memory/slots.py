@@ -129,10 +129,6 @@ class Slots:
         text = bytes(self.data(slot)[offset : offset + size])
         return json.loads(text) if zlib.crc32(text) == crc else None
 
-    def drop(self, slot: int) -> None:
-        """Forgets what a slot holds."""
-        self.data(slot)[:HEADER] = bytes(HEADER)
-
     def _header(self, slot: int) -> tuple | None:
         raw = bytes(self.data(slot)[:HEADER])
         fields, crc = raw[: _FIELDS.size], raw[_FIELDS.size : _FIELDS.size + 4]

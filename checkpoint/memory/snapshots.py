@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from checkpoint.fingerprint import box_program, box_sums
 from checkpoint.memory import restore
-from checkpoint.memory.agreement import furthest
+from checkpoint.memory.rounds import furthest
 from checkpoint.memory.slots import HEADER, Slots, round_up
 from checkpoint.memory.wire import Directory, Refused
 from checkpoint.tree import flatten
@@ -128,7 +128,7 @@ class Snapshots:
         if idle and self._drain is not None:
             self._drain.result()  # what went wrong there is told here
         wanted = self._slots.next if self._slots is not None else -1
-        # A step that is further ahead than the agreement names any is a mistake, and no news.
+        # A step that is further ahead than the rounds name any is a mistake, and no news.
         if wanted <= self._tried or wanted > step + furthest(self._every):
             patience = _ANEW if os.path.exists(self._path) else _GONE
             if idle and time.monotonic() - self._told > patience:

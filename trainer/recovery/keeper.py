@@ -3,8 +3,8 @@
 `KeeperProcess` is what a supervisor holds; run as a module, this is the process itself. It
 allocates slots for the trainers of its host, exchanges parity with the keepers of the other hosts
 once all of them have written, and gives back what is asked of it: to trainers that restore, and to
-a keeper that has to compute what a lost host held. The first host's keeper also leads the agreement
-on which step counts. Never imports JAX; ends with its supervisor.
+a keeper that has to compute what a lost host held. The first host's keeper also decides which step
+counts. Never imports JAX; ends with its supervisor.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from checkpoint.memory import parity
-from checkpoint.memory.agreement import Agreement
+from checkpoint.memory.rounds import Rounds
 from checkpoint.memory.slots import HEADER, Slots
 from checkpoint.memory.wire import Connection, Directory, Message, Refused
 from sharding.errors import UsageError
@@ -113,7 +113,7 @@ class Keeper:
         self._adding: tuple[str, int] = "", -1  # run and step that the parity is being made for
         self._parity_slot, self._cleared = 0, 0  # the slot for it, and bytes that began at zero
         self._added: set[int] = set()  # hosts whose chunk is in it
-        self._led: tuple[str, Agreement | None] = "", None  # on the first host: run and agreement
+        self._led: tuple[str, Rounds | None] = "", None  # on the first host: run and rounds
         self._work = ThreadPoolExecutor(4, thread_name_prefix="keeper")
 
     def answer(self, connection: Connection) -> None:
@@ -169,7 +169,7 @@ class Keeper:
         self._tell_leader(message)
         return {}, []
 
-    # ------------------------------------------------------------ agreement
+    # ------------------------------------------------------------ rounds
 
     def _tell_leader(self, message: Message) -> None:
         facts = {name: self._facts[name] for name in ("every", "sizes")}
@@ -180,18 +180,18 @@ class Keeper:
         run, step, at = message["run"], message["step"], message["at"]
         with self._lock:
             if self._led[0] != run:
-                self._led = run, Agreement(len(message["sizes"]), message["every"])
-            agreement = self._led[1]
+                self._led = run, Rounds(len(message["sizes"]), message["every"])
+            rounds = self._led[1]
             if message["event"] == "ready":
-                changed = agreement.ready(message["ranks"], at, step)
+                changed = rounds.ready(message["ranks"], at, step)
             elif message["event"] == "missed":
-                changed = agreement.missed(step, at)
+                changed = rounds.missed(step, at)
             elif message["event"] == "failed":
-                changed = agreement.failed(step, at)
+                changed = rounds.failed(step, at)
             else:
-                changed = agreement.done(message["ranks"], step, at)
-            news = {"op": "decided", "run": run, "next": agreement.next}
-            news["committed"] = agreement.committed
+                changed = rounds.done(message["ranks"], step, at)
+            news = {"op": "decided", "run": run, "next": rounds.next}
+            news["committed"] = rounds.committed
         for host in range(self._directory.hosts) if changed else ():
             self._submit(self._tell, host, news)
         return {}, []

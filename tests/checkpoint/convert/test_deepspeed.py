@@ -70,7 +70,7 @@ def counting_itself(version: str):
     """Returns a change of a rank's states to those of DeepSpeed's own optimizers.
 
     Both count by a Python integer in the state of a tensor; FusedAdam keeps a `step` of 0 in the
-    parameter group beside it, and before version 0.9.3 had that count alone.
+    parameter group beside it, and up to version 0.6.3 had that count alone.
     """
 
     def change(state):

@@ -1,4 +1,4 @@
-"""Slots, parity, messages and the agreement: what snapshots in memory rest on, without JAX."""
+"""Slots, parity, messages and the rounds: what snapshots in memory rest on, without JAX."""
 
 import os
 import random
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.memory import parity, slots
-from checkpoint.memory.agreement import Agreement
+from checkpoint.memory.rounds import Rounds
 from checkpoint.memory.slots import HEADER, Slots
 from sharding.errors import UsageError
 
@@ -113,25 +113,25 @@ def test_any_one_host_is_rebuilt_from_the_others(n, data):
 
 
 def test_a_step_that_did_not_reach_all_is_followed_by_another_at_once():
-    agreement = Agreement(2, 5)
-    agreement.ready([0], 0, -1)
-    assert agreement.ready([1], 0, -1) and agreement.next == 5
-    assert not agreement.done([0], 5, 6)
-    assert agreement.failed(5, 7) and agreement.next == 10 and agreement.committed == -1
-    assert not agreement.failed(5, 7)  # the other host says so too
+    rounds = Rounds(2, 5)
+    rounds.ready([0], 0, -1)
+    assert rounds.ready([1], 0, -1) and rounds.next == 5
+    assert not rounds.done([0], 5, 6)
+    assert rounds.failed(5, 7) and rounds.next == 10 and rounds.committed == -1
+    assert not rounds.failed(5, 7)  # the other host says so too
 
 
 def test_ready_again_names_no_other_step_while_one_is_under_way():
     """A large snapshot takes longer than the silence after which trainers ask."""
-    agreement = Agreement(2, 5)
+    rounds = Rounds(2, 5)
     for rank in (0, 1):
-        agreement.ready([rank], 0, -1)
-    assert agreement.ready([1], 3, -1) and agreement.next == 5  # ahead of all: told once more
-    agreement.done([0], 5, 6)
-    assert agreement.ready([0], 30, -1) and agreement.next == 5  # it has done its part
-    assert agreement.done([1], 5, 31) and agreement.committed == 5
-    step = agreement.next
-    assert agreement.ready([1], step + 1, 5) and agreement.next > step + 1  # its news were lost
+        rounds.ready([rank], 0, -1)
+    assert rounds.ready([1], 3, -1) and rounds.next == 5  # ahead of all: told once more
+    rounds.done([0], 5, 6)
+    assert rounds.ready([0], 30, -1) and rounds.next == 5  # it has done its part
+    assert rounds.done([1], 5, 31) and rounds.committed == 5
+    step = rounds.next
+    assert rounds.ready([1], step + 1, 5) and rounds.next > step + 1  # its news were lost
 
 
 def test_cached_files_of_a_control_group_are_free_memory(tmp_path, monkeypatch):
@@ -151,26 +151,26 @@ def test_cached_files_of_a_control_group_are_free_memory(tmp_path, monkeypatch):
 
 
 def test_alone_every_step_may_be_taken():
-    agreement = Agreement(1, 1)
-    assert agreement.ready([0], 5, -1) and agreement.next == 6
+    rounds = Rounds(1, 1)
+    assert rounds.ready([0], 5, -1) and rounds.next == 6
     for step in range(6, 12):
-        assert agreement.done([0], step, step) and agreement.committed == step
-        assert agreement.next == step + 1
-    assert not agreement.done([0], 3, 20)
-    assert agreement.done([0], 25, 26) and (agreement.committed, agreement.next) == (25, 27)
+        assert rounds.done([0], step, step) and rounds.committed == step
+        assert rounds.next == step + 1
+    assert not rounds.done([0], 3, 20)
+    assert rounds.done([0], 25, 26) and (rounds.committed, rounds.next) == (25, 27)
 
 
 def test_the_look_ahead_after_misses_shrinks_again():
     """Each miss doubles it up to 64 steps; each snapshot that counts then takes one step off it."""
-    agreement = Agreement(2, 1)
-    agreement.ready([0, 1], 0, -1)
+    rounds = Rounds(2, 1)
+    rounds.ready([0, 1], 0, -1)
     for _ in range(8):
-        agreement.missed(agreement.next, agreement.next)
+        rounds.missed(rounds.next, rounds.next)
     ahead = []
     for _ in range(70):
-        step = agreement.next
-        agreement.done([0, 1], step, step)
-        ahead.append(agreement.next - step)
+        step = rounds.next
+        rounds.done([0, 1], step, step)
+        ahead.append(rounds.next - step)
     assert ahead == [64 - n if n < 63 else 2 for n in range(70)]
 
 
@@ -181,12 +181,12 @@ def test_processes_that_hear_late_still_agree(count, every, seed):
 
     Whatever the order, a step counts only if all hold it, and before long one does.
     """
-    draw, agreement = random.Random(seed), Agreement(count, every)
+    draw, rounds = random.Random(seed), Rounds(count, every)
     for rank in draw.sample(range(count), count):
-        agreement.ready([rank], 0, -1)
+        rounds.ready([rank], 0, -1)
     delays, ahead = ([draw.randrange(n) for _ in range(count)] for n in (4, 2))
     counted = 0
-    heard = [[(0, agreement.next)] for _ in range(count)]
+    heard = [[(0, rounds.next)] for _ in range(count)]
     tried, written = [-1] * count, [set() for _ in range(count)]
     for step in range(1, 300):
         for rank in draw.sample(range(count), count):
@@ -197,14 +197,14 @@ def test_processes_that_hear_late_still_agree(count, every, seed):
             tried[rank] = named
             if at == named or count == 1:
                 written[rank].add(at)
-                changed = agreement.done([rank], at, at)
+                changed = rounds.done([rank], at, at)
             else:
-                changed = agreement.missed(named, at)
+                changed = rounds.missed(named, at)
             if changed:
-                assert agreement.next % every == 0
+                assert rounds.next % every == 0
                 for other in range(count):
-                    heard[other].append((step + delays[other], agreement.next))
-            if agreement.committed > counted:
-                counted = agreement.committed
+                    heard[other].append((step + delays[other], rounds.next))
+            if rounds.committed > counted:
+                counted = rounds.committed
                 assert all(counted in steps for steps in written)
     assert counted > 150

@@ -17,7 +17,7 @@ def furthest(every: int) -> int:
     return 2 * _FURTHEST + every
 
 
-class Agreement:
+class Rounds:
     """Of `count` processes that take a snapshot of every `every`-th step at most.
 
     Attributes:
