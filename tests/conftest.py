@@ -38,10 +38,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Two workers end together when the files that take longest are begun first.
 _LONGEST = (
-    "models/attention/test_attention_oracle.py", "models/test_sequence.py",
-    "trainer/recovery/test_hosts.py", "trainer/test_step.py", "trainer/test_resume.py",
-    "models/attention/test_attention_isolation.py", "models/test_decoder.py",
-    "trainer/recovery/test_launch.py", "trainer/data/test_prepare_processes.py",
+    "trainer/test_pairs.py", "models/test_sequence.py", "trainer/test_resume.py",
+    "trainer/test_step.py", "trainer/recovery/test_hosts_protocol.py",
+    "models/attention/test_attention_oracle.py", "trainer/data/test_remote.py",
+    "trainer/test_guard.py", "models/test_decoder.py", "trainer/recovery/test_launch.py",
 )  # fmt: skip
 
 

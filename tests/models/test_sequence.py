@@ -387,6 +387,7 @@ def test_a_config_is_refused_before_devices_are_asked_for():
 # ---------------------------------------------------------------- with libtpu
 
 
+@pytest.mark.soak  # half a minute; tests/trainer/plan compiles for TPUs on every change
 @pytest.mark.tpu_compile
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_on_a_tpu_every_transfer_of_a_ring_runs_beside_the_tiles_of_a_hop():
