@@ -92,9 +92,6 @@ class Play:
         """Kills a trainer; the right one is blamed, and the run ends on the same bits."""
         self.kill_trainer(rank)
         self.ends(0, 0, 0)
-        self.recovered(rank, calm, **lost)
-
-    def recovered(self, rank: int, calm: Path, **lost: int) -> None:
         self.blames(rank=rank)
         self.from_memory(**lost)
         self.same_bits(calm)

@@ -205,12 +205,10 @@ def strangers(p: Play, calm: Path) -> None:
     try:
         p.at_step(STRIKE)
         p.strike()
-        p.kill_trainer(1)
-        p.ends(0, 0, 0)
+        p.recovers(1, calm, lost=12)
     finally:
         other.kill()
         other.wait()
-    p.recovered(1, calm, lost=12)
 
 
 def names(p: Play, calm: Path, own: str) -> None:
@@ -257,13 +255,11 @@ def relays(p: Play, calm: Path) -> None:
         path.write_text(kept)
         p.at_step(STRIKE + 12)
         p.strike()
-        p.kill_trainer(1)
-        p.ends(0, 0, 0)
+        p.recovers(1, calm, lost=12)
     finally:
         with contextlib.suppress(OSError):
             relay.kill()
         relay.wait()
-    p.recovered(1, calm, lost=12)
 
 
 RELAY = """
