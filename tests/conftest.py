@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,8 @@ _FLAGS = (
     "--xla_backend_optimization_level=0",  # compiles in two thirds of the time; tests run few steps
     # A third of the time on JAX 0.10, and the programs of tests are small; 0.11 has it no more.
     *(["--xla_cpu_use_fusion_emitters=false"] if version("jax").startswith("0.10.") else []),
+    # Compiling a program in pieces at the same time costs a fifth more, and both cores have work.
+    "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # sharding/runtime.py says why
     # Eight devices meet in every collective. On a starved machine that takes longer than the 40 s
     # after which XLA:CPU takes the process down.
@@ -60,7 +63,10 @@ def frozen_heap():
 
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """A cache for a module whose processes are killed, perhaps while they write to it."""
+    """A copy of the cache for a module whose processes are killed, perhaps while they write it."""
+    folder, shared = tmp_path_factory.mktemp("cache"), os.environ["TORUS_CACHE"]
+    if os.path.isdir(shared):
+        shutil.copytree(shared, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORUS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TORUS_CACHE", str(folder))
         yield

@@ -71,6 +71,17 @@ def read_incidents(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [incident for incident in found if isinstance(incident, dict) and _sound(incident)]
 
 
+def unrecovered(incidents: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns the first fault since the run last recovered, was stopped or gave up, or None."""
+    fault = None
+    for incident in incidents:
+        if incident["kind"] in ("recovered", "stopped") or "exit" in incident:
+            fault = None
+        elif incident["kind"] in _FAULTS and fault is None:
+            fault = incident
+    return fault
+
+
 def _sound(incident: dict[str, Any]) -> bool:
     """Whether a record has the fields that are read of it, and of their types."""
     numbers = (incident.get(name, 0) for name in ("time", "step", "checkpoint", "seconds"))

@@ -36,7 +36,7 @@ _PIECE_TEXT = 200  # bytes of the index for a piece, and its name besides
 _SPARE_TEXT = 2**16  # and for what changes from step to step
 _SIZE_TEXT = 40  # bytes of the index for the size of an array, and its name besides
 _PATIENCE = 20.0  # seconds for the keeper to be there
-_ANEW = 15.0  # seconds without news after which it is told again that we are ready
+_ANEW = 5.0  # seconds without news after which it is told again that we are ready
 _GONE = 1.0  # and if its memory is gone
 
 

@@ -39,6 +39,7 @@ def check(whole: dict, moved: dict) -> None:
         np.testing.assert_allclose(losses, whole[saved], rtol=TOLERANCE, err_msg=pair)
 
 
+@pytest.mark.soak  # tests/trainer/test_resume.py moves a run to two other meshes on every change
 def test_two_meshes_restore_what_two_saved(tmp_path):
     places = {name: matrix.Place(JOBS["one process"][2][name]) for name in FEW}
     whole = {name: matrix.save(place, tmp_path / name) for name, place in places.items()}

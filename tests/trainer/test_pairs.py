@@ -31,8 +31,12 @@ LOOSE = {"bfloat16": 2e-2, "skip spikes": 1e-4}
 TOLERANCE = 2e-5  # relative, float32: what reordering the sums of six steps may do
 CONFIG = Path(pairs.__file__)
 SOAK = pytest.mark.soak
-FAST = ["mixture, fim, balance", "buckets, bfloat16"]  # in two processes, on every change
-GROUPS = [pytest.param(g, marks=SOAK) if g == "ring" else g for g in pairs.TOGETHER]
+ALONE = ["ring", "concat, tensor"]  # in one process too, these are soak tests only
+FAST = ["mixture, fim, balance", "buckets, bfloat16"]  # apart from one process, on every change
+
+
+def groups(soak: Callable[[str], bool]) -> list:
+    return [pytest.param(g, marks=SOAK) if soak(g) else g for g in pairs.TOGETHER]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +101,10 @@ def assert_same_end(*folders: Path) -> None:
 
 @pytest.mark.parametrize(
     "features",
-    [*GROUPS, *(pytest.param(f, marks=SOAK) for f in pairs.FEATURES if f not in pairs.TOGETHER)],
+    [
+        *groups(lambda group: group in ALONE),
+        *(pytest.param(f, marks=SOAK) for f in pairs.FEATURES if f not in pairs.TOGETHER),
+    ],
 )
 def test_with_resuming_accumulation_and_evaluation(data, whole, features, tmp_path):
     """Stopped half-way and resumed, a run ends on the same bits, whether it evaluates or not; in
@@ -122,7 +129,7 @@ def storage(bucket, tmp_path_factory):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("features", GROUPS)
+@pytest.mark.parametrize("features", groups(lambda group: group not in FAST))
 def test_with_remote_data(storage, whole, features, tmp_path, monkeypatch):
     """Rows from a bucket train the same bits as rows from a folder; evaluation reads it too."""
     undisturbed = whole(features)
@@ -153,14 +160,14 @@ for features in sys.argv[2:]:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    "groups",
+    "together",
     [FAST, pytest.param([g for g in pairs.TOGETHER if g not in FAST], marks=SOAK)],
     ids=["some", "the others"],
 )
-def test_with_two_processes(data, whole, groups, tmp_path):
+def test_with_two_processes(data, whole, together, tmp_path):
     """Two processes, stopped half-way and resumed, have the losses of one."""
-    run_processes(_TWO, 2, 4, [tmp_path, *groups], timeout=400)
-    for features in groups:
+    run_processes(_TWO, 2, 4, [tmp_path, *together], timeout=400)
+    for features in together:
         found, expected = (losses(folder) for folder in (tmp_path / features, whole(features)))
         np.testing.assert_allclose(found, expected, rtol=tolerance(features))
         ends = (losses(folder, "eval")[-1] for folder in (tmp_path / features, whole(features)))

@@ -55,7 +55,11 @@ def check_moved(moved: dict, half: dict, whole: dict) -> None:
         np.testing.assert_allclose(moved["losses"][step], whole["losses"][step], rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 4, "fsdp": 2}, None], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [{"fsdp": 8}, pytest.param({"data": 4, "fsdp": 2}, marks=pytest.mark.soak), None],
+    ids=str,
+)
 def test_a_checkpoint_moves_to_any_mesh(trained, tmp_path, mesh):
     half_folder, half, whole = trained
     shutil.copytree(half_folder, tmp_path / "run")

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from checkpoint.steps import folder_path, is_remote
-from trainer.goodput import INCIDENTS
+from trainer.goodput import INCIDENTS, read_incidents, unrecovered
 
 SILENCE = 25.0  # seconds without a word while something is waited for
 
@@ -28,6 +28,18 @@ class Log:
         """Says it unless something was said less than `every` seconds ago."""
         if time.monotonic() - self._said >= every:
             self.say(text)
+
+    def open_fault(self) -> tuple[float, int] | None:
+        """Returns when the run failed, by the monotonic clock, and the step reached then.
+
+        None if it has recovered since, or was ended. A supervisor that takes the place of the one that
+        led knows only from the run's folder what there is to recover from.
+        """
+        fault = unrecovered(read_incidents(self._workdir))
+        if fault is None:
+            return None
+        ago = max(0.0, time.time() - fault.get("time", 0.0))  # hosts' clocks may differ
+        return time.monotonic() - ago, int(fault.get("step", 0))
 
     def record(self, kind: str, generation: int, **facts: Any) -> None:
         """Says what happened and adds it to the run's incidents; None is left out of `facts`."""

@@ -184,6 +184,8 @@ class Supervisor:
         if self._unjudged is not None and self._hosts.inherits:
             self._judge(self._unjudged, self._hosts.gone)
         self._unjudged = None
+        if self._fault is None and self._options.hosts > 1:
+            self._fault = self._log.open_fault()  # of before this supervisor was started
         self._tell_members(met)
         if self._options.hosts > 1:
             members = listing(map(str, self._hosts.members))

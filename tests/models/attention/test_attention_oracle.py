@@ -174,7 +174,7 @@ def check(backend, p):
 ADDED = (None, "slopes", "bias", "shared bias")
 
 
-@settings(BUDGET, max_examples=12)
+@settings(BUDGET, max_examples=8)
 @given(p=problems(added=ADDED))
 def test_blockwise(p):
     with pytest.MonkeyPatch.context() as patch:
@@ -188,7 +188,7 @@ def test_reference(p):
     check("reference", p)
 
 
-@settings(BUDGET, max_examples=8)
+@settings(BUDGET, max_examples=6)
 @given(p=problems(lengths=(1, 100, 129, 300, 520), head_dims=(64, 80, 96, 128, 192, 256)))
 def test_pallas(p):
     """In interpret mode; the heads of a group and the batch are kept few, the oracle is slow."""
@@ -197,7 +197,7 @@ def test_pallas(p):
         check("pallas", p | {"batch": 1} if p["length"] * p["heads"] > 1000 else p)
 
 
-@settings(BUDGET, max_examples=8)
+@settings(BUDGET, max_examples=6)
 @given(p=problems(lengths=(1, 16, 33, 50, 100), head_dims=(16, 24, 80), added=(None, "slopes")))
 def test_triton(p):
     """In interpret mode."""
