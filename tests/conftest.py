@@ -27,8 +27,8 @@ _FLAGS = (
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # sharding/runtime.py says why
     # Eight devices meet in every collective. On a starved machine that takes longer than the 40 s
     # after which XLA:CPU takes the process down.
-    "--xla_cpu_collective_call_terminate_timeout_seconds=400",
-    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=100",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=180",
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=60",
 )
 for _flag in _FLAGS:
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):

@@ -40,15 +40,6 @@ def trained(tmp_path_factory) -> tuple[Path, dict, dict]:
     return folder / "half", half, whole
 
 
-@pytest.fixture(scope="module")
-def two_processes(trained, tmp_path_factory) -> list[dict]:
-    """What two processes make of a copy of that run, and of one of their own."""
-    folder = tmp_path_factory.mktemp("two")
-    shutil.copytree(trained[0], folder / "moved")
-    runs = ("moved", {"train.stop_at": 15}), ("own", {"train.stop_at": 20})
-    return jobs(2, 8, *((folder / name, HALF, changes) for name, changes in runs))
-
-
 def check_moved(moved: dict, half: dict, whole: dict) -> None:
     assert moved["before"] == half["after"]  # bit-equal state
     for step in map(str, range(11, 16)):
@@ -71,16 +62,10 @@ def test_a_checkpoint_moves_to_any_mesh(trained, tmp_path, mesh):
     check_moved(moved, half, whole)
 
 
-def test_a_checkpoint_moves_to_another_number_of_processes(trained, two_processes):
-    check_moved(two_processes[0], *trained[1:])
-
-
-def test_losses_do_not_depend_on_the_number_of_processes(trained, two_processes):
-    _, half, whole = trained
-    one, two = half["losses"] | whole["losses"], two_processes[1]["losses"]
-    assert list(one) == list(two) == [str(step) for step in range(1, 21)]
-    for step in one:
-        np.testing.assert_allclose(two[step], one[step], rtol=TOLERANCE)
+def test_a_checkpoint_moves_to_another_number_of_processes(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (moved,) = jobs(2, 8, (tmp_path / "run", HALF, {"train.stop_at": 15}))
+    check_moved(moved, *trained[1:])
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path):

@@ -32,8 +32,8 @@ class Log:
     def open_fault(self) -> tuple[float, int] | None:
         """Returns when the run failed, by the monotonic clock, and the step reached then.
 
-        None if it has recovered since, or was ended. A supervisor that takes the place of the one that
-        led knows only from the run's folder what there is to recover from.
+        None if it has recovered since, or was ended. A supervisor that takes the place of the one
+        that led knows only from the run's folder what there is to recover from.
         """
         fault = unrecovered(read_incidents(self._workdir))
         if fault is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.recovery.runs import STEPS, launch
+from tests.trainer.recovery.runs import STEPS, ended, launch
 from tests.trainer.test_resume import stored_state
 
 
@@ -19,7 +19,7 @@ def calm(own_cache, tmp_path_factory) -> Callable[[int], dict]:
     def state(processes: int) -> dict:
         folder = tmp_path_factory.mktemp("calm") / "run"
         job = launch(folder, "--processes", str(processes))
-        _, error = job.communicate(timeout=240)
+        error = ended(job)
         assert job.returncode == 0, error
         assert not (folder / "incidents.jsonl").exists()
         return stored_state(folder, STEPS)

@@ -1,6 +1,8 @@
 """Supervised runs of the tiny config, for the tests of `torus launch`."""
 
 import json
+import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -54,6 +56,18 @@ def at_step(workdir: Path, supervisor: subprocess.Popen, step: int) -> None:
             return
         time.sleep(0.01)
     pytest.fail(supervisor.communicate()[1])
+
+
+def ended(supervisor: subprocess.Popen, timeout: float = 240) -> str:
+    """Waits for the end and returns what was said; one that hangs fails with all stacks."""
+    try:
+        return supervisor.communicate(timeout=timeout)[1]
+    except subprocess.TimeoutExpired:
+        for pid in trainers(supervisor):
+            os.kill(pid, signal.SIGUSR1)
+        time.sleep(1)
+        supervisor.kill()
+        pytest.fail(supervisor.communicate()[1])
 
 
 def incidents(workdir: Path) -> list[dict]:
