@@ -31,7 +31,7 @@ _LONGEST = 2**28  # bytes of a JSON object
 _BLOCK = 2**22  # bytes of content in one frame
 _PIECE = 2**18  # bytes handed to the kernel at a time: time-outs are for one of these
 _HANDSHAKE = 5.0  # seconds for all of it
-_SILENCE = 30.0  # seconds without a byte after which a connection is given up
+_SILENCE = 15.0  # seconds without a byte after which a connection is given up
 _TOKEN = "keeper.token"
 _PATIENCE = 60.0  # seconds, for the first host to make the token
 

@@ -242,7 +242,10 @@ def ipv6(p: Play, calm: Path) -> None:
 
 @row("relays")
 def relays(p: Play, calm: Path) -> None:
-    """One who relays what goes to the first keeper adds a message of its own."""
+    """One who relays what goes to the first keeper adds a message of its own, and holds the line.
+
+    A process waits 15 s for an answer, some 36 steps, before it asks again.
+    """
     p.start(slow=LATER)
     p.at_step(5)
     path = p.run / "launch/keeper0.json"
@@ -253,7 +256,7 @@ def relays(p: Play, calm: Path) -> None:
         path.write_text(json.dumps([address(HOSTS), 4000]))
         time.sleep(5)
         path.write_text(kept)
-        p.at_step(STRIKE + 12)
+        p.at_step(STRIKE + 29)
         p.strike()
         p.recovers(1, calm, lost=12)
     finally:

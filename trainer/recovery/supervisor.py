@@ -119,6 +119,7 @@ class Supervisor:
         self._members: list[int] = []  # of the last generation
         self._loaded: dict[int, tuple[subprocess.Popen, TextIO | None]] = {}  # to be trainers
         self._fault: tuple[float, int] | None = None  # when, and the step reached then
+        self._passed = -1  # the generation whose first step is known to be done
         self._unjudged: list[End] | None = None  # what failed, for the host that led to judge
         self._log = Log(options.workdir)
 
@@ -184,8 +185,6 @@ class Supervisor:
         if self._unjudged is not None and self._hosts.inherits:
             self._judge(self._unjudged, self._hosts.gone)
         self._unjudged = None
-        if self._fault is None and self._options.hosts > 1:
-            self._fault = self._log.open_fault()  # of before this supervisor was started
         self._tell_members(met)
         if self._options.hosts > 1:
             members = listing(map(str, self._hosts.members))
@@ -437,14 +436,18 @@ class Supervisor:
 
     def _recovered(self, now: Progress) -> None:
         """Records what the last fault cost, once the run has passed a first step again."""
-        if self._fault is None or not now.source or now.step <= now.start:
+        if self._passed == self._hosts.generation or not now.source or now.step <= now.start:
             return
-        seconds, reached = time.monotonic() - self._fault[0], self._fault[1]
-        self._fault = None
-        if self._hosts.leads:
+        self._passed = self._hosts.generation
+        fault, self._fault = self._fault, None
+        if not self._hosts.leads:
+            return
+        if fault is None and self._options.hosts > 1:
+            fault = self._log.open_fault()  # of before this supervisor was started
+        if fault is not None:
             self._record(
-                "recovered", step=now.step, seconds=round(seconds, 2), source=now.source,
-                restored=now.start, lost_steps=max(0, reached - now.start),
+                "recovered", step=now.step, seconds=round(time.monotonic() - fault[0], 2),
+                source=now.source, restored=now.start, lost_steps=max(0, fault[1] - now.start),
             )  # fmt: skip
 
     def _stopped(self) -> int:
