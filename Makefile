@@ -31,7 +31,8 @@ help:
 	@echo "make lint    ruff and shellcheck"
 	@echo "make plans   compile the stored plans that are missing or stale (1 to 4 CPU minutes each)"
 	@echo "make chaos   eleven faults, each in a small run that must survive it (nine minutes)"
-	@echo "make soak    the slow tests, every fault ten times, half an hour without a fault: hours"
+	@echo "make soak    the slow tests, every fault ten times, half an hour without a fault: hours;"
+	@echo "             ARGS=tests/models runs the slow tests there, and nothing else"
 	@echo "Variables: PYTHON=python3.12 VENV=.venv312 RUN=runs/x ARGS='--config.train.steps=200'"
 	@echo "Python here: $(or $(VERSION),none that fits), with the versions of $(CONSTRAINTS)"
 
@@ -78,9 +79,11 @@ chaos: $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m soak $(ARGS)
+ifeq ($(ARGS),)
 	$(BIN)/python -m tests.chaos --seeds 10 --out build/chaos.json
 	$(BIN)/python -m tests.chaos --minutes 30
 	$(BIN)/python -m tests.network --seeds 5 --out build/network.json
+endif
 
 goldens: $(VENV)/.installed-dev
 	TORUS_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/configs

@@ -40,7 +40,7 @@ def test_the_help_tells_every_status():
 
 # Two nodes; each runs what it is told, with what srun says in its environment. As seen on SLURM
 # 22.05: a signal reaches every process of the step, in whatever session, and more than once; the
-# status is the highest of the tasks', 137 that of a killed one.
+# status is 137 if a task was killed, or else the highest of the tasks'.
 SRUN = """\
 import os, signal, subprocess, sys
 from pathlib import Path
@@ -67,7 +67,7 @@ for n in (0, 1):
     environment = {**os.environ, **place, "SLURM_PROCID": str(n), "SLURMD_NODENAME": f"n{n}"}
     tasks.append(subprocess.Popen(command, start_new_session=True, env=environment))
 statuses = [task.wait() for task in tasks]
-sys.exit(max(status if status >= 0 else 128 - status for status in statuses))
+sys.exit(137 if min(statuses) < 0 else max(statuses))
 """
 SCONTROL = """\
 #!/bin/bash
@@ -167,6 +167,7 @@ def test_a_killed_task_does_not_hide_how_the_others_ended(slurm, ends, status, a
     job, folder = slurm(ends)
     assert job.wait(60) == status
     assert calls(folder) == ["requeue 42"] * again
+    assert not list(folder.glob("slurm-*"))
 
 
 def test_a_killed_launcher_is_started_again_where_it_was(slurm):
