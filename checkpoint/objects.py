@@ -166,7 +166,8 @@ class ObjectPath(os.PathLike):
         try:
             spec = json.dumps(kvstore_spec(self.scheme, self.bucket))
             return question(_store(spec, os.environ.get("TENSORSTORE_GCS_HTTP_URL"))).result()
-        except ValueError as error:  # tensorstore's; its text begins with the status
+        # tensorstore's; the text begins with the status. The second is a server's answer of 501.
+        except (ValueError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
         if reason.startswith("OUT_OF_RANGE"):
             raise EOFError(f"{self} is shorter")

@@ -1,5 +1,8 @@
 """Paths in buckets: what they have of pathlib, and steps that are told by their marker."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 from etils import epath
 
@@ -71,3 +74,25 @@ def test_refusals(store):
     store.refuse = 403
     with pytest.raises(StorageError, match=r"gs://bucket/run: access refused .*PERMISSION_DENIED"):
         ObjectPath.parse("gs://bucket/run").exists()
+
+
+def test_a_server_that_cannot_do_what_is_asked_is_named(monkeypatch):
+    """501, which tensorstore tells by an exception of another kind."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(501)
+
+        do_HEAD = do_PUT = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        with pytest.raises(StorageError, match=r"^s3://bucket/run/x cannot be reached: "):
+            ObjectPath.parse("s3://bucket/run/x").read_bytes()
+        server.shutdown()

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoint.files import read_json
 from checkpoint.steps import listing, write_whole
 from sharding.addresses import is_loopback, join_port, own_address
 from trainer.recovery.policy import FINISHED, LOST, STOPPED, End, choose_hosts
@@ -442,7 +443,7 @@ class Hosts:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self._folder / name).read_text())
+            return read_json(self._folder / name)
         except (OSError, ValueError):  # not there yet, or half seen through a network's cache
             return {}
 
