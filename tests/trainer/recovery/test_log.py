@@ -2,8 +2,12 @@
 
 import json
 import time
+from types import SimpleNamespace
 
+from tests.trainer.recovery.runs import incidents
 from trainer.recovery.log import Log
+from trainer.recovery.progress import Progress
+from trainer.recovery.supervisor import Options, Supervisor
 
 
 def test_what_is_waited_for_is_said_now_and_then(tmp_path, monkeypatch, capsys):
@@ -47,3 +51,15 @@ def test_a_new_supervisor_learns_of_the_fault_that_the_run_has_not_recovered_fro
     assert step == 8 and began - 0.1 <= when <= time.monotonic()
     log.record("crash", 5, step=7, exit=1)
     assert log.open_fault() is None
+
+
+def test_a_leader_that_came_back_tells_once_what_the_fault_cost(tmp_path):
+    """It was not there when the fault was judged, perhaps after it had started."""
+    supervisor = Supervisor(Options([], str(tmp_path), host=0, hosts=2))
+    supervisor._hosts = SimpleNamespace(generation=1, leads=True)
+    Log(str(tmp_path)).record("host lost", 1, step=8, hosts=[0])
+    for step in (5, 6, 7):
+        supervisor._recovered(Progress("step", step, 0.0, step, start=5, source="parity"))
+    lost, recovered = incidents(tmp_path)
+    assert (recovered["kind"], recovered["step"], recovered["restored"]) == ("recovered", 6, 5)
+    assert recovered["lost_steps"] == 3 and 0 <= recovered["seconds"] < 60
