@@ -342,6 +342,7 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 trainer.process.send_signal(signal.SIGTERM)
         self._wait(trainers)
+        self._step = max(self._step, *(trainer.page.read().step for trainer in trainers))
 
     def _wait(self, trainers: list[_Trainer], seconds: float | None = None) -> None:
         """Waits for all to end, so long or for the grace, which a second signal makes nothing."""
