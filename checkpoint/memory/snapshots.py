@@ -35,6 +35,9 @@ _ALIGNED = 64
 _PIECE_TEXT = 200  # bytes of the index for a piece, and its name besides
 _SPARE_TEXT = 2**16  # and for what changes from step to step
 _SIZE_TEXT = 40  # bytes of the index for the size of an array, and its name besides
+# Sums under way at a time. XLA:CPU lets 32 programs of a device be under way, and these wait for a
+# training step there that was begun before: were they all 32, it would wait for them for ever.
+_SUMS = 4
 _PATIENCE = 20.0  # seconds for the keeper to be there
 _ANEW = 5.0  # seconds without news after which it is told again that we are ready
 _GONE = 1.0  # and if its memory is gone
@@ -171,7 +174,9 @@ class Snapshots:
         slot = slots.begin(step)
         for piece, copy in zip(self._pieces, copies, strict=True):
             part = np.ascontiguousarray(copy)
-            # Summed while it is copied; waited for at the end.
+            if len(sums) >= _SUMS:
+                sums[-_SUMS].block_until_ready()
+            # Summed while it is copied.
             sums.append(box_sums(part, piece.start, self._arrays[piece.name].shape))
             slots.put(slot, piece.offset, memoryview(part.reshape(-1).view(np.uint8)))
             described.append([piece.name, part.dtype.name, piece.start, piece.shape, piece.offset])

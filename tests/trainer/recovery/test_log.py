@@ -60,6 +60,6 @@ def test_a_leader_that_came_back_tells_once_what_the_fault_cost(tmp_path):
     Log(str(tmp_path)).record("host lost", 1, step=8, hosts=[0])
     for step in (5, 6, 7):
         supervisor._recovered(Progress("step", step, 0.0, step, start=5, source="parity"))
-    lost, recovered = incidents(tmp_path)
+    _, recovered = incidents(tmp_path)
     assert (recovered["kind"], recovered["step"], recovered["restored"]) == ("recovered", 6, 5)
     assert recovered["lost_steps"] == 3 and 0 <= recovered["seconds"] < 60
