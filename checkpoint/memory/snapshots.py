@@ -35,8 +35,8 @@ _ALIGNED = 64
 _PIECE_TEXT = 200  # bytes of the index for a piece, and its name besides
 _SPARE_TEXT = 2**16  # and for what changes from step to step
 _SIZE_TEXT = 40  # bytes of the index for the size of an array, and its name besides
-# Sums under way at a time. XLA:CPU lets 32 programs of a device be under way, and these wait for a
-# training step there that was begun before: were they all 32, it would wait for them for ever.
+# Sums in flight. XLA:CPU lets 32 programs per device be in flight: with all 32 taken by sums, a
+# training step on that device cannot start, and the sums wait for that step. A deadlock.
 _SUMS = 4
 _PATIENCE = 20.0  # seconds for the keeper to be there
 _ANEW = 5.0  # seconds without news after which it is told again that we are ready

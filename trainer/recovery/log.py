@@ -32,10 +32,13 @@ class Log:
     def open_fault(self) -> tuple[float, int] | None:
         """Returns when the run failed, by the monotonic clock, and the step reached then.
 
-        None if it has recovered since, or was ended. A supervisor that takes the place of the one
-        that led knows only from the run's folder what there is to recover from.
+        None if it has recovered since, or was ended, or the record cannot be read: that ends no
+        run. A supervisor that takes the place of the one that led knows only from the run's folder
+        what there is to recover from.
         """
-        fault = unrecovered(read_incidents(self._workdir))
+        fault = None
+        with contextlib.suppress(OSError, ValueError):
+            fault = unrecovered(read_incidents(self._workdir))
         if fault is None:
             return None
         ago = max(0.0, time.time() - fault.get("time", 0.0))  # hosts' clocks may differ

@@ -53,6 +53,11 @@ def test_a_new_supervisor_learns_of_the_fault_that_the_run_has_not_recovered_fro
     assert log.open_fault() is None
 
 
+def test_a_record_that_cannot_be_read_ends_no_supervisor(tmp_path):
+    (tmp_path / "incidents.jsonl").symlink_to("incidents.jsonl")
+    assert Log(str(tmp_path)).open_fault() is None
+
+
 def test_a_leader_that_came_back_tells_once_what_the_fault_cost(tmp_path):
     """It was not there when the fault was judged, perhaps after it had started."""
     supervisor = Supervisor(Options([], str(tmp_path), host=0, hosts=2))
